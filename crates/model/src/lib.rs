@@ -1,0 +1,1 @@
+//! One configurable Mixture-of-Experts decoder over the operations of moellon-ops.

@@ -1,0 +1,1 @@
+//! Tokenizer, chat templates, streaming detokenization, thinking and tool-call parsing of Moellon.
