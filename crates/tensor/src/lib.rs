@@ -1,1 +1,15 @@
-//! Number types, weight formats and their codecs, host buffers and the thread pool of Moellon.
+//! Floor 1 of Moellon: number types, weight formats and their codecs, host buffers and the thread pool.
+//!
+//! This is the only crate that knows how a weight's bits lie in a checkpoint. Everything above speaks of a
+//! [`MatrixView`] (bytes of one matrix in its canonical layout, with its [`WeightFormat`]) and lets a back end
+//! repack it into whatever streams best.
+
+pub mod dtype;
+pub mod error;
+pub mod format;
+pub mod matrix;
+
+pub use dtype::Dtype;
+pub use error::{Error, Result};
+pub use format::{ScaleDtype, WeightFormat};
+pub use matrix::{MatrixView, Rows};
