@@ -1,9 +1,9 @@
 //! Weight formats: which bits stand for which numbers. Bit layouts: `docs/formats.md`.
 
-use crate::{Error, Result};
+use crate::{Dtype, Error, Result};
 use std::fmt;
 
-/// Element type of the scales and offsets of an affine weight.
+/// The three float types of scales, offsets and plain weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ScaleDtype {
     /// binary32
@@ -20,6 +20,59 @@ impl ScaleDtype {
         match self {
             ScaleDtype::F32 => 4,
             ScaleDtype::F16 | ScaleDtype::Bf16 => 2,
+        }
+    }
+
+    /// The tensor dtype of such scales.
+    pub const fn dtype(self) -> Dtype {
+        match self {
+            ScaleDtype::F32 => Dtype::F32,
+            ScaleDtype::F16 => Dtype::F16,
+            ScaleDtype::Bf16 => Dtype::Bf16,
+        }
+    }
+
+    /// The float type that `dtype` is, if it is one of the three.
+    pub const fn from_dtype(dtype: Dtype) -> Option<Self> {
+        match dtype {
+            Dtype::F32 => Some(ScaleDtype::F32),
+            Dtype::F16 => Some(ScaleDtype::F16),
+            Dtype::Bf16 => Some(ScaleDtype::Bf16),
+            _ => None,
+        }
+    }
+
+    /// `value` rounded to this type (nearest, ties to even; beyond the range to infinity) and widened again.
+    pub fn round(self, value: f32) -> f32 {
+        match self {
+            ScaleDtype::F32 => value,
+            ScaleDtype::F16 => half::f16::from_f32(value).to_f32(),
+            ScaleDtype::Bf16 => half::bf16::from_f32(value).to_f32(),
+        }
+    }
+
+    /// Element `at` of little-endian `bytes`, widened exactly.
+    ///
+    /// # Panics
+    /// If `bytes` is too short.
+    pub fn read(self, bytes: &[u8], at: usize) -> f32 {
+        let pair = || [bytes[2 * at], bytes[2 * at + 1]];
+        match self {
+            ScaleDtype::F32 => f32::from_le_bytes(bytes[4 * at..][..4].try_into().expect("the slice has 4 bytes")),
+            ScaleDtype::F16 => half::f16::from_le_bytes(pair()).to_f32(),
+            ScaleDtype::Bf16 => half::bf16::from_le_bytes(pair()).to_f32(),
+        }
+    }
+
+    /// Writes `value`, rounded, as element `at` of little-endian `bytes`.
+    ///
+    /// # Panics
+    /// If `bytes` is too short.
+    pub fn write(self, value: f32, bytes: &mut [u8], at: usize) {
+        match self {
+            ScaleDtype::F32 => bytes[4 * at..][..4].copy_from_slice(&value.to_le_bytes()),
+            ScaleDtype::F16 => bytes[2 * at..][..2].copy_from_slice(&half::f16::from_f32(value).to_le_bytes()),
+            ScaleDtype::Bf16 => bytes[2 * at..][..2].copy_from_slice(&half::bf16::from_f32(value).to_le_bytes()),
         }
     }
 }
@@ -44,7 +97,7 @@ pub enum WeightFormat {
     },
     /// `code * scale + offset` with unsigned `bits`-bit codes and one scale and offset per `group` columns (MLX affine).
     Affine {
-        /// 2, 3, 4, 5, 6 or 8.
+        /// 1, 2, 3, 4, 5, 6 or 8.
         bits: u8,
         /// 32, 64 or 128 columns.
         group: u32,
@@ -100,6 +153,24 @@ impl WeightFormat {
         }
     }
 
+    /// Rows of scales that a matrix of `rows` rows has.
+    pub const fn scale_rows(self, rows: usize) -> usize {
+        match self {
+            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => 0,
+            WeightFormat::Fp8Block { block_rows, .. } => rows.div_ceil(block_rows as usize),
+            WeightFormat::Affine { .. } | WeightFormat::Mxfp4 | WeightFormat::Mxfp8 | WeightFormat::Nvfp4 => rows,
+        }
+    }
+
+    /// The plain format of a float type.
+    pub const fn plain(dtype: ScaleDtype) -> Self {
+        match dtype {
+            ScaleDtype::F32 => WeightFormat::F32,
+            ScaleDtype::F16 => WeightFormat::F16,
+            ScaleDtype::Bf16 => WeightFormat::Bf16,
+        }
+    }
+
     /// Bytes of one scale (0 for plain floats).
     pub const fn scale_bytes(self) -> usize {
         match self {
@@ -117,12 +188,9 @@ impl WeightFormat {
 
     /// Bytes that a `[rows, cols]` matrix takes in this format, scales and offsets included.
     pub const fn matrix_bytes(self, rows: usize, cols: usize) -> u64 {
-        let scale_rows = match self {
-            WeightFormat::Fp8Block { block_rows, .. } => rows.div_ceil(block_rows as usize),
-            _ => rows,
-        };
         let per_scale = self.scale_bytes() * if self.has_offsets() { 2 } else { 1 };
-        (rows * self.code_row_bytes(cols)) as u64 + (scale_rows * self.scales_per_row(cols) * per_scale) as u64
+        (rows * self.code_row_bytes(cols)) as u64
+            + (self.scale_rows(rows) * self.scales_per_row(cols) * per_scale) as u64
     }
 
     /// Bits per weight of a large matrix, scales and offsets included (4.5 for affine-4 with group 64 and bf16 scales).
@@ -136,8 +204,8 @@ impl WeightFormat {
     /// Names the width, group or column count that is not.
     pub fn validate(self, cols: usize) -> Result<()> {
         if let WeightFormat::Affine { bits, group, .. } = self {
-            if !matches!(bits, 2..=6 | 8) {
-                return Err(Error::mismatch("affine bits", bits, "2, 3, 4, 5, 6 or 8"));
+            if !matches!(bits, 1..=6 | 8) {
+                return Err(Error::mismatch("affine bits", bits, "1, 2, 3, 4, 5, 6 or 8"));
             }
             if !matches!(group, 32 | 64 | 128) {
                 return Err(Error::mismatch("affine group", group, "32, 64 or 128"));

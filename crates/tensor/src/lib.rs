@@ -4,12 +4,21 @@
 //! [`MatrixView`] (bytes of one matrix in its canonical layout, with its [`WeightFormat`]) and lets a back end
 //! repack it into whatever streams best.
 
+pub mod bits;
+mod check_finite;
+mod decode;
+pub mod arena;
 pub mod dtype;
+pub mod encode;
 pub mod error;
 pub mod format;
 pub mod matrix;
+pub mod minifloat;
+pub mod owned;
+pub mod pool;
 
 pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use format::{ScaleDtype, WeightFormat};
 pub use matrix::{MatrixView, Rows};
+pub use owned::OwnedMatrix;

@@ -1,6 +1,7 @@
 //! One weight matrix as it lies in a checkpoint: borrowed bytes plus their meaning.
 
 use crate::{Error, Result, WeightFormat};
+use std::ops::Range;
 
 /// Rows of bytes with a stride, so that every second row of a fused matrix (gpt-oss gate and up) is a view, not a copy.
 #[derive(Debug, Clone, Copy)]
@@ -103,10 +104,6 @@ impl<'a> MatrixView<'a> {
         format.validate(cols).map_err(|e| Error::mismatch(what, e, "a legal shape"))?;
         let code_row = format.code_row_bytes(cols);
         let scale_row = format.scales_per_row(cols) * format.scale_bytes();
-        let scale_rows = match format {
-            WeightFormat::Fp8Block { block_rows, .. } => rows.div_ceil(block_rows as usize),
-            _ => rows,
-        };
         let part = |name: &str, bytes: &'a [u8], num_rows: usize, row_bytes: usize| {
             let expected = num_rows.checked_mul(row_bytes);
             if expected != Some(bytes.len()) {
@@ -123,7 +120,7 @@ impl<'a> MatrixView<'a> {
             rows,
             cols,
             codes: part("codes", codes, rows, code_row)?,
-            scales: part("scales", scales, scale_rows, scale_row)?,
+            scales: part("scales", scales, format.scale_rows(rows), scale_row)?,
             offsets: part("offsets", offsets, rows, if format.has_offsets() { scale_row } else { 0 })?,
             global_scale: 1.0,
             first_block_row: 0,
@@ -135,6 +132,49 @@ impl<'a> MatrixView<'a> {
     pub fn with_global_scale(mut self, global_scale: f32) -> Self {
         self.global_scale = global_scale;
         self
+    }
+
+    /// Rows `rows` of the matrix, without copying.
+    ///
+    /// # Panics
+    /// If the range is not inside the matrix.
+    #[must_use]
+    pub fn row_range(&self, rows: Range<usize>) -> MatrixView<'a> {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of a matrix with {}", self.rows);
+        let mut part = MatrixView { rows: rows.len(), codes: self.codes.every(rows.start, 1), ..*self };
+        match self.format {
+            WeightFormat::Fp8Block { block_rows, .. } => {
+                let first = self.first_block_row + rows.start;
+                part.scales = self.scales.every(first / block_rows as usize, 1);
+                part.first_block_row = first % block_rows as usize;
+            }
+            _ => {
+                part.scales = self.scales.every(rows.start, 1);
+                part.offsets = self.offsets.every(rows.start, 1);
+            }
+        }
+        part
+    }
+
+    /// Every `step`-th row from `first` on, without copying (gate and up of gpt-oss alternate).
+    ///
+    /// # Errors
+    /// For FP8 blocks, whose rows share scales.
+    pub fn every_row(&self, first: usize, step: usize) -> Result<MatrixView<'a>> {
+        if let WeightFormat::Fp8Block { .. } = self.format {
+            return Err(Error::mismatch(
+                "format of a matrix with interleaved rows",
+                self.format,
+                "scales of its own per row",
+            ));
+        }
+        Ok(MatrixView {
+            rows: self.rows.saturating_sub(first).div_ceil(step),
+            codes: self.codes.every(first, step),
+            scales: self.scales.every(first, step),
+            offsets: self.offsets.every(first, step),
+            ..*self
+        })
     }
 
     /// Scales of row `row`.
