@@ -44,12 +44,22 @@ fn not_finite(what: &'static str, found: impl ToString, row: usize, group: usize
     Error::NotFinite { what, found: found.to_string(), row, group }
 }
 
-/// A float is finite unless its exponent bits are all ones; branch-free over the row, position searched only on failure.
+/// Whether every magnitude is below that of infinity.
+fn all_below<const BYTES: usize, T: Ord + Copy + Default>(
+    bytes: &[u8],
+    infinity: T,
+    magnitude: impl Fn([u8; BYTES]) -> T,
+) -> bool {
+    // The largest magnitude of the row: branch-free, so it vectorises; positions are searched only on failure.
+    bytes.as_chunks().0.iter().fold(T::default(), |largest, &element| largest.max(magnitude(element))) < infinity
+}
+
+/// Floats of a row; NaN and infinity are the magnitudes from that of infinity on.
 fn check_floats(what: &'static str, dtype: ScaleDtype, bytes: &[u8], row: usize) -> Result<()> {
     let all_finite = match dtype {
-        ScaleDtype::F32 => bytes.chunks_exact(4).fold(true, |ok, b| ok & (b[2] & 0x80 != 0x80 || b[3] & 0x7F != 0x7F)),
-        ScaleDtype::F16 => bytes.chunks_exact(2).fold(true, |ok, b| ok & (b[1] & 0x7C != 0x7C)),
-        ScaleDtype::Bf16 => bytes.chunks_exact(2).fold(true, |ok, b| ok & (b[0] & 0x80 != 0x80 || b[1] & 0x7F != 0x7F)),
+        ScaleDtype::F32 => all_below(bytes, 0x7F80_0000u32, |b| u32::from_le_bytes(b) & 0x7FFF_FFFF),
+        ScaleDtype::F16 => all_below(bytes, 0x7C00u16, |b| u16::from_le_bytes(b) & 0x7FFF),
+        ScaleDtype::Bf16 => all_below(bytes, 0x7F80u16, |b| u16::from_le_bytes(b) & 0x7FFF),
     };
     if all_finite {
         return Ok(());

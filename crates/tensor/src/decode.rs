@@ -92,9 +92,8 @@ impl MatrixView<'_> {
     }
 
     fn decode_plain(&self, dtype: ScaleDtype, codes: &[u8], first: usize, out: &mut [f32], round: impl Fn(f32) -> f32) {
-        for (i, value) in out.iter_mut().enumerate() {
-            *value = round(dtype.read(codes, first + i));
-        }
+        dtype.read_slice(codes, first, out);
+        out.iter_mut().for_each(|value| *value = round(*value));
         self.apply_global_scale(out);
     }
 

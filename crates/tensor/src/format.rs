@@ -64,6 +64,22 @@ impl ScaleDtype {
         }
     }
 
+    /// Elements `first..first + out.len()` of little-endian `bytes`, widened exactly.
+    ///
+    /// # Panics
+    /// If `bytes` is too short.
+    pub fn read_slice(self, bytes: &[u8], first: usize, out: &mut [f32]) {
+        let bytes = &bytes[first * self.size_bytes()..][..out.len() * self.size_bytes()];
+        // One loop a type, so that each vectorises.
+        match self {
+            ScaleDtype::F32 => widen(bytes.as_chunks().0, out, f32::from_le_bytes),
+            ScaleDtype::F16 => widen(bytes.as_chunks().0, out, |b| half::f16::from_le_bytes(b).to_f32()),
+            ScaleDtype::Bf16 => {
+                widen(bytes.as_chunks().0, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16))
+            }
+        }
+    }
+
     /// Writes `value`, rounded, as element `at` of little-endian `bytes`.
     ///
     /// # Panics
@@ -74,6 +90,12 @@ impl ScaleDtype {
             ScaleDtype::F16 => bytes[2 * at..][..2].copy_from_slice(&half::f16::from_f32(value).to_le_bytes()),
             ScaleDtype::Bf16 => bytes[2 * at..][..2].copy_from_slice(&half::bf16::from_f32(value).to_le_bytes()),
         }
+    }
+}
+
+fn widen<const BYTES: usize>(elements: &[[u8; BYTES]], out: &mut [f32], value: impl Fn([u8; BYTES]) -> f32) {
+    for (out, &element) in out.iter_mut().zip(elements) {
+        *out = value(element);
     }
 }
 

@@ -4,10 +4,10 @@
 //! [`MatrixView`] (bytes of one matrix in its canonical layout, with its [`WeightFormat`]) and lets a back end
 //! repack it into whatever streams best.
 
+pub mod arena;
 pub mod bits;
 mod check_finite;
 mod decode;
-pub mod arena;
 pub mod dtype;
 pub mod encode;
 pub mod error;
@@ -16,6 +16,7 @@ pub mod matrix;
 pub mod minifloat;
 pub mod owned;
 pub mod pool;
+pub mod rng;
 
 pub use dtype::Dtype;
 pub use error::{Error, Result};

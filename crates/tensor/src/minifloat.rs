@@ -182,10 +182,8 @@ mod tests {
 
     #[test]
     fn e4m3_encoder_is_the_nearest_code() {
-        for code in 0..256usize {
-            if code & 0x7F != 0x7F {
-                assert_eq!(e4m3_from_f32(E4M3[code]) as usize, code);
-            }
+        for (code, &value) in E4M3.iter().enumerate().filter(|(_, value)| !value.is_nan()) {
+            assert_eq!(e4m3_from_f32(value) as usize, code);
         }
         for code in 0..0x7E {
             let midpoint = (E4M3[code] + E4M3[code + 1]) / 2.0;
