@@ -142,7 +142,9 @@ impl Pool {
                 std::thread::Builder::new()
                     .name(format!("moellon-{index}"))
                     .spawn(move || {
-                        cpu.map(pin_current_thread);
+                        if let Some(cpu) = cpu {
+                            pin_current_thread(cpu);
+                        }
                         worker(&shared, index);
                     })
                     .expect("the system starts a thread")

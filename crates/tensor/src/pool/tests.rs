@@ -15,7 +15,7 @@ fn partition_covers_everything_once_in_order_and_evenly() {
                 for index in 0..parts {
                     let range = partition(total, parts, index, granularity);
                     assert_eq!(range.start, next);
-                    assert!(range.start % granularity == 0 || range.start == total);
+                    assert!(range.start.is_multiple_of(granularity) || range.start == total);
                     next = range.end;
                     units.push(range.len().div_ceil(granularity));
                 }
