@@ -58,6 +58,14 @@ impl<'a> Rows<'a> {
         self.stride_bytes
     }
 
+    /// The bytes from the start of row 0 to the end of row `num_rows - 1`, the gaps of a strided view included.
+    pub fn span(&self, num_rows: usize) -> &'a [u8] {
+        match num_rows {
+            0 => &[],
+            n => &self.bytes[..(n - 1) * self.stride_bytes + self.row_bytes],
+        }
+    }
+
     /// Every `step`-th row from `first` on.
     pub fn every(&self, first: usize, step: usize) -> Rows<'a> {
         let start = (first * self.stride_bytes).min(self.bytes.len());

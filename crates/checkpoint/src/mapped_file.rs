@@ -1,0 +1,79 @@
+//! Read-only memory maps of shards. The only `unsafe` of this crate: `mmap` and `madvise`.
+#![allow(unsafe_code)]
+
+use crate::{Error, Result};
+use memmap2::Mmap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+/// One mapped file.
+#[derive(Debug)]
+pub(crate) struct MappedFile {
+    path: PathBuf,
+    map: Mmap,
+    modified: Option<SystemTime>,
+}
+
+impl MappedFile {
+    /// Maps `path`; reads nothing yet.
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let io = |e| Error::io(path, e);
+        let file = File::open(path).map_err(io)?;
+        let metadata = file.metadata().map_err(io)?;
+        if !metadata.is_file() {
+            return Err(Error::file(path, "kind of file", "a directory or device", "a regular file"));
+        }
+        // SAFETY: the map is private and read-only, and nobody gets a mutable reference to it. Another process that
+        // truncates the file can still make reads fail with SIGBUS; no user of mmap can rule that out. Shards are
+        // written to a new file and renamed (as our writer and the Hub client do), which leaves the mapped one whole;
+        // `unchanged` finds the others before a model is served.
+        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+        Ok(MappedFile { path: path.to_owned(), map, modified: metadata.modified().ok() })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.map
+    }
+
+    /// Whether the file under this name still has the size and time of change that it had when it was mapped.
+    pub(crate) fn unchanged(&self) -> Result<()> {
+        let metadata = std::fs::metadata(&self.path).map_err(|e| Error::io(&self.path, e))?;
+        if metadata.len() != self.map.len() as u64 {
+            return Err(Error::file(&self.path, "size in bytes since it was opened", metadata.len(), self.map.len()));
+        }
+        if metadata.modified().ok() != self.modified {
+            return Err(Error::file(&self.path, "time of change since it was opened", "a later one", "no change"));
+        }
+        Ok(())
+    }
+
+    /// Tells the system that the pages wholly inside `part`, a slice of this map, are not needed in memory any more.
+    /// Returns `false` if `part` is not of this map. Reading them again is correct, and costs a read from the file.
+    pub(crate) fn release(&self, part: &[u8]) -> bool {
+        let base = self.map.as_ptr() as usize;
+        let Some(offset) = (part.as_ptr() as usize).checked_sub(base) else { return false };
+        if offset.checked_add(part.len()).is_none_or(|end| end > self.map.len()) {
+            return false;
+        }
+        #[cfg(unix)]
+        {
+            // A multiple of the page size of every system we run on (4, 16 and 64 KiB); the map starts on a page.
+            const PAGE_BYTES: usize = 64 << 10;
+            let (first, last) = (offset.next_multiple_of(PAGE_BYTES), (offset + part.len()) / PAGE_BYTES * PAGE_BYTES);
+            if first < last {
+                // SAFETY: the map is read-only and backed by a file: dropped pages are read again on the next access
+                // with the same contents, so no reference into the map sees a change.
+                let advised =
+                    unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, first, last - first) };
+                // Advice only: a system that refuses keeps the pages, and nothing else changes.
+                drop(advised);
+            }
+        }
+        true
+    }
+}
