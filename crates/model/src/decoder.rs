@@ -1,0 +1,301 @@
+//! One step of the model: embed; for each layer norm, attention, norm, feed-forward; final norm; head.
+
+use crate::batch::{Batch, BatchLimits};
+use crate::config::{Attention, IndexSource, Layer, ModelConfig};
+use crate::tap::{Tap, TapPoint};
+use crate::weights::{AttentionWeights, LayerWeights, Weights};
+use crate::workspace::Workspace;
+use crate::{Result, attention_gqa, attention_mla, ffn};
+use moellon_ops::{
+    Backend, Cache, CacheDtype, Embed, GatherRows, IndexSet, Linear, Paging, RmsNorm, RopeTable, Stage, Tensor,
+};
+
+/// Sizes that a decoder is built for.
+#[derive(Debug, Clone, Copy)]
+pub struct DecoderOptions {
+    /// Rows of a step.
+    pub max_batch_tokens: usize,
+    /// Sequences of a step.
+    pub max_sequences: usize,
+    /// Rows of a step that need logits.
+    pub max_logit_rows: usize,
+    /// Positions of a sequence.
+    pub max_context: usize,
+    /// Slots of a cache block.
+    pub block_size: usize,
+    /// Cache blocks.
+    pub num_blocks: usize,
+    /// Type of cached rows.
+    pub cache_dtype: CacheDtype,
+}
+
+impl DecoderOptions {
+    /// For one sequence of up to `max_context` positions, prefilled in chunks of up to `max_batch_tokens`.
+    pub fn single_sequence(max_context: usize, max_batch_tokens: usize, cache_dtype: CacheDtype) -> Self {
+        let block_size = 64;
+        DecoderOptions {
+            max_batch_tokens,
+            max_sequences: 1,
+            max_logit_rows: max_batch_tokens,
+            max_context,
+            block_size,
+            num_blocks: max_context.div_ceil(block_size),
+            cache_dtype,
+        }
+    }
+}
+
+/// Cached rows of one layer.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LayerCache {
+    /// Keys and values, or latents.
+    pub(crate) main: Cache,
+    /// Index keys, where the layer has an indexer.
+    pub(crate) index: Option<Cache>,
+}
+
+/// What all layers of a step share.
+pub(crate) struct Step {
+    pub(crate) num_tokens: usize,
+    pub(crate) paging: Paging,
+    /// `[1, num_tokens]` u32
+    pub(crate) slots: Tensor,
+    /// `[num_tokens, rope dim]`
+    pub(crate) rope_table: Tensor,
+}
+
+/// A loaded model: config, weight handles, caches and buffers on one back end.
+pub struct Decoder {
+    pub(crate) config: ModelConfig,
+    pub(crate) options: DecoderOptions,
+    pub(crate) weights: Weights,
+    pub(crate) workspace: Workspace,
+    /// One a layer, the MTP layers' after the trunk's.
+    pub(crate) caches: Vec<LayerCache>,
+    /// `[1, rope dim / 2]`
+    inverse_frequencies: Tensor,
+}
+
+impl Decoder {
+    /// Allocates caches and buffers for loaded `weights`.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    pub fn new(
+        config: ModelConfig,
+        weights: Weights,
+        options: DecoderOptions,
+        backend: &mut dyn Backend,
+    ) -> Result<Self> {
+        let (main_width, index_width) = config.cache_widths();
+        let num_slots = options.num_blocks * options.block_size;
+        let mtp_layers = weights.mtp.iter().map(|_| config.mtp_layer());
+        let mut caches = Vec::new();
+        for layer in config.layers.iter().copied().chain(mtp_layers) {
+            let main = backend.alloc_cache("KV cache", options.cache_dtype, num_slots, main_width)?;
+            let index = match (layer.index, index_width) {
+                (IndexSource::Own, Some(width)) => {
+                    Some(backend.alloc_cache("index key cache", options.cache_dtype, num_slots, width)?)
+                }
+                _ => None,
+            };
+            caches.push(LayerCache { main, index });
+        }
+        let workspace = Workspace::new(&config, &options, weights.max_experts(), backend)?;
+        let frequencies = &config.rope.inverse_frequencies;
+        let inverse_frequencies = backend
+            .alloc("rope frequencies", moellon_ops::ElementType::F32, frequencies.len())?
+            .tensor(1, frequencies.len());
+        backend.write_f32(inverse_frequencies, frequencies)?;
+        Ok(Decoder { config, options, weights, workspace, caches, inverse_frequencies })
+    }
+
+    /// The model's numbers.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The sizes that it was built for.
+    pub fn options(&self) -> &DecoderOptions {
+        &self.options
+    }
+
+    /// Handles of its weights.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    /// Whether an MTP layer is loaded.
+    pub fn has_mtp(&self) -> bool {
+        !self.weights.mtp.is_empty()
+    }
+
+    /// Runs one step and returns logits `[logit_rows, vocab_size]`, which hold until the next step.
+    ///
+    /// # Errors
+    /// A batch beyond the decoder's limits, or a failing device.
+    pub fn forward(&mut self, batch: &Batch, backend: &mut dyn Backend) -> Result<Tensor> {
+        self.forward_tapped(batch, backend, None)
+    }
+
+    /// [`Decoder::forward`] with a look inside.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`], or the tap's own.
+    pub fn forward_tapped(
+        &mut self,
+        batch: &Batch,
+        backend: &mut dyn Backend,
+        mut tap: Option<&mut dyn Tap>,
+    ) -> Result<Tensor> {
+        let step = self.begin(batch, backend)?;
+        let (hidden_size, tokens) = (self.config.hidden_size, step.num_tokens);
+        let [hidden, delta] = [self.workspace.hidden, self.workspace.delta].map(|b| b.tensor(tokens, hidden_size));
+        let token_ids = self.workspace.token_ids.tensor(1, tokens);
+        backend.embed(&Embed { table: self.weights.embed_tokens, token_ids, out: hidden })?;
+        let mut index_set = None;
+        for layer in 0..self.config.layers.len() {
+            // The feed-forward's output of the layer before is added by this layer's first norm.
+            let pending = (layer > 0).then_some(delta);
+            self.layer(layer, &step, pending, &mut index_set, backend, &mut tap)?;
+        }
+        backend.stage(Stage::Head);
+        let final_hidden = self.workspace.final_hidden.tensor(tokens, hidden_size);
+        let norm = RmsNorm {
+            x: hidden,
+            delta: Some(delta),
+            weight: self.weights.norm,
+            eps: self.config.rms_norm_eps,
+            out: final_hidden,
+        };
+        backend.rms_norm(&norm)?;
+        if let Some(tap) = &mut tap {
+            tap.at(TapPoint::Hidden(self.config.layers.len()), &[hidden], backend)?;
+            tap.at(TapPoint::FinalHidden, &[final_hidden], backend)?;
+        }
+        self.head(final_hidden, &batch.logit_rows, backend)
+    }
+
+    /// Checks the batch, uploads it, and computes what all layers share.
+    pub(crate) fn begin(&mut self, batch: &Batch, backend: &mut dyn Backend) -> Result<Step> {
+        batch.check(&self.limits())?;
+        backend.stage(Stage::Embed);
+        let num_tokens = batch.num_tokens();
+        let space = &self.workspace;
+        let columns = self.options.max_context.div_ceil(self.options.block_size);
+        let block_table = space.block_table.tensor(batch.block_tables.len(), columns);
+        let pad =
+            |table: &Vec<u32>| table.iter().copied().chain(std::iter::repeat(0)).take(columns).collect::<Vec<u32>>();
+        backend.write_u32(block_table, &batch.block_tables.iter().flat_map(pad).collect::<Vec<u32>>())?;
+        let row = |buffer: moellon_ops::Buffer| buffer.tensor(1, num_tokens);
+        let (positions, sequences, slots) = (row(space.positions), row(space.sequences), row(space.slots));
+        backend.write_u32(row(space.token_ids), &batch.token_ids)?;
+        backend.write_u32(positions, &batch.positions)?;
+        backend.write_u32(sequences, &batch.sequences)?;
+        backend.write_u32(slots, &batch.slots)?;
+        let rope_table = space.rope_table.tensor(num_tokens, self.config.rope.dim());
+        backend.rope_table(&RopeTable {
+            positions,
+            inverse_frequencies: self.inverse_frequencies,
+            scale: self.config.rope.scale,
+            table: rope_table,
+        })?;
+        let paging = Paging {
+            positions,
+            sequences,
+            block_table,
+            block_size: self.options.block_size,
+            max_context: batch.max_context(),
+        };
+        Ok(Step { num_tokens, paging, slots, rope_table })
+    }
+
+    /// One layer: reads and updates `hidden`, leaves the feed-forward's output in `delta`.
+    fn layer(
+        &self,
+        layer: usize,
+        step: &Step,
+        pending: Option<Tensor>,
+        index_set: &mut Option<IndexSet>,
+        backend: &mut dyn Backend,
+        tap: &mut Option<&mut dyn Tap>,
+    ) -> Result<()> {
+        self.layer_with(&self.weights.layers[layer], layer, step, pending, index_set, backend, tap)
+    }
+
+    /// [`Decoder::layer`] with the weights given: layer numbers past the trunk's are MTP layers.
+    #[expect(clippy::too_many_arguments, reason = "the state of a step, each part borrowed differently")]
+    pub(crate) fn layer_with(
+        &self,
+        weights: &LayerWeights,
+        layer: usize,
+        step: &Step,
+        pending: Option<Tensor>,
+        index_set: &mut Option<IndexSet>,
+        backend: &mut dyn Backend,
+        tap: &mut Option<&mut dyn Tap>,
+    ) -> Result<()> {
+        let (hidden_size, eps) = (self.config.hidden_size, self.config.rms_norm_eps);
+        let space = &self.workspace;
+        let [hidden, normed, delta] =
+            [space.hidden, space.normed, space.delta].map(|b| b.tensor(step.num_tokens, hidden_size));
+        backend.stage(Stage::AttentionInput);
+        backend.rms_norm(&RmsNorm { x: hidden, delta: pending, weight: weights.input_norm, eps, out: normed })?;
+        if let Some(tap) = tap {
+            tap.at(TapPoint::Hidden(layer), &[hidden], backend)?;
+        }
+        match (&weights.attention, &self.config.attention) {
+            (AttentionWeights::Mla(w), Attention::Mla(mla)) => {
+                attention_mla::forward(self, w, mla, layer, step, normed, delta, index_set, backend, tap)?;
+            }
+            (AttentionWeights::Gqa(w), Attention::Gqa(gqa)) => {
+                attention_gqa::forward(self, w, gqa, layer, step, normed, delta, backend)?;
+            }
+            _ => unreachable!("weights are loaded by the config's kind of attention"),
+        }
+        if let Some(tap) = tap {
+            tap.at(TapPoint::AttentionOutput(layer), &[delta], backend)?;
+        }
+        backend.stage(if weights.ffn.is_moe() { Stage::Router } else { Stage::DenseFfn });
+        backend.rms_norm(&RmsNorm {
+            x: hidden,
+            delta: Some(delta),
+            weight: weights.post_attention_norm,
+            eps,
+            out: normed,
+        })?;
+        ffn::forward(self, &weights.ffn, layer, normed, delta, backend, tap)
+    }
+
+    /// Logits of the chosen rows of `final_hidden`.
+    pub(crate) fn head(&self, final_hidden: Tensor, rows: &[u32], backend: &mut dyn Backend) -> Result<Tensor> {
+        backend.stage(Stage::Head);
+        let logits = self.workspace.logits.tensor(rows.len(), self.config.vocab_size);
+        if rows.is_empty() {
+            return Ok(logits);
+        }
+        let indices = self.workspace.rows.tensor(1, rows.len());
+        let x = self.workspace.head_input.tensor(rows.len(), self.config.hidden_size);
+        backend.write_u32(indices, rows)?;
+        backend.gather_rows(&GatherRows { x: final_hidden, rows: indices, out: x })?;
+        backend.linear(&Linear { x, parts: &[(self.weights.lm_head, logits)] })?;
+        Ok(logits)
+    }
+
+    /// What is special about layer `layer`; numbers past the trunk's are MTP layers.
+    pub(crate) fn layer_config(&self, layer: usize) -> Layer {
+        self.config.layers.get(layer).copied().unwrap_or_else(|| self.config.mtp_layer())
+    }
+
+    fn limits(&self) -> BatchLimits {
+        BatchLimits {
+            max_batch_tokens: self.options.max_batch_tokens,
+            max_sequences: self.options.max_sequences,
+            max_logit_rows: self.options.max_logit_rows,
+            max_context: self.options.max_context,
+            vocab_size: self.config.vocab_size,
+            num_slots: self.options.num_blocks * self.options.block_size,
+            block_size: self.options.block_size,
+        }
+    }
+}
