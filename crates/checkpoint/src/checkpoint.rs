@@ -113,8 +113,32 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// A checkpoint whose files are part of the program: `config.json` and its shards, each with its name.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn embedded(name: &str, config: &'static [u8], shards: &[(&str, &'static [u8])]) -> Result<Self> {
+        let dir = PathBuf::from(name);
+        let mut checkpoint = Checkpoint {
+            config: json_file::parse_object(&dir.join("config.json"), config)?,
+            generation_config: None,
+            hf_quant_config: None,
+            dir: dir.clone(),
+            files: Vec::with_capacity(shards.len()),
+            entries: BTreeMap::new(),
+        };
+        for (shard, bytes) in shards {
+            checkpoint.add(MappedFile::embedded(&dir.join(shard), bytes))?;
+        }
+        Ok(checkpoint)
+    }
+
     fn add_file(&mut self, path: &Path) -> Result<()> {
-        let file = MappedFile::open(path)?;
+        self.add(MappedFile::open(path)?)
+    }
+
+    fn add(&mut self, file: MappedFile) -> Result<()> {
+        let path = file.path();
         let header = header::parse(path, file.bytes())?;
         for tensor in header.tensors {
             let entry = Entry { file: self.files.len(), dtype: tensor.dtype, shape: tensor.shape, range: tensor.range };

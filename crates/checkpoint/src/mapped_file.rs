@@ -1,4 +1,4 @@
-//! Read-only memory maps of shards. The only `unsafe` of this crate: `mmap` and `madvise`.
+//! Read-only memory maps of shards, and shards that are part of the program. The only `unsafe` of this crate: `mmap` and `madvise`.
 #![allow(unsafe_code)]
 
 use crate::{Error, Result};
@@ -7,12 +7,17 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-/// One mapped file.
+/// One shard's bytes.
 #[derive(Debug)]
 pub(crate) struct MappedFile {
     path: PathBuf,
-    map: Mmap,
-    modified: Option<SystemTime>,
+    source: Source,
+}
+
+#[derive(Debug)]
+enum Source {
+    File { map: Mmap, modified: Option<SystemTime> },
+    Embedded(&'static [u8]),
 }
 
 impl MappedFile {
@@ -29,7 +34,12 @@ impl MappedFile {
         // written to a new file and renamed (as our writer and the Hub client do), which leaves the mapped one whole;
         // `unchanged` finds the others before a model is served.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
-        Ok(MappedFile { path: path.to_owned(), map, modified: metadata.modified().ok() })
+        Ok(MappedFile { path: path.to_owned(), source: Source::File { map, modified: metadata.modified().ok() } })
+    }
+
+    /// A shard that is part of the program; `path` is only its name in messages.
+    pub(crate) fn embedded(path: &Path, bytes: &'static [u8]) -> Self {
+        MappedFile { path: path.to_owned(), source: Source::Embedded(bytes) }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -37,16 +47,20 @@ impl MappedFile {
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {
-        &self.map
+        match &self.source {
+            Source::File { map, .. } => map,
+            Source::Embedded(bytes) => bytes,
+        }
     }
 
     /// Whether the file under this name still has the size and time of change that it had when it was mapped.
     pub(crate) fn unchanged(&self) -> Result<()> {
+        let Source::File { map, modified } = &self.source else { return Ok(()) };
         let metadata = std::fs::metadata(&self.path).map_err(|e| Error::io(&self.path, e))?;
-        if metadata.len() != self.map.len() as u64 {
-            return Err(Error::file(&self.path, "size in bytes since it was opened", metadata.len(), self.map.len()));
+        if metadata.len() != map.len() as u64 {
+            return Err(Error::file(&self.path, "size in bytes since it was opened", metadata.len(), map.len()));
         }
-        if metadata.modified().ok() != self.modified {
+        if metadata.modified().ok() != *modified {
             return Err(Error::file(&self.path, "time of change since it was opened", "a later one", "no change"));
         }
         Ok(())
@@ -55,9 +69,10 @@ impl MappedFile {
     /// Tells the system that the pages wholly inside `part`, a slice of this map, are not needed in memory any more.
     /// Returns `false` if `part` is not of this map. Reading them again is correct, and costs a read from the file.
     pub(crate) fn release(&self, part: &[u8]) -> bool {
-        let base = self.map.as_ptr() as usize;
+        let Source::File { map, .. } = &self.source else { return false };
+        let base = map.as_ptr() as usize;
         let Some(offset) = (part.as_ptr() as usize).checked_sub(base) else { return false };
-        if offset.checked_add(part.len()).is_none_or(|end| end > self.map.len()) {
+        if offset.checked_add(part.len()).is_none_or(|end| end > map.len()) {
             return false;
         }
         #[cfg(unix)]
@@ -69,7 +84,7 @@ impl MappedFile {
                 // SAFETY: the map is read-only and backed by a file: dropped pages are read again on the next access
                 // with the same contents, so no reference into the map sees a change.
                 let advised =
-                    unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, first, last - first) };
+                    unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, first, last - first) };
                 // Advice only: a system that refuses keeps the pages, and nothing else changes.
                 drop(advised);
             }
