@@ -1,0 +1,178 @@
+//! How weights lie in memory here: tiles of 16 rows, each one sequential stream of 64-byte lines.
+//!
+//! Row `r` of a tile is lane `r` of every vector, so a product needs no sum across lanes, a row's result does not
+//! depend on its neighbours, and 16 outputs leave at once. Bytes are those of the checkpoint, in another order: nothing
+//! is widened, so the packed weights take the file's space (plus padding to 16 rows, 32 columns and whole lines of
+//! scales).
+//!
+//! **Codes.** A block is 32 columns: `bits` lines of `bits`-bit codes, cut into bit planes of width 8, 4, 2 or 1 (3 is
+//! 2 and 1, low bits first; 5 is 4 and 1; 6 is 4 and 2). Byte `4 r + j` of a plane's line holds the codes of columns
+//! `4 m + j` of row `r`, for consecutive `m`, lowest bits first. Shifting and masking a line gives four columns of 16
+//! rows as bytes: the operand of a dot product of bytes, with the same four activations in every lane.
+//!
+//! **Scales** follow the codes that they scale, 16 numbers a group (one a row), as in the checkpoint:
+//!
+//! | format | record: blocks, then scales |
+//! |---|---|
+//! | affine, group `g` | `g / 32` blocks; 16 scales, 16 offsets (64 bytes when 16-bit) |
+//! | NVFP4 | 2 blocks; 4 x 16 E4M3 (64 bytes) |
+//! | MXFP4, MXFP8 | 4 blocks; 4 x 16 E8M0 (64 bytes) |
+//! | FP8 block | all scales first (f32; one a column block if the tile's rows share it, 16 otherwise), then all blocks |
+//!
+//! The last record may have fewer blocks; its scales are padded to whole lines.
+//!
+//! **Floats.** bf16: a line holds two columns of 16 rows, as pairs. f16: 16 rows of one column, then of the next.
+//! f32: a line a column.
+
+use moellon_tensor::{ScaleDtype, WeightFormat};
+
+/// Rows of a tile.
+pub(crate) const TILE_ROWS: usize = 16;
+/// Columns of a block: what rows are padded to.
+pub(crate) const BLOCK_COLS: usize = 32;
+/// Bytes of a line.
+pub(crate) const LINE_BYTES: usize = 64;
+
+/// The families of formats that share a kernel body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Coding {
+    /// binary32
+    F32,
+    /// binary16
+    F16,
+    /// bfloat16
+    Bf16,
+    /// E4M3 codes, f32 scales before the codes.
+    Fp8Block,
+    /// E4M3 codes, E8M0 scales.
+    Mxfp8,
+    /// Unsigned codes of 2, 3, 4, 5, 6 or 8 bits, scales and offsets.
+    Affine {
+        /// Width of a code.
+        bits: u8,
+    },
+    /// E2M1 codes, E8M0 scales.
+    Mxfp4,
+    /// E2M1 codes, E4M3 scales.
+    Nvfp4,
+}
+
+/// The shape of one tile of a matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct TileLayout {
+    /// The checkpoint's format.
+    pub(crate) format: WeightFormat,
+    /// The kernel family.
+    pub(crate) coding: Coding,
+    /// Type of affine scales; unused by other formats.
+    pub(crate) scale_dtype: ScaleDtype,
+    /// Columns of the matrix.
+    pub(crate) cols: usize,
+    /// Blocks of 32 columns, the last one padded.
+    pub(crate) blocks: usize,
+    /// Bytes of the codes (or floats) of one block.
+    pub(crate) block_bytes: usize,
+    /// Blocks between two groups of scales; all of them where scales are elsewhere or absent.
+    pub(crate) record_blocks: usize,
+    /// Bytes of the scales of a record, whole lines.
+    pub(crate) record_scale_bytes: usize,
+    /// FP8 block: columns that share a scale.
+    pub(crate) fp8_block_cols: usize,
+    /// FP8 block: scales a column block, 1 or 16.
+    pub(crate) fp8_scale_lanes: usize,
+    /// FP8 block: bytes of scales before the codes, whole lines.
+    pub(crate) header_bytes: usize,
+    /// Bytes of a tile.
+    pub(crate) tile_bytes: usize,
+}
+
+impl TileLayout {
+    /// The layout of tiles of a matrix with `cols` columns. `shared_fp8_scales`: whether the rows of every tile lie in
+    /// one row of FP8 blocks.
+    pub(crate) fn new(format: WeightFormat, cols: usize, shared_fp8_scales: bool) -> Self {
+        let blocks = cols.div_ceil(BLOCK_COLS);
+        let block_bytes = TILE_ROWS * BLOCK_COLS * format.code_bits() / 8;
+        let (coding, record_blocks, scale_bytes) = match format {
+            WeightFormat::F32 => (Coding::F32, blocks, 0),
+            WeightFormat::F16 => (Coding::F16, blocks, 0),
+            WeightFormat::Bf16 => (Coding::Bf16, blocks, 0),
+            WeightFormat::Fp8Block { .. } => (Coding::Fp8Block, blocks, 0),
+            WeightFormat::Affine { bits, group, scale } => {
+                (Coding::Affine { bits }, group as usize / BLOCK_COLS, 2 * TILE_ROWS * scale.size_bytes())
+            }
+            WeightFormat::Mxfp4 => (Coding::Mxfp4, 4, LINE_BYTES),
+            WeightFormat::Mxfp8 => (Coding::Mxfp8, 4, LINE_BYTES),
+            WeightFormat::Nvfp4 => (Coding::Nvfp4, 2, LINE_BYTES),
+        };
+        let scale_dtype = match format {
+            WeightFormat::Affine { scale, .. } => scale,
+            WeightFormat::F32
+            | WeightFormat::F16
+            | WeightFormat::Bf16
+            | WeightFormat::Fp8Block { .. }
+            | WeightFormat::Mxfp4
+            | WeightFormat::Mxfp8
+            | WeightFormat::Nvfp4 => ScaleDtype::F32,
+        };
+        let (fp8_block_cols, fp8_scale_lanes, header_bytes) = match format {
+            WeightFormat::Fp8Block { block_cols, .. } => {
+                let lanes = if shared_fp8_scales { 1 } else { TILE_ROWS };
+                let bytes = cols.div_ceil(block_cols as usize) * lanes * 4;
+                (block_cols as usize, lanes, bytes.next_multiple_of(LINE_BYTES))
+            }
+            WeightFormat::F32
+            | WeightFormat::F16
+            | WeightFormat::Bf16
+            | WeightFormat::Affine { .. }
+            | WeightFormat::Mxfp4
+            | WeightFormat::Mxfp8
+            | WeightFormat::Nvfp4 => (0, 0, 0),
+        };
+        let records = if scale_bytes == 0 { 0 } else { blocks.div_ceil(record_blocks) };
+        TileLayout {
+            format,
+            coding,
+            scale_dtype,
+            cols,
+            blocks,
+            block_bytes,
+            record_blocks,
+            record_scale_bytes: scale_bytes,
+            fp8_block_cols,
+            fp8_scale_lanes,
+            header_bytes,
+            tile_bytes: header_bytes + blocks * block_bytes + records * scale_bytes,
+        }
+    }
+
+    /// Where block `block` starts in a tile.
+    pub(crate) fn block_offset(&self, block: usize) -> usize {
+        let records_before = if self.record_scale_bytes == 0 { 0 } else { block / self.record_blocks };
+        self.header_bytes + block * self.block_bytes + records_before * self.record_scale_bytes
+    }
+
+    /// Where the scales of the record of block `block` start in a tile.
+    pub(crate) fn scale_offset(&self, block: usize) -> usize {
+        let record = block / self.record_blocks;
+        let end = ((record + 1) * self.record_blocks).min(self.blocks);
+        self.header_bytes + end * self.block_bytes + record * self.record_scale_bytes
+    }
+
+    /// Columns of activations that kernels read: a multiple of 32.
+    pub(crate) fn padded_cols(&self) -> usize {
+        self.blocks * BLOCK_COLS
+    }
+}
+
+/// Bit planes of a code of `bits` bits: (width, lowest bit), in the order of their lines.
+pub(crate) const fn bit_planes(bits: usize) -> &'static [(usize, usize)] {
+    match bits {
+        2 => &[(2, 0)],
+        3 => &[(2, 0), (1, 2)],
+        4 => &[(4, 0)],
+        5 => &[(4, 0), (1, 4)],
+        6 => &[(4, 0), (2, 4)],
+        8 => &[(8, 0)],
+        _ => panic!("codes have 2, 3, 4, 5, 6 or 8 bits"),
+    }
+}

@@ -1,0 +1,294 @@
+//! Repacking checkpoint matrices into tiles ([`crate::layout`]) and reading rows back.
+
+use crate::disjoint::Disjoint;
+use crate::layout::{BLOCK_COLS, Coding, LINE_BYTES, TILE_ROWS, TileLayout, bit_planes};
+use moellon_tensor::arena::AlignedBuf;
+use moellon_tensor::bits::unpack_codes;
+use moellon_tensor::minifloat::{E2M1, E4M3_WITHOUT_NAN, E8M0};
+use moellon_tensor::pool::{Pool, partition};
+use moellon_tensor::{MatrixView, ScaleDtype, WeightFormat};
+use std::io;
+
+/// Where the tiles of one or several matrices of one shape stand in a buffer.
+#[derive(Debug, Clone)]
+pub(crate) struct TileMap {
+    /// The shape of a tile.
+    pub(crate) layout: TileLayout,
+    /// Matrices.
+    pub(crate) count: usize,
+    /// Rows of each.
+    pub(crate) rows: usize,
+    /// Tiles of each.
+    pub(crate) tiles: usize,
+    /// First tile of the first matrix.
+    offset: usize,
+    /// Bytes between two tiles of a matrix (more than a tile where gate and up alternate).
+    tile_stride: usize,
+    /// Bytes between two matrices.
+    matrix_stride: usize,
+    /// `[count]`: what a matrix's products are multiplied with at the end.
+    pub(crate) global_scales: Vec<f32>,
+}
+
+impl TileMap {
+    /// A map for `matrices`, which agree in shape and format, with tiles `tile_stride` and matrices `matrix_stride`
+    /// bytes apart; zero strides mean packed without gaps.
+    fn new(matrices: &[MatrixView<'_>], layout: TileLayout, offset: usize, [tile_stride, matrix_stride]: [usize; 2]) -> Self {
+        let tiles = matrices[0].rows.div_ceil(TILE_ROWS);
+        let global_scales = matrices.iter().map(|m| m.global_scale).collect();
+        TileMap { layout, count: matrices.len(), rows: matrices[0].rows, tiles, offset, tile_stride, matrix_stride, global_scales }
+    }
+
+    /// Where tile `tile` of matrix `matrix` starts.
+    pub(crate) fn tile_offset(&self, matrix: usize, tile: usize) -> usize {
+        self.offset + matrix * self.matrix_stride + tile * self.tile_stride
+    }
+
+    /// Bytes from one tile to the next of the same matrix.
+    pub(crate) fn tile_stride(&self) -> usize {
+        self.tile_stride
+    }
+}
+
+/// Matrices of one shape and format, one after the other.
+#[derive(Debug)]
+pub(crate) struct PackedMatrices {
+    /// All tiles.
+    pub(crate) bytes: AlignedBuf<u8>,
+    /// Where they stand.
+    pub(crate) map: TileMap,
+}
+
+/// Pairs of matrices of one shape (gate and up), tiles alternating, so that a pair is one sequential stream.
+#[derive(Debug)]
+pub(crate) struct PackedPairs {
+    /// All tiles.
+    pub(crate) bytes: AlignedBuf<u8>,
+    /// The first of each pair.
+    pub(crate) gate: TileMap,
+    /// The second.
+    pub(crate) up: TileMap,
+}
+
+/// The layout that fits all of `matrices`.
+fn layout_of(matrices: &[MatrixView<'_>]) -> TileLayout {
+    let first = &matrices[0];
+    let shared = matrices.iter().all(|m| match m.format {
+        WeightFormat::Fp8Block { block_rows, .. } => {
+            let block_row = |row: usize| (m.first_block_row + row) / block_rows as usize;
+            (0..m.rows).step_by(TILE_ROWS).all(|row| block_row(row) == block_row((row + TILE_ROWS).min(m.rows) - 1))
+        }
+        WeightFormat::F32
+        | WeightFormat::F16
+        | WeightFormat::Bf16
+        | WeightFormat::Affine { .. }
+        | WeightFormat::Mxfp4
+        | WeightFormat::Mxfp8
+        | WeightFormat::Nvfp4 => true,
+    });
+    TileLayout::new(first.format, first.cols, shared)
+}
+
+impl PackedMatrices {
+    /// Repacks `matrices` (at least one, of one shape and format) on all threads. Each thread fills the tiles that it
+    /// will read later, so that they lie on its NUMA node.
+    ///
+    /// # Errors
+    /// If memory runs out.
+    pub(crate) fn pack(pool: &Pool, matrices: &[MatrixView<'_>]) -> io::Result<Self> {
+        let layout = layout_of(matrices);
+        let tiles = matrices[0].rows.div_ceil(TILE_ROWS);
+        let map = TileMap::new(matrices, layout, 0, [layout.tile_bytes, tiles * layout.tile_bytes]);
+        let mut bytes = AlignedBuf::zeroed(matrices.len() * tiles * layout.tile_bytes)?;
+        fill(pool, &mut bytes, &[(matrices, &map)]);
+        Ok(PackedMatrices { bytes, map })
+    }
+
+    /// Decodes row `row` of matrix `matrix` into `out` (`[cols]`), to the bits that [`MatrixView::decode_row`] gives.
+    pub(crate) fn unpack_row(&self, matrix: usize, row: usize, out: &mut [f32]) {
+        unpack_row(&self.bytes, &self.map, matrix, row, out);
+    }
+}
+
+impl PackedPairs {
+    /// Repacks pairs of matrices: `gate` and `up` have equally many of one shape; formats may differ.
+    ///
+    /// # Errors
+    /// If memory runs out.
+    pub(crate) fn pack(pool: &Pool, gate: &[MatrixView<'_>], up: &[MatrixView<'_>]) -> io::Result<Self> {
+        let (gate_layout, up_layout) = (layout_of(gate), layout_of(up));
+        let tiles = gate[0].rows.div_ceil(TILE_ROWS);
+        let tile_stride = gate_layout.tile_bytes + up_layout.tile_bytes;
+        let strides = [tile_stride, tiles * tile_stride];
+        let gate_map = TileMap::new(gate, gate_layout, 0, strides);
+        let up_map = TileMap::new(up, up_layout, gate_layout.tile_bytes, strides);
+        let mut bytes = AlignedBuf::zeroed(gate.len() * tiles * tile_stride)?;
+        fill(pool, &mut bytes, &[(gate, &gate_map), (up, &up_map)]);
+        Ok(PackedPairs { bytes, gate: gate_map, up: up_map })
+    }
+}
+
+/// Packs every tile of every list, each matrix's tiles split among the threads.
+fn fill(pool: &Pool, bytes: &mut [u8], lists: &[(&[MatrixView<'_>], &TileMap)]) {
+    let target = Disjoint::new(bytes);
+    pool.run(|index, num_threads| {
+        let mut codes = Vec::new();
+        for matrix in 0..lists[0].0.len() {
+            for tile in partition(lists[0].1.tiles, num_threads, index, 1) {
+                for (matrices, map) in lists {
+                    let start = map.tile_offset(matrix, tile);
+                    // SAFETY: tiles do not overlap, and each is packed by one thread.
+                    #[allow(unsafe_code)]
+                    let out = unsafe { target.part(start..start + map.layout.tile_bytes) };
+                    pack_tile(&matrices[matrix], &map.layout, tile, &mut codes, out);
+                }
+            }
+        }
+    });
+}
+
+/// Packs rows `16 tile ..` of `matrix` into `out`, which is zeroed. `codes` is work space.
+fn pack_tile(matrix: &MatrixView<'_>, layout: &TileLayout, tile: usize, codes: &mut Vec<u8>, out: &mut [u8]) {
+    let rows = tile * TILE_ROWS..((tile + 1) * TILE_ROWS).min(matrix.rows);
+    for (lane, row) in rows.enumerate() {
+        match layout.coding {
+            Coding::F32 => pack_floats::<4>(layout, matrix.codes.row(row), lane, out, |col| (col, 0)),
+            Coding::F16 => pack_floats::<2>(layout, matrix.codes.row(row), lane, out, |col| (col, 0)),
+            Coding::Bf16 => pack_floats::<2>(layout, matrix.codes.row(row), lane, out, |col| (col / 2, col % 2)),
+            Coding::Fp8Block | Coding::Mxfp8 | Coding::Affine { .. } | Coding::Mxfp4 | Coding::Nvfp4 => {
+                let bits = layout.format.code_bits();
+                codes.clear();
+                codes.resize(layout.padded_cols(), 0);
+                unpack_codes(matrix.codes.row(row), bits, 0, &mut codes[..matrix.cols]);
+                pack_codes(layout, bits, codes, lane, out);
+                pack_scales(matrix, layout, row, lane, out);
+            }
+        }
+    }
+}
+
+/// Floats of `N` bytes: `place(col)` is the group of 16 rows and the position in the lane's slot.
+fn pack_floats<const N: usize>(
+    layout: &TileLayout,
+    row: &[u8],
+    lane: usize,
+    out: &mut [u8],
+    place: impl Fn(usize) -> (usize, usize),
+) {
+    // A bf16 lane slot holds a pair: the slot is 4 bytes although a number is 2.
+    let slot_bytes = if layout.coding == Coding::Bf16 { 2 * N } else { N };
+    for (col, value) in row.chunks_exact(N).enumerate() {
+        let (group, within) = place(col);
+        out[group * TILE_ROWS * slot_bytes + lane * slot_bytes + within * N..][..N].copy_from_slice(value);
+    }
+}
+
+/// One row's codes (`[padded_cols]`, one a byte) into the bit planes of every block.
+fn pack_codes(layout: &TileLayout, bits: usize, codes: &[u8], lane: usize, out: &mut [u8]) {
+    for (block, codes) in codes.chunks_exact(BLOCK_COLS).enumerate() {
+        // Word m: columns 4m .. 4m + 3, a byte each.
+        let mut words = [0u32; 8];
+        for (word, four) in words.iter_mut().zip(codes.chunks_exact(4)) {
+            *word = u32::from_le_bytes([four[0], four[1], four[2], four[3]]);
+        }
+        let mut line = layout.block_offset(block) + 4 * lane;
+        for (width, lowest) in bit_planes(bits) {
+            let mask = 0x0101_0101 * ((1u32 << width) - 1);
+            for words in words.chunks_exact(8 / width) {
+                let mut packed = 0;
+                for (m, word) in words.iter().enumerate() {
+                    packed |= ((word >> lowest) & mask) << (m * width);
+                }
+                out[line..][..4].copy_from_slice(&packed.to_le_bytes());
+                line += LINE_BYTES;
+            }
+        }
+    }
+}
+
+/// One row's scales (and offsets) into their records.
+fn pack_scales(matrix: &MatrixView<'_>, layout: &TileLayout, row: usize, lane: usize, out: &mut [u8]) {
+    let scales = matrix.scale_row(row);
+    match layout.coding {
+        Coding::Affine { .. } => {
+            let size = layout.scale_dtype.size_bytes();
+            let offsets = matrix.offsets.row(row);
+            for group in 0..layout.blocks / layout.record_blocks {
+                let at = layout.scale_offset(group * layout.record_blocks) + lane * size;
+                out[at..][..size].copy_from_slice(&scales[group * size..][..size]);
+                out[at + TILE_ROWS * size..][..size].copy_from_slice(&offsets[group * size..][..size]);
+            }
+        }
+        Coding::Nvfp4 | Coding::Mxfp4 | Coding::Mxfp8 => {
+            let group_cols = layout.format.group().expect("these formats have groups");
+            for (group, scale) in scales.iter().enumerate() {
+                let block = group * group_cols / BLOCK_COLS;
+                let within = group % (layout.record_blocks * BLOCK_COLS / group_cols);
+                out[layout.scale_offset(block) + within * TILE_ROWS + lane] = *scale;
+            }
+        }
+        Coding::Fp8Block => {
+            // Rows that share a scale write the same number to the same place.
+            let lane = if layout.fp8_scale_lanes == 1 { 0 } else { lane };
+            for (group, scale) in scales.chunks_exact(4).enumerate() {
+                out[(group * layout.fp8_scale_lanes + lane) * 4..][..4].copy_from_slice(scale);
+            }
+        }
+        Coding::F32 | Coding::F16 | Coding::Bf16 => {}
+    }
+}
+
+/// Decodes one row of packed tiles.
+pub(crate) fn unpack_row(bytes: &[u8], map: &TileMap, matrix: usize, row: usize, out: &mut [f32]) {
+    let layout = &map.layout;
+    assert_eq!(out.len(), layout.cols, "a row has {} columns", layout.cols);
+    assert!(matrix < map.count && row < map.rows, "row {row} of matrix {matrix}, expected below {} of {}", map.rows, map.count);
+    let tile = &bytes[map.tile_offset(matrix, row / TILE_ROWS)..][..layout.tile_bytes];
+    let lane = row % TILE_ROWS;
+    let global_scale = map.global_scales[matrix];
+    for (col, out) in out.iter_mut().enumerate() {
+        *out = unpack_value(tile, layout, lane, col, global_scale);
+    }
+}
+
+fn unpack_value(tile: &[u8], layout: &TileLayout, lane: usize, col: usize, global_scale: f32) -> f32 {
+    let byte_scale = |group_cols: usize| {
+        let within = col / group_cols % (layout.record_blocks * BLOCK_COLS / group_cols);
+        tile[layout.scale_offset(col / BLOCK_COLS) + within * TILE_ROWS + lane]
+    };
+    let code = || unpack_code(tile, layout, lane, col);
+    match layout.coding {
+        Coding::F32 => ScaleDtype::F32.read(tile, col * TILE_ROWS + lane) * global_scale,
+        Coding::F16 => ScaleDtype::F16.read(tile, col * TILE_ROWS + lane) * global_scale,
+        Coding::Bf16 => ScaleDtype::Bf16.read(tile, (col / 2 * TILE_ROWS + lane) * 2 + col % 2) * global_scale,
+        Coding::Affine { .. } => {
+            let scales = &tile[layout.scale_offset(col / BLOCK_COLS)..];
+            let (scale, offset) = (layout.scale_dtype.read(scales, lane), layout.scale_dtype.read(scales, TILE_ROWS + lane));
+            (f32::from(code()) * scale + offset) * global_scale
+        }
+        Coding::Mxfp4 => E2M1[usize::from(code())] * (E8M0[usize::from(byte_scale(32))] * global_scale),
+        Coding::Nvfp4 => E2M1[usize::from(code())] * (E4M3_WITHOUT_NAN[usize::from(byte_scale(16))] * global_scale),
+        Coding::Mxfp8 => E4M3_WITHOUT_NAN[usize::from(code())] * (E8M0[usize::from(byte_scale(32))] * global_scale),
+        Coding::Fp8Block => {
+            let lane = if layout.fp8_scale_lanes == 1 { 0 } else { lane };
+            let scale = ScaleDtype::F32.read(tile, col / layout.fp8_block_cols * layout.fp8_scale_lanes + lane);
+            E4M3_WITHOUT_NAN[usize::from(code())] * (scale * global_scale)
+        }
+    }
+}
+
+fn unpack_code(tile: &[u8], layout: &TileLayout, lane: usize, col: usize) -> u8 {
+    let (m, j) = (col % BLOCK_COLS / 4, col % 4);
+    let mut line = layout.block_offset(col / BLOCK_COLS);
+    let mut code = 0;
+    for (width, lowest) in bit_planes(layout.format.code_bits()) {
+        let per_line = 8 / width;
+        let byte = tile[line + m / per_line * LINE_BYTES + 4 * lane + j];
+        code |= ((u32::from(byte) >> (m % per_line * width)) & ((1 << width) - 1)) << lowest;
+        line += width * LINE_BYTES;
+    }
+    code as u8
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,396 @@
+//! Products of activation rows with weight tiles: the kernels where nearly all bytes of a step are read.
+//!
+//! A kernel call reads up to four tiles at once (streams: memory is faster when several are read in parallel, and
+//! their accumulators hide the latency of each other) and multiplies every decoded line with up to eight activation
+//! rows. Whatever the numbers, a row's result comes from the same operations in the same order:
+//!
+//! - 8-bit activations: exact i32 sums within 32 columns (16 for NVFP4); then f32, fused multiply-adds, block after
+//!   block and group after group;
+//! - f32 activations: one fused multiply-add a column, in order.
+//!
+//! So a row gives the same bits alone, in a batch, on any number of threads and at any [`crate::CpuLevel`].
+//!
+//! `unsafe`: unchecked reads of tiles and rows; [`multiply`] checks lengths first.
+#![allow(unsafe_code)]
+
+mod codes;
+mod e4m3;
+mod exact;
+mod float;
+mod int8;
+
+use crate::activations::Int8Layout;
+use crate::layout::{Coding, TILE_ROWS, TileLayout};
+use crate::pack::TileMap;
+use crate::simd::{Kernel, Level, Simd};
+use codes::{Affine, E2m1};
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// Streams that any kernel reads at most.
+pub(crate) const MAX_STREAMS: usize = 4;
+/// Activation rows that any kernel takes at most.
+pub(crate) const MAX_ROWS: usize = 8;
+/// How far ahead of the reads lines are fetched, in each stream. Half a 4 KiB page: 1 to 4 KiB are within noise of each
+/// other on Zen 5, none loses.
+const PREFETCH_BYTES: usize = 2048;
+
+/// The form in which a kernel reads activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RowForm {
+    /// `[padded_cols]` f32.
+    F32,
+    /// [`Int8Layout`].
+    Int8,
+}
+
+/// How activations meet quantized weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum ActivationMode {
+    /// f32 activations times dequantized weights, f32 accumulation: for references and golden tests.
+    Exact,
+    /// Activations rounded to 8 bits with one scale per 32 columns, for integer and E2M1 weights; f32 for the others.
+    #[default]
+    Int8,
+}
+
+impl ActivationMode {
+    /// The form of activations for a weight of this coding.
+    pub(crate) fn row_form(self, coding: Coding) -> RowForm {
+        match (self, coding) {
+            (ActivationMode::Exact, _) => RowForm::F32,
+            (ActivationMode::Int8, Coding::Affine { .. } | Coding::Mxfp4 | Coding::Nvfp4) => RowForm::Int8,
+            // 8-bit floats have 4 significant bits and a wide range: as integers they would lose it.
+            (ActivationMode::Int8, Coding::F32 | Coding::F16 | Coding::Bf16 | Coding::Fp8Block | Coding::Mxfp8) => RowForm::F32,
+        }
+    }
+}
+
+/// What a kernel works on.
+pub(crate) struct TileArgs<'a> {
+    layout: &'a TileLayout,
+    int8: Option<&'a Int8Layout>,
+    tiles: [*const u8; MAX_STREAMS],
+    rows: [*const u8; MAX_ROWS],
+    /// Multiplied with every output.
+    global_scale: f32,
+    /// `[streams][rows][16]`
+    out: *mut f32,
+}
+
+/// A kernel for `T` tiles and `R` rows.
+trait TileKernel {
+    /// Tiles and rows that a call may have. Kernels that are not made for speed come in fewer sizes: every size is
+    /// compiled for every level.
+    const MAX_STREAMS: usize = MAX_STREAMS;
+    /// See above.
+    const MAX_ROWS: usize = MAX_ROWS;
+
+    /// # Safety
+    /// `args` holds `T` whole tiles of the layout, `R` rows in the kernel's form and room for `T * R * 16` floats.
+    unsafe fn run<S: Simd, const T: usize, const R: usize>(s: S, args: &TileArgs<'_>);
+}
+
+struct Sized<B, const T: usize, const R: usize>(PhantomData<B>);
+
+impl<B: TileKernel, const T: usize, const R: usize> Kernel for Sized<B, T, R> {
+    type Args = TileArgs<'static>;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(s: S, args: &TileArgs<'static>) {
+        if const { T <= S::MAX_STREAMS && T <= B::MAX_STREAMS && R <= S::MAX_ROWS && R <= B::MAX_ROWS } {
+            // SAFETY: the caller's promise.
+            unsafe { B::run::<S, T, R>(s, args) }
+        } else {
+            unreachable!("`Product::run` calls kernels in the sizes that their level has")
+        }
+    }
+}
+
+/// # Safety
+/// As [`TileKernel::run`].
+unsafe fn run_sized<B: TileKernel>(level: Level, streams: usize, rows: usize, args: &TileArgs<'_>) {
+    // SAFETY: only the lifetime changes, and no kernel keeps its arguments.
+    let args = unsafe { std::mem::transmute::<&TileArgs<'_>, &TileArgs<'static>>(args) };
+    // SAFETY: the caller's promise.
+    unsafe {
+        match (streams, rows) {
+            (4, 1) => level.call::<Sized<B, 4, 1>>(args),
+            (2, 1) => level.call::<Sized<B, 2, 1>>(args),
+            (2, 2) => level.call::<Sized<B, 2, 2>>(args),
+            (2, 3) => level.call::<Sized<B, 2, 3>>(args),
+            (2, 4) => level.call::<Sized<B, 2, 4>>(args),
+            (1, 1) => level.call::<Sized<B, 1, 1>>(args),
+            (1, 2) => level.call::<Sized<B, 1, 2>>(args),
+            (1, 3) => level.call::<Sized<B, 1, 3>>(args),
+            (1, 4) => level.call::<Sized<B, 1, 4>>(args),
+            (1, 8) => level.call::<Sized<B, 1, 8>>(args),
+            (streams, rows) => unreachable!("`Product::run` never asks for {streams} tiles and {rows} rows"),
+        }
+    }
+}
+
+/// Activation rows for [`multiply`].
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    pub(crate) form: RowForm,
+    /// Of [`RowForm::Int8`].
+    pub(crate) int8: Option<&'a Int8Layout>,
+    /// All prepared rows.
+    pub(crate) bytes: &'a [u8],
+    pub(crate) stride_bytes: usize,
+    /// Which of them to multiply, in the order of the results.
+    pub(crate) ids: &'a [u32],
+}
+
+/// Multiplies tiles `tiles` of matrix `matrix` with `rows` and hands every result to `sink(tile, i, values)`: 16 outputs
+/// of row `rows.ids[i]`.
+///
+/// # Panics
+/// If tiles, rows or their layouts do not fit each other.
+pub(crate) fn multiply(
+    level: Level,
+    mode: ActivationMode,
+    weights: (&[u8], &TileMap),
+    matrix: usize,
+    tiles: Range<usize>,
+    rows: &Rows<'_>,
+    mut sink: impl FnMut(usize, usize, &[f32; TILE_ROWS]),
+) {
+    let (bytes, map) = weights;
+    let product = Product::new(level, mode, bytes, map, matrix, tiles.clone(), rows);
+    for_each_tile_group(product.max_streams(rows.ids.len()), tiles, |first, step, streams| {
+        product.run(rows, |t| first + t * step, streams, &mut sink);
+    });
+}
+
+/// Calls `each(first, step, streams)`: tiles `first + t * step` for `t < streams` are read at once. A stream runs through
+/// consecutive tiles, so that hardware prefetchers and our own find the next one where they look for it.
+pub(crate) fn for_each_tile_group(max_streams: usize, tiles: Range<usize>, mut each: impl FnMut(usize, usize, usize)) {
+    let mut rest = tiles;
+    let mut streams = max_streams;
+    while !rest.is_empty() {
+        let steps = rest.len() / streams;
+        for step in 0..steps {
+            each(rest.start + step, steps, streams);
+        }
+        rest.start += steps * streams;
+        streams = (streams / 2).max(1);
+    }
+}
+
+/// A checked product: layouts agree, tiles and rows are inside their buffers.
+pub(crate) struct Product<'a> {
+    level: Level,
+    mode: ActivationMode,
+    bytes: &'a [u8],
+    map: &'a TileMap,
+    matrix: usize,
+}
+
+impl<'a> Product<'a> {
+    /// Checks that the kernels may read all of `tiles` and `rows`.
+    ///
+    /// # Panics
+    /// If they may not.
+    pub(crate) fn new(
+        level: Level,
+        mode: ActivationMode,
+        bytes: &'a [u8],
+        map: &'a TileMap,
+        matrix: usize,
+        tiles: Range<usize>,
+        rows: &Rows<'_>,
+    ) -> Self {
+        let layout = &map.layout;
+        assert!(matrix < map.count && tiles.end <= map.tiles, "tiles {tiles:?} of matrix {matrix}");
+        let end = map.tile_offset(matrix, tiles.end.max(1) - 1) + layout.tile_bytes;
+        assert!(end <= bytes.len(), "tiles end at {end} of {} bytes", bytes.len());
+        assert_eq!(rows.form, mode.row_form(layout.coding), "form of the activations");
+        let row_bytes = match (rows.form, rows.int8) {
+            (RowForm::F32, _) => layout.padded_cols() * 4,
+            (RowForm::Int8, Some(int8)) => {
+                assert_eq!(int8.blocks, layout.blocks, "blocks of the 8-bit activations");
+                int8.row_bytes
+            }
+            (RowForm::Int8, None) => unreachable!("8-bit rows come with their layout"),
+        };
+        if let Some(last) = rows.ids.iter().max() {
+            let end = *last as usize * rows.stride_bytes + row_bytes;
+            assert!(end <= rows.bytes.len(), "row {last} ends at {end} of {} bytes", rows.bytes.len());
+        }
+        Product { level, mode, bytes, map, matrix }
+    }
+
+    /// Multiplies tiles `tile(0..streams)` with all rows.
+    #[inline]
+    pub(crate) fn run(
+        &self,
+        rows: &Rows<'_>,
+        tile: impl Fn(usize) -> usize,
+        streams: usize,
+        sink: &mut impl FnMut(usize, usize, &[f32; TILE_ROWS]),
+    ) {
+        let layout = &self.map.layout;
+        let (_, max_rows) = self.kernel_limits();
+        let mut out = [[0.0f32; TILE_ROWS]; MAX_STREAMS * MAX_ROWS];
+        let mut args = TileArgs {
+            layout,
+            int8: rows.int8,
+            tiles: [std::ptr::null(); MAX_STREAMS],
+            rows: [std::ptr::null(); MAX_ROWS],
+            global_scale: self.map.global_scales[self.matrix],
+            out: out.as_mut_ptr().cast(),
+        };
+        for (t, slot) in args.tiles.iter_mut().enumerate().take(streams) {
+            // A slice index: a tile outside of the buffer panics.
+            *slot = self.bytes[self.map.tile_offset(self.matrix, tile(t))..][..layout.tile_bytes].as_ptr();
+        }
+        let mut done = 0;
+        while done < rows.ids.len() {
+            // Sizes are 1, 2, 3, 4 and 8 rows: five are four and one, and the second pass finds the tile in a cache.
+            let count = match (rows.ids.len() - done).min(max_rows) {
+                5..=7 => 4,
+                count => count,
+            };
+            for (slot, id) in args.rows.iter_mut().zip(&rows.ids[done..done + count]) {
+                *slot = rows.bytes[*id as usize * rows.stride_bytes..].as_ptr();
+            }
+            // SAFETY: tiles were cut out of the buffer above; `new` checked that rows of these ids are whole and that
+            // layouts and forms agree; `out` has room for the largest kernel.
+            unsafe { self.dispatch(streams, count, &args) };
+            for t in 0..streams {
+                for r in 0..count {
+                    sink(tile(t), done + r, &out[t * count + r]);
+                }
+            }
+            done += count;
+        }
+    }
+
+    /// How many tiles to read at once when `num_rows` rows are multiplied: with more rows, registers go to these.
+    pub(crate) fn max_streams(&self, num_rows: usize) -> usize {
+        let wanted = match num_rows {
+            1 => 4,
+            2..=4 => 2,
+            _ => 1,
+        };
+        self.kernel_limits().0.min(wanted)
+    }
+
+    /// Streams and rows that the kernel of this coding takes at most at this level.
+    fn kernel_limits(&self) -> (usize, usize) {
+        let (streams, rows) = match (self.mode, self.map.layout.coding) {
+            (ActivationMode::Exact, Coding::Affine { .. } | Coding::Mxfp4 | Coding::Nvfp4) => (1, exact::MAX_ROWS),
+            (ActivationMode::Exact, Coding::F32 | Coding::F16 | Coding::Bf16 | Coding::Fp8Block | Coding::Mxfp8)
+            | (ActivationMode::Int8, _) => (MAX_STREAMS, MAX_ROWS),
+        };
+        (streams.min(self.level.max_streams()), rows.min(self.level.max_rows()))
+    }
+
+    /// # Safety
+    /// As [`TileKernel::run`].
+    unsafe fn dispatch(&self, streams: usize, rows: usize, args: &TileArgs<'_>) {
+        let level = self.level;
+        // SAFETY: the caller's promise.
+        unsafe {
+            match (self.map.layout.coding, self.mode) {
+                (Coding::F32, _) => run_sized::<float::F32>(level, streams, rows, args),
+                (Coding::F16, _) => run_sized::<float::F16>(level, streams, rows, args),
+                (Coding::Bf16, _) => run_sized::<float::Bf16>(level, streams, rows, args),
+                (Coding::Fp8Block | Coding::Mxfp8, _) => run_sized::<e4m3::E4m3>(level, streams, rows, args),
+                (Coding::Affine { bits }, ActivationMode::Int8) => match bits {
+                    2 => run_sized::<int8::Grouped<Affine<2>>>(level, streams, rows, args),
+                    3 => run_sized::<int8::Grouped<Affine<3>>>(level, streams, rows, args),
+                    4 => run_sized::<int8::Grouped<Affine<4>>>(level, streams, rows, args),
+                    5 => run_sized::<int8::Grouped<Affine<5>>>(level, streams, rows, args),
+                    6 => run_sized::<int8::Grouped<Affine<6>>>(level, streams, rows, args),
+                    8 => run_sized::<int8::Grouped<Affine<8>>>(level, streams, rows, args),
+                    other => unreachable!("affine codes of {other} bits: WeightFormat::validate"),
+                },
+                (Coding::Mxfp4, ActivationMode::Int8) => run_sized::<int8::Mxfp4>(level, streams, rows, args),
+                (Coding::Nvfp4, ActivationMode::Int8) => run_sized::<int8::Nvfp4>(level, streams, rows, args),
+                (Coding::Affine { bits }, ActivationMode::Exact) => match bits {
+                    2 => run_sized::<exact::Grouped<Affine<2>>>(level, streams, rows, args),
+                    3 => run_sized::<exact::Grouped<Affine<3>>>(level, streams, rows, args),
+                    4 => run_sized::<exact::Grouped<Affine<4>>>(level, streams, rows, args),
+                    5 => run_sized::<exact::Grouped<Affine<5>>>(level, streams, rows, args),
+                    6 => run_sized::<exact::Grouped<Affine<6>>>(level, streams, rows, args),
+                    8 => run_sized::<exact::Grouped<Affine<8>>>(level, streams, rows, args),
+                    other => unreachable!("affine codes of {other} bits: WeightFormat::validate"),
+                },
+                (Coding::Mxfp4, ActivationMode::Exact) => run_sized::<exact::Table<E2m1, 32>>(level, streams, rows, args),
+                (Coding::Nvfp4, ActivationMode::Exact) => run_sized::<exact::Table<E2m1, 16>>(level, streams, rows, args),
+            }
+        }
+    }
+}
+
+/// Writes the accumulators times the global scale.
+///
+/// # Safety
+/// `args.out` has room for `T * R * 16` floats.
+#[inline(always)]
+unsafe fn finish<S: Simd, const T: usize, const R: usize>(s: S, args: &TileArgs<'_>, factor: f32, total: &[[S::F; R]; T]) {
+    let factor = s.splat(args.global_scale * factor);
+    for t in 0..T {
+        for r in 0..R {
+            // SAFETY: the caller's promise.
+            unsafe { s.store(s.mul(total[t][r], factor), args.out.add((t * R + r) * TILE_ROWS)) };
+        }
+    }
+}
+
+/// The number of type `F32`, `F16` or `Bf16` in each of 16 lanes.
+///
+/// # Safety
+/// `from` is valid for reads of 16 numbers.
+#[inline(always)]
+unsafe fn load_scales<S: Simd>(s: S, dtype: moellon_tensor::ScaleDtype, from: *const u8) -> S::F {
+    use moellon_tensor::ScaleDtype;
+    // SAFETY: the caller's promise.
+    unsafe {
+        match dtype {
+            ScaleDtype::F32 => s.load(from.cast()),
+            ScaleDtype::F16 => s.load_f16(from),
+            ScaleDtype::Bf16 => s.cast_to_f(s.shl(s.load_u16(from), 16)),
+        }
+    }
+}
+
+/// E8M0 scales of 16 rows. Code 255 (NaN) does not occur: loading refuses it.
+///
+/// # Safety
+/// `from` is valid for reads of 16 bytes.
+#[inline(always)]
+unsafe fn load_e8m0<S: Simd>(s: S, from: *const u8) -> S::F {
+    // SAFETY: the caller's promise.
+    let codes = unsafe { s.load_u8(from) };
+    // 2^(code - 127): the code is the exponent, except code 0, which is the subnormal 2^-127.
+    let exponent = s.shl(codes, 23);
+    let is_zero = s.greater(s.splat_i(1), codes);
+    s.cast_to_f(s.or(exponent, s.and(is_zero, s.splat_i(1 << 22))))
+}
+
+/// E4M3 scales of 16 rows.
+///
+/// # Safety
+/// `from` is valid for reads of 16 bytes.
+#[inline(always)]
+unsafe fn load_e4m3<S: Simd>(s: S, from: *const u8) -> S::F {
+    // SAFETY: the caller's promise.
+    let codes = unsafe { s.load_u8(from) };
+    e4m3_value(s, s.shl(codes, 24))
+}
+
+/// The values of E4M3 codes in the top bytes of the lanes (what is below does not matter).
+#[inline(always)]
+fn e4m3_value<S: Simd>(s: S, top: S::I) -> S::F {
+    // Sign, four bits of exponent and three of mantissa go where f32 has them; a product moves the exponent's bias from
+    // 7 to 127 and normalises subnormals, exactly. 0x7F is 480; where that should be NaN, loading refuses it.
+    let bits = s.and(s.sar(top, 4), s.splat_i(0x87f0_0000_u32 as i32));
+    s.mul(s.cast_to_f(bits), s.splat(f32::from_bits((127 + 120) << 23)))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,263 @@
+//! Which vector instructions the processor has, and the one place where code compiled for them is entered.
+
+use super::Simd;
+use super::portable::Portable;
+use std::fmt;
+
+#[cfg(target_arch = "x86_64")]
+use super::{avx2::Avx2, avx512::Avx512};
+#[cfg(target_arch = "aarch64")]
+use super::neon::Neon;
+
+/// A set of vector instructions that kernels are compiled for. All levels give the same bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum CpuLevel {
+    /// Whatever the compilation target has.
+    Portable,
+    /// NEON with widening multiplies (Cortex-A72 and the like).
+    Neon,
+    /// NEON with dot products of bytes (2018 and later, all Apple silicon).
+    NeonDotprod,
+    /// AVX2, FMA, F16C (Haswell, Zen and later).
+    Avx2,
+    /// AVX2 and AVX-VNNI (Alder Lake and later without AVX-512).
+    Avx2Vnni,
+    /// AVX-512 F, BW, VL, DQ and VNNI (Cascade Lake, Zen 4 and later).
+    Avx512Vnni,
+}
+
+impl CpuLevel {
+    /// All levels, slowest first.
+    pub const ALL: [CpuLevel; 6] = [
+        CpuLevel::Portable,
+        CpuLevel::Neon,
+        CpuLevel::NeonDotprod,
+        CpuLevel::Avx2,
+        CpuLevel::Avx2Vnni,
+        CpuLevel::Avx512Vnni,
+    ];
+
+    /// The name in messages and receipts.
+    pub const fn name(self) -> &'static str {
+        match self {
+            CpuLevel::Portable => "portable",
+            CpuLevel::Neon => "neon",
+            CpuLevel::NeonDotprod => "neon-dotprod",
+            CpuLevel::Avx2 => "avx2",
+            CpuLevel::Avx2Vnni => "avx2-vnni",
+            CpuLevel::Avx512Vnni => "avx512-vnni",
+        }
+    }
+
+    /// Whether this machine can run it.
+    pub fn is_available(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+            match self {
+                CpuLevel::Portable => true,
+                CpuLevel::Neon | CpuLevel::NeonDotprod => false,
+                CpuLevel::Avx2 => avx2(),
+                CpuLevel::Avx2Vnni => avx2() && is_x86_feature_detected!("avxvnni"),
+                CpuLevel::Avx512Vnni => {
+                    avx2()
+                        && is_x86_feature_detected!("avx512f")
+                        && is_x86_feature_detected!("avx512bw")
+                        && is_x86_feature_detected!("avx512vl")
+                        && is_x86_feature_detected!("avx512dq")
+                        && is_x86_feature_detected!("avx512vnni")
+                }
+            }
+        }
+        #[cfg(target_arch = "aarch64")]
+        {
+            use std::arch::is_aarch64_feature_detected;
+            match self {
+                CpuLevel::Portable => true,
+                CpuLevel::Neon => is_aarch64_feature_detected!("neon"),
+                CpuLevel::NeonDotprod => is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod"),
+                CpuLevel::Avx2 | CpuLevel::Avx2Vnni | CpuLevel::Avx512Vnni => false,
+            }
+        }
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        {
+            self == CpuLevel::Portable
+        }
+    }
+
+    /// The levels that this machine can run, slowest first. Tests loop over them.
+    pub fn available() -> impl Iterator<Item = CpuLevel> {
+        CpuLevel::ALL.into_iter().filter(|level| level.is_available())
+    }
+
+    /// The fastest level that this machine can run.
+    pub fn detect() -> CpuLevel {
+        CpuLevel::available().last().unwrap_or(CpuLevel::Portable)
+    }
+}
+
+impl fmt::Display for CpuLevel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A kernel body, generic over the level.
+pub(crate) trait Kernel {
+    /// What it works on.
+    type Args: ?Sized;
+
+    /// Runs it. Implementations are `#[inline(always)]`.
+    ///
+    /// # Safety
+    /// `args` holds what the kernel's type says.
+    unsafe fn run<S: Simd>(simd: S, args: &Self::Args);
+}
+
+/// A level that this machine has: [`Level::new`] is the only place that makes one, so that entering a kernel needs no
+/// check.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Level(Available);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Available {
+    Portable,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+    #[cfg(target_arch = "aarch64")]
+    NeonDotprod,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx2Vnni,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
+}
+
+impl Level {
+    /// The level, if this machine has it.
+    pub(crate) fn new(level: CpuLevel) -> Option<Self> {
+        if !level.is_available() {
+            return None;
+        }
+        match level {
+            CpuLevel::Portable => Some(Level(Available::Portable)),
+            #[cfg(target_arch = "aarch64")]
+            CpuLevel::Neon => Some(Level(Available::Neon)),
+            #[cfg(target_arch = "aarch64")]
+            CpuLevel::NeonDotprod => Some(Level(Available::NeonDotprod)),
+            #[cfg(target_arch = "x86_64")]
+            CpuLevel::Avx2 => Some(Level(Available::Avx2)),
+            #[cfg(target_arch = "x86_64")]
+            CpuLevel::Avx2Vnni => Some(Level(Available::Avx2Vnni)),
+            #[cfg(target_arch = "x86_64")]
+            CpuLevel::Avx512Vnni => Some(Level(Available::Avx512Vnni)),
+            #[cfg(not(target_arch = "aarch64"))]
+            CpuLevel::Neon | CpuLevel::NeonDotprod => None,
+            #[cfg(not(target_arch = "x86_64"))]
+            CpuLevel::Avx2 | CpuLevel::Avx2Vnni | CpuLevel::Avx512Vnni => None,
+        }
+    }
+
+    /// Weight streams that a kernel call may read at once ([`Simd::MAX_STREAMS`]).
+    pub(crate) fn max_streams(self) -> usize {
+        match self.0 {
+            Available::Portable => Portable::MAX_STREAMS,
+            #[cfg(target_arch = "aarch64")]
+            Available::Neon | Available::NeonDotprod => Neon::<false>::MAX_STREAMS,
+            #[cfg(target_arch = "x86_64")]
+            Available::Avx2 | Available::Avx2Vnni => Avx2::<false>::MAX_STREAMS,
+            #[cfg(target_arch = "x86_64")]
+            Available::Avx512Vnni => Avx512::MAX_STREAMS,
+        }
+    }
+
+    /// Activation rows that a kernel call may take ([`Simd::MAX_ROWS`]).
+    pub(crate) fn max_rows(self) -> usize {
+        match self.0 {
+            Available::Portable => Portable::MAX_ROWS,
+            #[cfg(target_arch = "aarch64")]
+            Available::Neon | Available::NeonDotprod => Neon::<false>::MAX_ROWS,
+            #[cfg(target_arch = "x86_64")]
+            Available::Avx2 | Available::Avx2Vnni => Avx2::<false>::MAX_ROWS,
+            #[cfg(target_arch = "x86_64")]
+            Available::Avx512Vnni => Avx512::MAX_ROWS,
+        }
+    }
+
+    /// Runs a kernel compiled for this level.
+    ///
+    /// # Safety
+    /// `args` holds what the kernel's type says.
+    pub(crate) unsafe fn call<K: Kernel>(self, args: &K::Args) {
+        // SAFETY: a `Level` exists only for instructions that the processor has; `args` is the caller's promise.
+        unsafe {
+            match self.0 {
+                Available::Portable => run_portable::<K>(args),
+                #[cfg(target_arch = "aarch64")]
+                Available::Neon => run_neon::<K>(args),
+                #[cfg(target_arch = "aarch64")]
+                Available::NeonDotprod => run_neon_dotprod::<K>(args),
+                #[cfg(target_arch = "x86_64")]
+                Available::Avx2 => run_avx2::<K>(args),
+                #[cfg(target_arch = "x86_64")]
+                Available::Avx2Vnni => run_avx2_vnni::<K>(args),
+                #[cfg(target_arch = "x86_64")]
+                Available::Avx512Vnni => run_avx512_vnni::<K>(args),
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `args` is what `K` asks for.
+#[inline(never)]
+unsafe fn run_portable<K: Kernel>(args: &K::Args) {
+    // SAFETY: the caller's promise.
+    unsafe { K::run(Portable, args) }
+}
+
+/// # Safety
+/// The processor has the features; `args` is what `K` asks for.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn run_avx2<K: Kernel>(args: &K::Args) {
+    // SAFETY: the caller's promise.
+    unsafe { K::run(Avx2::<false>::new(), args) }
+}
+
+/// # Safety
+/// The processor has the features; `args` is what `K` asks for.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+unsafe fn run_avx2_vnni<K: Kernel>(args: &K::Args) {
+    // SAFETY: the caller's promise.
+    unsafe { K::run(Avx2::<true>::new(), args) }
+}
+
+/// # Safety
+/// The processor has the features; `args` is what `K` asks for.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn run_avx512_vnni<K: Kernel>(args: &K::Args) {
+    // SAFETY: the caller's promise.
+    unsafe { K::run(Avx512::new(), args) }
+}
+
+/// # Safety
+/// The processor has the features; `args` is what `K` asks for.
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon")]
+unsafe fn run_neon<K: Kernel>(args: &K::Args) {
+    // SAFETY: the caller's promise.
+    unsafe { K::run(Neon::<false>::new(), args) }
+}
+
+/// # Safety
+/// The processor has the features; `args` is what `K` asks for.
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon,dotprod")]
+unsafe fn run_neon_dotprod<K: Kernel>(args: &K::Args) {
+    // SAFETY: the caller's promise.
+    unsafe { K::run(Neon::<true>::new(), args) }
+}
