@@ -11,16 +11,21 @@ mod declared;
 mod error;
 pub mod experts;
 pub mod header;
+mod identity;
 pub mod index;
 pub mod json_file;
 mod linear;
 mod mapped_file;
 pub mod matrix;
 pub mod mla;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod vector;
+pub mod writer;
 
 pub use checkpoint::{Checkpoint, TensorView};
 pub use error::{Error, Result};
 pub use experts::Projection;
 pub use matrix::Matrix;
 pub use mla::{MlaKvB, MlaShape};
+pub use writer::{TensorSpec, Writer, WriterOptions};

@@ -49,10 +49,10 @@ impl MatrixView<'_> {
     /// As [`MatrixView::decode_row`].
     pub fn decode_row_rounded(&self, row: usize, dtype: ScaleDtype, out: &mut [f32]) {
         assert_eq!(out.len(), self.cols, "a row has {} columns", self.cols);
-        match dtype {
-            _ if self.global_scale != 1.0 => self.decode_row(row, out),
-            ScaleDtype::F32 => self.decode_row(row, out),
-            ScaleDtype::F16 | ScaleDtype::Bf16 => self.decode_with(row, 0..self.cols, out, |value| dtype.round(value)),
+        if self.global_scale != 1.0 || dtype == ScaleDtype::F32 {
+            self.decode_row(row, out);
+        } else {
+            self.decode_with(row, 0..self.cols, out, |value| dtype.round(value));
         }
     }
 

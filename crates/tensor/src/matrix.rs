@@ -150,16 +150,13 @@ impl<'a> MatrixView<'a> {
     pub fn row_range(&self, rows: Range<usize>) -> MatrixView<'a> {
         assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of a matrix with {}", self.rows);
         let mut part = MatrixView { rows: rows.len(), codes: self.codes.every(rows.start, 1), ..*self };
-        match self.format {
-            WeightFormat::Fp8Block { block_rows, .. } => {
-                let first = self.first_block_row + rows.start;
-                part.scales = self.scales.every(first / block_rows as usize, 1);
-                part.first_block_row = first % block_rows as usize;
-            }
-            _ => {
-                part.scales = self.scales.every(rows.start, 1);
-                part.offsets = self.offsets.every(rows.start, 1);
-            }
+        if let WeightFormat::Fp8Block { block_rows, .. } = self.format {
+            let first = self.first_block_row + rows.start;
+            part.scales = self.scales.every(first / block_rows as usize, 1);
+            part.first_block_row = first % block_rows as usize;
+        } else {
+            part.scales = self.scales.every(rows.start, 1);
+            part.offsets = self.offsets.every(rows.start, 1);
         }
         part
     }
@@ -187,12 +184,10 @@ impl<'a> MatrixView<'a> {
 
     /// Scales of row `row`.
     pub fn scale_row(&self, row: usize) -> &'a [u8] {
-        match self.format {
-            WeightFormat::Fp8Block { block_rows, .. } => {
-                self.scales.row((self.first_block_row + row) / block_rows as usize)
-            }
-            _ => self.scales.row(row),
+        if let WeightFormat::Fp8Block { block_rows, .. } = self.format {
+            return self.scales.row((self.first_block_row + row) / block_rows as usize);
         }
+        self.scales.row(row)
     }
 
     /// Bytes that this matrix takes in a checkpoint (codes, scales, offsets).
