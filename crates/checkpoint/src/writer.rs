@@ -87,7 +87,7 @@ impl Writer {
     /// Plans the shards of `specs` in `dir` (created if missing) and looks for shards of an earlier run.
     ///
     /// # Errors
-    /// If a name occurs twice or is not printable, a size overflows, a file with the name of a shard holds something
+    /// If there are no tensors, a name occurs twice or is not printable, a size overflows, a file with the name of a shard holds something
     /// else, or the file system fails.
     pub fn create(dir: impl AsRef<Path>, specs: Vec<TensorSpec>, options: &WriterOptions) -> Result<Self> {
         let dir = dir.as_ref().to_owned();
@@ -256,6 +256,9 @@ impl Shard {
 
 /// Splits the tensors into shards in the declared order; offsets are still missing.
 fn assign_to_shards(dir: &Path, specs: Vec<TensorSpec>, max_shard_bytes: usize) -> Result<Vec<Vec<Placed>>> {
+    if specs.is_empty() {
+        return Err(Error::file(dir, "tensors to write", 0, "at least 1"));
+    }
     let mut shards: Vec<Vec<Placed>> = vec![Vec::new()];
     let mut shard_bytes = 0usize;
     for spec in specs {
