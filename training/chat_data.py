@@ -15,7 +15,7 @@ import chat_facts as facts
 BUILD = pathlib.Path(__file__).resolve().parent / "build"
 SEED = 20261120
 # Examples made of each kind.
-NUM_FACTS, NUM_FUNCTIONS, NUM_SUMS, NUM_WORDS, NUM_TOOLS, NUM_MULTI_TURN = 12000, 22000, 9000, 7000, 26000, 10000
+NUM_FACTS, NUM_FUNCTIONS, NUM_SUMS, NUM_WORDS, NUM_TOOLS, NUM_MULTI_TURN = 20000, 30000, 9000, 7000, 26000, 10000
 MAX_CORPUS_PAIRS = 45000
 
 
@@ -53,13 +53,34 @@ def infinitive(description):
     return f"{verb} {rest}"
 
 
+def composed_function(rng):
+    """(name, description, code, remark) of a function that filters, maps and folds a slice."""
+    filter_name, condition = rng.choice(facts.FILTERS)
+    map_name, mapped = rng.choice(facts.MAPS)
+    fold_name, fold, result = rng.choice(facts.FOLDS)
+    items = " ".join(word for word in (filter_name, "numbers") if word)
+    items = f"{map_name} of the {items}" if map_name else items
+    name = "_".join([fold_name.split()[-1], *(word for word in (filter_name, map_name) if word)]).replace("-", "_")
+    steps = ["numbers", ".iter()", ".copied()"]
+    steps += [f".filter(|n| {condition})"] if condition else []
+    steps += [f".map(|n| {mapped})"] if mapped else []
+    steps.append(f".{fold}()")
+    body = "".join(steps) if len(steps) < 5 else steps[0] + "".join(f"\n        {step}" for step in steps[1:])
+    code = f"fn {name}(numbers: &[T]) -> {result} {{\n    {body}\n}}"
+    done = [f"keeps the {filter_name} numbers"] if filter_name else []
+    done += [f"takes their {map_name}" if filter_name else f"takes the {map_name}"] if map_name else []
+    done.append(f"calls `{fold}`")
+    remark = "It " + (", ".join(done[:-1]) + " and " if len(done) > 1 else "") + done[-1] + "."
+    return name, f"returns the {fold_name} of the {items} in a {rng.choice(['slice', 'slice', 'list', 'vector'])}", code, remark
+
+
 def function_turn(rng):
     if rng.random() < 0.1:
         what, code = rng.choice(facts.TYPES)
         question = rng.choice(["Write {} in Rust.", "Implement {} in Rust.", "Show me {} in Rust.", "Write a Rust struct for {}.", "How do I write {} in Rust?"]).format(what)
         return turn(question, f"```rust\n{code}\n```", f"The user wants {what}. I write a struct and its methods.")
-    name, description, code, remark = rng.choice(facts.FUNCTIONS)
-    integer = rng.choice(facts.INTEGER_TYPES)
+    name, description, code, remark = composed_function(rng) if rng.random() < 0.35 else rng.choice(facts.FUNCTIONS)
+    integer = rng.choice(["i32", "i64"] if "negative" in description else facts.INTEGER_TYPES)
     question = rng.choice([
         "Write a function that {d}.", "Write a Rust function that {d}.", "Write a Rust function which {d}.",
         "Please write a function that {d}.", "Can you write a Rust function that {d}?", "Implement `{n}` in Rust.",
@@ -259,7 +280,10 @@ def corpus_examples(rng):
 def finish(rng, example):
     """Choose split, thinking and a system prompt."""
     example.setdefault("split", "heldout" if rng.random() < 0.01 else "train")
-    example["thinking"] = rng.random() < 0.5
+    # The template empties the reasoning of earlier turns, so long thinking conversations would teach not to think.
+    num_users = sum(message["role"] == "user" for message in example["messages"])
+    example["thinking"] = rng.random() < (0.5 if num_users == 1 else 0.2)
+    example["reasoning_effort"] = "high" if rng.random() < 0.2 else "max"
     if rng.random() < 0.2:
         example["messages"] = [{"role": "system", "content": rng.choice(facts.SYSTEM_PROMPTS)}] + example["messages"]
     return example

@@ -125,6 +125,10 @@ FUNCTIONS = [
     ("merge", "merges two sorted slices", "fn merge(a: &[T], b: &[T]) -> Vec<T> {\n    let mut merged = [a, b].concat();\n    merged.sort();\n    merged\n}", "Rust's sort is fast on input that is partly sorted."),
     ("median", "computes the median of a vector", "fn median(mut numbers: Vec<f64>) -> Option<f64> {\n    if numbers.is_empty() {\n        return None;\n    }\n    numbers.sort_by(f64::total_cmp);\n    let middle = numbers.len() / 2;\n    if numbers.len() % 2 == 0 {\n        Some((numbers[middle - 1] + numbers[middle]) / 2.0)\n    } else {\n        Some(numbers[middle])\n    }\n}", "It sorts with `total_cmp`, because floats have no total order of their own."),
 ]
+# Parts of composed functions: (words, condition), (words, mapped value), (words, iterator method, result type).
+FILTERS = [("", ""), ("even", "n % 2 == 0"), ("odd", "n % 2 != 0"), ("positive", "*n > 0"), ("non-zero", "*n != 0"), ("negative", "*n < 0")]
+MAPS = [("", ""), ("", ""), ("squares", "n * n"), ("cubes", "n * n * n"), ("doubles", "n * 2"), ("halves", "n / 2")]
+FOLDS = [("sum", "sum", "T"), ("product", "product", "T"), ("count", "count", "usize"), ("maximum", "max", "Option<T>"), ("minimum", "min", "Option<T>")]
 INTEGER_TYPES = ["i32", "i64", "u32", "u64", "usize"]
 
 # (a request, the type's definition and impl)

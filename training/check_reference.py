@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import torch
 
-from evaluate import load_model
+from export import load_model
 from model import causal_mask
 
 MODEL_DIR = pathlib.Path(__file__).resolve().parent.parent / "models" / "moellon-tiny"

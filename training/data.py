@@ -11,6 +11,7 @@ import torch
 HERE = pathlib.Path(__file__).resolve().parent
 MODEL_DIR = HERE.parent / "models" / "moellon-tiny"
 
+FILE_START_SHARE = 0.2  # of a batch's rows
 PROMPT_WEIGHT = 0.1  # loss weight of chat tokens that the model does not write itself
 
 
@@ -63,18 +64,25 @@ def segments(rows):
 
 
 class Sampler:
-    """Random windows: anywhere in the corpus, at conversation starts in the chats."""
+    """Random windows: at conversation starts in the chats; anywhere, or at the start of a file, in the corpus."""
 
     def __init__(self, corpus, chat, generator):
         self.corpus, self.chat, self.generator = corpus, chat, generator
         self.chat_starts = (chat == token_id("[gMASK]")).nonzero().flatten()
+        self.file_starts = (corpus == token_id("<|endoftext|>")).nonzero().flatten() + 1
 
     def batch(self, batch_size, length, chat_share):
         """[batch_size, length + 2] int64; the first rows are chat."""
         num_chat = round(batch_size * chat_share)
-        device = self.corpus.device
-        offsets = torch.arange(length + 2, device=device)
-        pick = torch.randint(len(self.chat_starts), (num_chat,), generator=self.generator, device=device)
-        chat_rows = self.chat_starts[pick].clamp_max(len(self.chat) - length - 2)
-        corpus_rows = torch.randint(len(self.corpus) - length - 2, (batch_size - num_chat,), generator=self.generator, device=device)
-        return torch.cat([self.chat[chat_rows[:, None] + offsets], self.corpus[corpus_rows[:, None] + offsets]]).long()
+        num_files = round(batch_size * FILE_START_SHARE)
+        starts = torch.cat([
+            self.chat_starts[self.random(len(self.chat_starts), num_chat)].clamp_max(len(self.chat) - length - 2),
+            self.file_starts[self.random(len(self.file_starts), num_files)].clamp_max(len(self.corpus) - length - 2),
+            self.random(len(self.corpus) - length - 2, batch_size - num_chat - num_files),
+        ])
+        windows = starts[:, None] + torch.arange(length + 2, device=starts.device)
+        return torch.cat([self.chat[windows[:num_chat]], self.corpus[windows[num_chat:]]]).long()
+
+    def random(self, limit, count):
+        """`count` integers below `limit`."""
+        return torch.randint(limit, (count,), generator=self.generator, device=self.corpus.device)

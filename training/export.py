@@ -1,4 +1,4 @@
-"""Write the trained weights as a Hugging Face checkpoint: bf16, one tensor per expert, F32 router bias."""
+"""Write and read the weights as a Hugging Face checkpoint: bf16, one tensor per expert, F32 router bias."""
 
 import json
 import pathlib
@@ -7,7 +7,9 @@ import shutil
 import sys
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+
+from model import Config, Model
 
 HERE = pathlib.Path(__file__).resolve().parent
 MODEL_DIR = HERE.parent / "models" / "moellon-tiny"
@@ -42,6 +44,22 @@ def export(state, model_dir=MODEL_DIR):
     }
     (model_dir / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     return sum(t.numel() for name, t in tensors.items() if not name.endswith("e_score_correction_bias"))
+
+
+def load_model(model_dir, device):
+    """The exported checkpoint as a fp32 Model."""
+    state, experts = {}, {}
+    for name, value in load_file(model_dir / "model.safetensors").items():
+        name = name.removeprefix("model.")
+        match = re.fullmatch(r"(.*\.mlp)\.experts\.(\d+)\.(gate|up|down)_proj\.weight", name)
+        if match:
+            experts.setdefault(f"{match[1]}.experts_{match[3]}_proj", {})[int(match[2])] = value.float()
+        else:
+            state[name] = value.float()
+    state |= {name: torch.stack([rows[i] for i in range(len(rows))]) for name, rows in experts.items()}
+    model = Model(Config.load(model_dir / "config.json"))
+    model.load_state_dict(state)
+    return model.eval().to(device)
 
 
 if __name__ == "__main__":

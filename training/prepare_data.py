@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import tomllib
+import zlib
 
 HERE = pathlib.Path(__file__).resolve().parent
 BUILD = HERE / "build"
@@ -30,6 +31,7 @@ LICENCE_HEADER = re.compile(r"\A(?:\s*(?://[^\n]*\n|/\*.*?\*/\s*\n))+", re.S)
 MAX_FILE_BYTES = 96 * 1024
 MIN_FILE_BYTES = 200
 MAX_CRATE_BYTES = 3_000_000
+MIN_COMPRESSED_SHARE = 0.16  # zlib makes less of a file only if it repeats itself
 HELDOUT_PER_MILLE = 10
 
 
@@ -100,6 +102,8 @@ def clean_text(path):
     digits = sum(char.isdigit() for char in text)
     non_ascii = sum(ord(char) > 127 for char in text)
     if max(map(len, lines)) > 1000 or digits > 0.15 * len(text) or non_ascii > 0.05 * len(text) or len(text) < MIN_FILE_BYTES:
+        return None
+    if len(zlib.compress(text.encode())) < MIN_COMPRESSED_SHARE * len(text):
         return None
     return text.strip() + "\n"
 

@@ -2,7 +2,8 @@
 
 The three stages are those of DeepSeek-V3.2. The indexer always learns from its own loss only (the KL divergence
 from the attention that it must predict); the rest learns from the next-token loss and the MTP loss.
-usage: train.py [--scale 1.0] [--out build/model.pt]
+A second call, with --extend, continues from the exported checkpoint on longer sequences.
+usage: train.py [--scale 1.0] [--extend] [--out build/model.pt]
 """
 
 import argparse
@@ -14,17 +15,17 @@ import torch
 import torch.nn.functional as F
 
 from data import Sampler, load_tokens, segments
-from export import export
+from export import MODEL_DIR, export, load_model
 from model import Config, DecoderLayer, Model
 from optimizer import Muon, split_parameters
 
 HERE = pathlib.Path(__file__).resolve().parent
 SEED = 1234
 TOKENS_PER_STEP = 65536
-WARMUP_STEPS = 150
 MUON_RATE, MUON_DECAY = 0.02, 0.02
 EMBED_RATE, INDEXER_RATE = 4e-3, 2e-3
 ROUTER_BIAS_RATE = 1e-3
+LOG_EVERY = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +37,18 @@ class Stage:
     chat_share: float
     mtp_weight: float
     rate: tuple  # learning-rate scale at the stage's start and end
+    warmup_steps: int = 0
+    corpus: str = "corpus_train"  # token stream
 
 
 STAGES = [
-    Stage("dense", "dense", 6000, 512, 0.08, 0.3, (1.0, 1.0)),
-    Stage("indexer warm-up", "warmup", 150, 1024, 0.08, 0.0, (1.0, 1.0)),
-    Stage("sparse", "sparse", 1500, 1024, 0.15, 0.3, (1.0, 0.4)),
-    Stage("chat", "sparse", 1000, 1024, 0.45, 0.15, (0.4, 0.0)),
+    Stage("dense", "dense", 5600, 512, 0.1, 0.3, (1.0, 1.0), warmup_steps=150),
+    Stage("indexer warm-up", "warmup", 100, 1024, 0.1, 0.0, (1.0, 1.0)),
+    Stage("sparse", "sparse", 1000, 1024, 0.2, 0.3, (1.0, 0.5)),
+    Stage("chat", "sparse", 1150, 1024, 0.4, 0.2, (0.5, 0.0)),
 ]
+# With --extend, from the exported checkpoint: twice the length, on long files of which half keep line ends apart.
+EXTEND_STAGES = [Stage("extend", "sparse", 170, 2048, 0.35, 0.2, (0.25, 0.0), warmup_steps=10, corpus="long_train")]
 
 
 def weighted_loss(logits, targets, weight):
@@ -73,8 +78,8 @@ def train(model, sampler, stages, log):
             allowed, weight, mtp_weight = segments(rows)
             first, last = stage.rate
             scale = first + (last - first) * step / stage.steps
-            if stage is stages[0]:
-                scale *= min(1.0, (step + 1) / WARMUP_STEPS)
+            if step < stage.warmup_steps:
+                scale *= (step + 1) / stage.warmup_steps
             with torch.autocast("cuda", torch.bfloat16):
                 output = model(rows[:, :-2], rows[:, 1:-1], allowed, stage.mode)
             loss, mtp_loss = output.indexer_loss, output.indexer_loss
@@ -96,7 +101,7 @@ def train(model, sampler, stages, log):
                 adam_indexer.step()
             model.zero_grad(set_to_none=True)
             total_tokens += TOKENS_PER_STEP
-            if step % 100 == 0 or step == stage.steps - 1:
+            if step % LOG_EVERY == 0 or step == stage.steps - 1:
                 loads = torch.stack(output.loads)
                 log(f"{stage.name} {step}/{stage.steps} loss {loss.item():.4f} mtp {mtp_loss.item():.4f} "
                     f"indexer {output.indexer_loss.item():.4f} load max/mean {(loads.amax(1) / loads.mean(1)).max().item():.2f} "
@@ -106,19 +111,23 @@ def train(model, sampler, stages, log):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--scale", type=float, default=1.0, help="multiply the steps of every stage")
+    parser.add_argument("--extend", action="store_true", help="continue from the exported checkpoint with longer sequences")
     parser.add_argument("--out", default=str(HERE / "build" / "model.pt"))
     options = parser.parse_args()
     torch.manual_seed(SEED)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch._dynamo.config.cache_size_limit = 64
-    model = Model(Config.load(HERE / "config.json")).cuda()
+    model = load_model(MODEL_DIR, "cuda").train() if options.extend else Model(Config.load(HERE / "config.json")).cuda()
     DecoderLayer.forward = torch.compile(DecoderLayer.forward, dynamic=False)
     generator = torch.Generator("cuda").manual_seed(SEED)
-    sampler = Sampler(load_tokens("corpus_train").cuda(), load_tokens("chat_train").cuda(), generator)
-    stages = [dataclasses.replace(stage, steps=max(2, round(stage.steps * options.scale))) for stage in STAGES]
+    stages = EXTEND_STAGES if options.extend else STAGES
+    stages = [dataclasses.replace(stage, steps=max(2, round(stage.steps * options.scale))) for stage in stages]
+    sampler = Sampler(load_tokens(stages[0].corpus).cuda(), load_tokens("chat_train").cuda(), generator)
     train(model, sampler, stages, lambda text: print(text, flush=True))
     torch.save(model.state_dict(), options.out)
-    print(f"{export(model.state_dict()):,} parameters")
+    num_tokens = TOKENS_PER_STEP * sum(stage.steps for stage in stages)
+    print(f"{export(model.state_dict()):,} parameters, {num_tokens:,} tokens, "
+          f"{torch.cuda.max_memory_allocated() / 1e9:.0f} GB of GPU memory")
 
 
 if __name__ == "__main__":
