@@ -1,1 +1,3 @@
 //! Tokenizer, chat templates, streaming detokenization, thinking and tool-call parsing of Moellon.
+
+pub mod constraint;
