@@ -42,7 +42,15 @@ impl Int8Layout {
         let e2m1_starts_16 = sums_128 + 4 * blocks.div_ceil(4);
         let e2m1_starts_32 = e2m1_starts_16 + 8 * blocks;
         let row_bytes = (e2m1_starts_32 + 4 * blocks).next_multiple_of(64);
-        Int8Layout { cols, blocks, scales, sums: [sums_32, sums_64, sums_128], e2m1_starts_16, e2m1_starts_32, row_bytes }
+        Int8Layout {
+            cols,
+            blocks,
+            scales,
+            sums: [sums_32, sums_64, sums_128],
+            e2m1_starts_16,
+            e2m1_starts_32,
+            row_bytes,
+        }
     }
 
     /// Where the sums over `group` columns (32, 64 or 128) start.
@@ -68,17 +76,7 @@ pub(crate) struct RoundToInt8 {
     end_block: usize,
 }
 
-/// Rounds blocks `first_block..end_block` of `x` into the 8-bit row `row`.
-///
-/// # Panics
-/// If a slice has another length than `layout` says, or the range splits 128 columns or leaves the row.
-pub(crate) fn round_to_int8(level: Level, x: &[f32], row: &mut [u8], layout: Int8Layout, [first_block, end_block]: [usize; 2]) {
-    assert_eq!((x.len(), row.len()), (layout.cols, layout.row_bytes), "an f32 row and an 8-bit row of the layout");
-    // SAFETY: lengths and range are checked here and in the other function.
-    unsafe { round_part_to_int8(level, x.as_ptr(), row.as_mut_ptr(), layout, [first_block, end_block]) }
-}
-
-/// [`round_to_int8`] where several threads fill parts of one row.
+/// Rounds blocks `first_block..end_block` of `x` into the 8-bit row `row`; several threads may fill parts of one row.
 ///
 /// # Safety
 /// `x` holds `layout.cols` floats and `row` `layout.row_bytes` bytes; no other thread touches the parts of these blocks.
@@ -93,9 +91,12 @@ pub(crate) unsafe fn round_part_to_int8(
     [first_block, end_block]: [usize; 2],
 ) {
     assert!(first_block.is_multiple_of(4), "blocks {first_block}..{end_block} split 128 columns");
-    assert!(end_block.is_multiple_of(4) || end_block == layout.blocks, "blocks {first_block}..{end_block} split 128 columns");
+    assert!(
+        end_block.is_multiple_of(4) || end_block == layout.blocks,
+        "blocks {first_block}..{end_block} split 128 columns"
+    );
     assert!(end_block <= layout.blocks, "blocks {first_block}..{end_block} of {}", layout.blocks);
-    // SAFETY: the ranges are inside the row; the rest is the caller's promise.
+    // SAFETY: the blocks are inside the row; the rest is the caller's promise.
     unsafe { level.call::<RoundToInt8>(&RoundToInt8 { x, row, layout, first_block, end_block }) }
 }
 
@@ -148,7 +149,8 @@ impl Kernel for RoundToInt8 {
                     let pair = if block % 2 == 1 { sums[0].add(block - 1).read_unaligned() + sum } else { sum };
                     sums[1].add(block / 2).write_unaligned(pair);
                     if block % 4 == 3 || last {
-                        let four = if block % 4 >= 2 { sums[1].add(block / 2 - 1).read_unaligned() + pair } else { pair };
+                        let four =
+                            if block % 4 >= 2 { sums[1].add(block / 2 - 1).read_unaligned() + pair } else { pair };
                         sums[2].add(block / 4).write_unaligned(four);
                     }
                 }

@@ -1,4 +1,7 @@
 //! Repacking checkpoint matrices into tiles ([`crate::layout`]) and reading rows back.
+//!
+//! `unsafe`: threads fill different tiles of one buffer.
+#![allow(unsafe_code)]
 
 use crate::disjoint::Disjoint;
 use crate::layout::{BLOCK_COLS, Coding, LINE_BYTES, TILE_ROWS, TileLayout, bit_planes};
@@ -8,6 +11,7 @@ use moellon_tensor::minifloat::{E2M1, E4M3_WITHOUT_NAN, E8M0};
 use moellon_tensor::pool::{Pool, partition};
 use moellon_tensor::{MatrixView, ScaleDtype, WeightFormat};
 use std::io;
+use std::ops::Range;
 
 /// Where the tiles of one or several matrices of one shape stand in a buffer.
 #[derive(Debug, Clone)]
@@ -33,20 +37,29 @@ pub(crate) struct TileMap {
 impl TileMap {
     /// A map for `matrices`, which agree in shape and format, with tiles `tile_stride` and matrices `matrix_stride`
     /// bytes apart; zero strides mean packed without gaps.
-    fn new(matrices: &[MatrixView<'_>], layout: TileLayout, offset: usize, [tile_stride, matrix_stride]: [usize; 2]) -> Self {
+    fn new(
+        matrices: &[MatrixView<'_>],
+        layout: TileLayout,
+        offset: usize,
+        [tile_stride, matrix_stride]: [usize; 2],
+    ) -> Self {
         let tiles = matrices[0].rows.div_ceil(TILE_ROWS);
         let global_scales = matrices.iter().map(|m| m.global_scale).collect();
-        TileMap { layout, count: matrices.len(), rows: matrices[0].rows, tiles, offset, tile_stride, matrix_stride, global_scales }
+        TileMap {
+            layout,
+            count: matrices.len(),
+            rows: matrices[0].rows,
+            tiles,
+            offset,
+            tile_stride,
+            matrix_stride,
+            global_scales,
+        }
     }
 
     /// Where tile `tile` of matrix `matrix` starts.
     pub(crate) fn tile_offset(&self, matrix: usize, tile: usize) -> usize {
         self.offset + matrix * self.matrix_stride + tile * self.tile_stride
-    }
-
-    /// Bytes from one tile to the next of the same matrix.
-    pub(crate) fn tile_stride(&self) -> usize {
-        self.tile_stride
     }
 }
 
@@ -104,9 +117,10 @@ impl PackedMatrices {
         Ok(PackedMatrices { bytes, map })
     }
 
-    /// Decodes row `row` of matrix `matrix` into `out` (`[cols]`), to the bits that [`MatrixView::decode_row`] gives.
-    pub(crate) fn unpack_row(&self, matrix: usize, row: usize, out: &mut [f32]) {
-        unpack_row(&self.bytes, &self.map, matrix, row, out);
+    /// Decodes columns `cols` of row `row` of matrix `matrix` into `out`, to the bits that [`MatrixView::decode_row`]
+    /// gives.
+    pub(crate) fn unpack_columns(&self, matrix: usize, row: usize, cols: Range<usize>, out: &mut [f32]) {
+        unpack_columns(&self.bytes, &self.map, matrix, row, cols, out);
     }
 }
 
@@ -138,7 +152,6 @@ fn fill(pool: &Pool, bytes: &mut [u8], lists: &[(&[MatrixView<'_>], &TileMap)]) 
                 for (matrices, map) in lists {
                     let start = map.tile_offset(matrix, tile);
                     // SAFETY: tiles do not overlap, and each is packed by one thread.
-                    #[allow(unsafe_code)]
                     let out = unsafe { target.part(start..start + map.layout.tile_bytes) };
                     pack_tile(&matrices[matrix], &map.layout, tile, &mut codes, out);
                 }
@@ -238,15 +251,25 @@ fn pack_scales(matrix: &MatrixView<'_>, layout: &TileLayout, row: usize, lane: u
     }
 }
 
-/// Decodes one row of packed tiles.
-pub(crate) fn unpack_row(bytes: &[u8], map: &TileMap, matrix: usize, row: usize, out: &mut [f32]) {
+/// Decodes a part of one row of packed tiles.
+fn unpack_columns(bytes: &[u8], map: &TileMap, matrix: usize, row: usize, cols: Range<usize>, out: &mut [f32]) {
     let layout = &map.layout;
-    assert_eq!(out.len(), layout.cols, "a row has {} columns", layout.cols);
-    assert!(matrix < map.count && row < map.rows, "row {row} of matrix {matrix}, expected below {} of {}", map.rows, map.count);
+    assert!(
+        cols.end <= layout.cols && cols.len() == out.len(),
+        "columns {cols:?} of {} into {}",
+        layout.cols,
+        out.len()
+    );
+    assert!(
+        matrix < map.count && row < map.rows,
+        "row {row} of matrix {matrix}, expected below {} of {}",
+        map.rows,
+        map.count
+    );
     let tile = &bytes[map.tile_offset(matrix, row / TILE_ROWS)..][..layout.tile_bytes];
     let lane = row % TILE_ROWS;
     let global_scale = map.global_scales[matrix];
-    for (col, out) in out.iter_mut().enumerate() {
+    for (col, out) in cols.zip(out) {
         *out = unpack_value(tile, layout, lane, col, global_scale);
     }
 }
@@ -263,7 +286,8 @@ fn unpack_value(tile: &[u8], layout: &TileLayout, lane: usize, col: usize, globa
         Coding::Bf16 => ScaleDtype::Bf16.read(tile, (col / 2 * TILE_ROWS + lane) * 2 + col % 2) * global_scale,
         Coding::Affine { .. } => {
             let scales = &tile[layout.scale_offset(col / BLOCK_COLS)..];
-            let (scale, offset) = (layout.scale_dtype.read(scales, lane), layout.scale_dtype.read(scales, TILE_ROWS + lane));
+            let (scale, offset) =
+                (layout.scale_dtype.read(scales, lane), layout.scale_dtype.read(scales, TILE_ROWS + lane));
             (f32::from(code()) * scale + offset) * global_scale
         }
         Coding::Mxfp4 => E2M1[usize::from(code())] * (E8M0[usize::from(byte_scale(32))] * global_scale),

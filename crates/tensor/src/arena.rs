@@ -56,6 +56,19 @@ impl<T: bytemuck::Zeroable + Copy> AlignedBuf<T> {
     }
 }
 
+impl<T> AlignedBuf<T> {
+    /// The first element. For owners that hand out raw views: no reference to the whole buffer is made, so views stay
+    /// valid beside each other.
+    pub fn as_non_null(&self) -> NonNull<T> {
+        self.pointer
+    }
+
+    /// Elements, without a reference to them.
+    pub fn num_elements(&self) -> usize {
+        self.len
+    }
+}
+
 impl<T> Deref for AlignedBuf<T> {
     type Target = [T];
 

@@ -7,9 +7,11 @@ fn round(level: CpuLevel, x: &[f32]) -> (Int8Layout, Vec<u8>) {
     let mut row = vec![0xAA; layout.row_bytes];
     let level = Level::new(level).unwrap();
     let middle = (layout.blocks / 2).next_multiple_of(4).min(layout.blocks);
-    round_to_int8(level, x, &mut row, layout, [0, middle]);
+    // SAFETY: whole rows.
+    unsafe { round_part_to_int8(level, x.as_ptr(), row.as_mut_ptr(), layout, [0, middle]) };
     if middle < layout.blocks {
-        round_to_int8(level, x, &mut row, layout, [middle, layout.blocks]);
+        // SAFETY: as above.
+        unsafe { round_part_to_int8(level, x.as_ptr(), row.as_mut_ptr(), layout, [middle, layout.blocks]) };
     }
     (layout, row)
 }
@@ -51,7 +53,10 @@ fn rounding_errors_are_at_most_half_a_step_and_sums_are_sums() {
                 let sum = f64::from(f32_at(&row, layout.sums[i] + 4 * g));
                 // Up to four products and three additions, each half a unit in the last place of at most this size.
                 let size: f64 = x[g * group..((g + 1) * group).min(cols)].iter().map(|x| f64::from(x.abs())).sum();
-                assert!((sum - exact).abs() <= 4.0 * f64::from(f32::EPSILON) * size, "group {g} of {group}: {sum}, {exact}");
+                assert!(
+                    (sum - exact).abs() <= 4.0 * f64::from(f32::EPSILON) * size,
+                    "group {g} of {group}: {sum}, {exact}"
+                );
             }
         }
     }

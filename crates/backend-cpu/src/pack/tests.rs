@@ -27,7 +27,7 @@ fn unpacked_rows_are_the_decoded_rows_bit_for_bit() {
             for (index, matrix) in matrices.iter().enumerate() {
                 let (mut actual, mut expected) = (vec![0.0; cols], vec![0.0; cols]);
                 for row in 0..rows {
-                    packed.unpack_row(index, row, &mut actual);
+                    packed.unpack_columns(index, row, 0..cols, &mut actual);
                     matrix.view().decode_row(row, &mut expected);
                     assert_eq!(actual, expected, "{format} [{rows}, {cols}] row {row}");
                 }
@@ -61,7 +61,7 @@ fn pairs_alternate_and_hold_different_formats() {
         for (index, matrix) in list.iter().enumerate() {
             let (mut actual, mut expected) = (vec![0.0; 128], vec![0.0; 128]);
             for row in 0..40 {
-                unpack_row(&packed.bytes, map, index, row, &mut actual);
+                unpack_columns(&packed.bytes, map, index, row, 0..128, &mut actual);
                 matrix.view().decode_row(row, &mut expected);
                 assert_eq!(actual, expected, "matrix {index} row {row}");
             }
@@ -79,7 +79,7 @@ fn fp8_tiles_across_block_rows_keep_a_scale_a_row() {
         assert_eq!(packed.map.layout.fp8_scale_lanes, if block_rows == 128 { 1 } else { 16 });
         let (mut actual, mut expected) = (vec![0.0; 150], vec![0.0; 150]);
         for row in 0..50 {
-            packed.unpack_row(0, row, &mut actual);
+            packed.unpack_columns(0, row, 0..150, &mut actual);
             matrices[0].view().decode_row(row, &mut expected);
             assert_eq!(actual, expected, "block_rows {block_rows} row {row}");
         }

@@ -1,5 +1,4 @@
 //! Codes out of bit planes: four columns of sixteen rows as bytes.
-#![allow(unsafe_code)]
 
 use crate::layout::LINE_BYTES;
 use crate::simd::Simd;
@@ -44,7 +43,13 @@ const E2M1_OPERANDS: [u8; 16] = {
 /// # Safety
 /// `block` is valid for reads of the plane's lines.
 #[inline(always)]
-unsafe fn plane<S: Simd, const M: usize>(s: S, block: *const u8, first_line: usize, width: usize, lowest: usize) -> S::I {
+unsafe fn plane<S: Simd, const M: usize>(
+    s: S,
+    block: *const u8,
+    first_line: usize,
+    width: usize,
+    lowest: usize,
+) -> S::I {
     let per_line = 8 / width;
     // SAFETY: the caller's promise.
     let line = unsafe { s.load_i(block.add((first_line + M / per_line) * LINE_BYTES)) };

@@ -1,6 +1,7 @@
 //! E4M3 weights (FP8 blocks, MXFP8) times f32 activations: products of a group are summed without its scale, then
 //! scaled once.
-#![allow(unsafe_code)]
+// Loops run over arrays of registers, several at once; iterators would hide vectors in closures.
+#![allow(clippy::needless_range_loop)]
 
 use super::{PREFETCH_BYTES, TileArgs, TileKernel, e4m3_value, finish, load_e8m0};
 use crate::layout::{BLOCK_COLS, Coding, LINE_BYTES, TILE_ROWS};

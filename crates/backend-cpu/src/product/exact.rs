@@ -1,6 +1,7 @@
 //! Integer and E2M1 weights, dequantized to f32, times f32 activations: one fused multiply-add a column, in order.
 //! For references and golden tests, so it comes in few sizes.
-#![allow(unsafe_code)]
+// Loops run over arrays of registers, several at once; iterators would hide vectors in closures.
+#![allow(clippy::needless_range_loop)]
 
 use super::codes::{Codes, E2M1_BIAS, E2M1_FACTOR};
 use super::{TileArgs, TileKernel, finish, load_e4m3, load_e8m0, load_scales};
@@ -68,7 +69,8 @@ impl<C: Codes> TileKernel for Grouped<C> {
                     for r in 0..R {
                         x[r] = args.rows[r].cast::<f32>().add(block * BLOCK_COLS);
                     }
-                    add_block!(s, C, at, x, total, [factor, factor], |code, scale| s.add(s.mul(s.to_f(code), scale), offset));
+                    add_block!(s, C, at, x, total, [factor, factor], |code, scale| s
+                        .add(s.mul(s.to_f(code), scale), offset));
                 }
                 totals[t] = total;
             }
@@ -105,7 +107,8 @@ impl<C: Codes, const GROUP: usize> TileKernel for Table<C, GROUP> {
                         x[r] = args.rows[r].cast::<f32>().add(block * BLOCK_COLS);
                     }
                     let bias = s.splat_i(E2M1_BIAS);
-                    add_block!(s, C, at, x, total, [low, high], |code, scale| s.mul(s.to_f(s.sub_i(code, bias)), scale));
+                    add_block!(s, C, at, x, total, [low, high], |code, scale| s
+                        .mul(s.to_f(s.sub_i(code, bias)), scale));
                 }
                 totals[t] = total;
             }

@@ -1,5 +1,6 @@
 //! Plain floats times f32 activations: one fused multiply-add a column, in order.
-#![allow(unsafe_code)]
+// Loops run over arrays of registers, several at once; iterators would hide vectors in closures.
+#![allow(clippy::needless_range_loop)]
 
 use super::{PREFETCH_BYTES, TileArgs, TileKernel, finish};
 use crate::layout::LINE_BYTES;

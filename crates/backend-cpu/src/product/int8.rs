@@ -1,5 +1,6 @@
 //! Integer and E2M1 weights times 8-bit activations.
-#![allow(unsafe_code)]
+// Loops run over arrays of registers, several at once; iterators would hide vectors in closures.
+#![allow(clippy::needless_range_loop)]
 
 use super::codes::{Codes, E2M1_FACTOR, E2m1, prefetch_line};
 use super::{PREFETCH_BYTES, TileArgs, TileKernel, finish, load_e4m3, load_e8m0, load_scales};

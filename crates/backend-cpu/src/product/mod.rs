@@ -12,6 +12,8 @@
 //!
 //! `unsafe`: unchecked reads of tiles and rows; [`multiply`] checks lengths first.
 #![allow(unsafe_code)]
+// Loops run over arrays of registers, several at once; iterators would hide vectors in closures.
+#![allow(clippy::needless_range_loop)]
 
 mod codes;
 mod e4m3;
@@ -61,7 +63,9 @@ impl ActivationMode {
             (ActivationMode::Exact, _) => RowForm::F32,
             (ActivationMode::Int8, Coding::Affine { .. } | Coding::Mxfp4 | Coding::Nvfp4) => RowForm::Int8,
             // 8-bit floats have 4 significant bits and a wide range: as integers they would lose it.
-            (ActivationMode::Int8, Coding::F32 | Coding::F16 | Coding::Bf16 | Coding::Fp8Block | Coding::Mxfp8) => RowForm::F32,
+            (ActivationMode::Int8, Coding::F32 | Coding::F16 | Coding::Bf16 | Coding::Fp8Block | Coding::Mxfp8) => {
+                RowForm::F32
+            }
         }
     }
 }
@@ -130,21 +134,50 @@ unsafe fn run_sized<B: TileKernel>(level: Level, streams: usize, rows: usize, ar
     }
 }
 
-/// Activation rows for [`multiply`].
+/// Activation rows that products read.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows<'a> {
-    pub(crate) form: RowForm,
-    /// Of [`RowForm::Int8`].
-    pub(crate) int8: Option<&'a Int8Layout>,
-    /// All prepared rows.
-    pub(crate) bytes: &'a [u8],
-    pub(crate) stride_bytes: usize,
-    /// Which of them to multiply, in the order of the results.
-    pub(crate) ids: &'a [u32],
+    form: RowForm,
+    int8: Option<&'a Int8Layout>,
+    first: *const u8,
+    len_bytes: usize,
+    stride_bytes: usize,
+    ids: &'a [u32],
+}
+
+impl<'a> Rows<'a> {
+    /// Rows in form `form` (8-bit rows with their layout), `stride_bytes` apart from `first` on, of which `ids` are to
+    /// be multiplied, in this order.
+    ///
+    /// # Safety
+    /// `len_bytes` bytes from `first` on are valid for reads, and nobody writes them, as long as the value is used.
+    pub(crate) unsafe fn new(
+        form: RowForm,
+        int8: Option<&'a Int8Layout>,
+        first: *const u8,
+        len_bytes: usize,
+        stride_bytes: usize,
+        ids: &'a [u32],
+    ) -> Self {
+        Rows { form, int8, first, len_bytes, stride_bytes, ids }
+    }
+
+    /// Other rows of the same buffer.
+    pub(crate) fn with_ids<'b>(&self, ids: &'b [u32]) -> Rows<'b>
+    where
+        'a: 'b,
+    {
+        Rows { ids, ..*self }
+    }
+
+    /// Which rows.
+    pub(crate) fn ids(&self) -> &'a [u32] {
+        self.ids
+    }
 }
 
 /// Multiplies tiles `tiles` of matrix `matrix` with `rows` and hands every result to `sink(tile, i, values)`: 16 outputs
-/// of row `rows.ids[i]`.
+/// of row `rows.ids()[i]`.
 ///
 /// # Panics
 /// If tiles, rows or their layouts do not fit each other.
@@ -157,10 +190,10 @@ pub(crate) fn multiply(
     rows: &Rows<'_>,
     mut sink: impl FnMut(usize, usize, &[f32; TILE_ROWS]),
 ) {
-    let (bytes, map) = weights;
-    let product = Product::new(level, mode, bytes, map, matrix, tiles.clone(), rows);
+    let product = Product::new(level, mode, weights, matrix, tiles.clone(), rows);
     for_each_tile_group(product.max_streams(rows.ids.len()), tiles, |first, step, streams| {
-        product.run(rows, |t| first + t * step, streams, &mut sink);
+        let tile = |t| first + t * step;
+        product.run(rows, tile, streams, &mut |t, i, values| sink(tile(t), i, values));
     });
 }
 
@@ -179,25 +212,25 @@ pub(crate) fn for_each_tile_group(max_streams: usize, tiles: Range<usize>, mut e
     }
 }
 
-/// A checked product: layouts agree, tiles and rows are inside their buffers.
+/// A checked product: layouts and forms agree, tiles are inside their buffer.
 pub(crate) struct Product<'a> {
     level: Level,
     mode: ActivationMode,
     bytes: &'a [u8],
     map: &'a TileMap,
     matrix: usize,
+    row_bytes: usize,
 }
 
 impl<'a> Product<'a> {
-    /// Checks that the kernels may read all of `tiles` and `rows`.
+    /// Checks tiles and forms.
     ///
     /// # Panics
-    /// If they may not.
+    /// If the tiles are not there, or `rows` have another form or length than the kernel reads.
     pub(crate) fn new(
         level: Level,
         mode: ActivationMode,
-        bytes: &'a [u8],
-        map: &'a TileMap,
+        (bytes, map): (&'a [u8], &'a TileMap),
         matrix: usize,
         tiles: Range<usize>,
         rows: &Rows<'_>,
@@ -215,14 +248,11 @@ impl<'a> Product<'a> {
             }
             (RowForm::Int8, None) => unreachable!("8-bit rows come with their layout"),
         };
-        if let Some(last) = rows.ids.iter().max() {
-            let end = *last as usize * rows.stride_bytes + row_bytes;
-            assert!(end <= rows.bytes.len(), "row {last} ends at {end} of {} bytes", rows.bytes.len());
-        }
-        Product { level, mode, bytes, map, matrix }
+        Product { level, mode, bytes, map, matrix, row_bytes }
     }
 
-    /// Multiplies tiles `tile(0..streams)` with all rows.
+    /// Multiplies tiles `tile(0..streams)` with all of `rows` (those that [`Product::new`] saw, or others of the same
+    /// buffer) and hands `sink(t, i, values)` the results of tile `tile(t)` and row `rows.ids()[i]`.
     #[inline]
     pub(crate) fn run(
         &self,
@@ -254,14 +284,16 @@ impl<'a> Product<'a> {
                 count => count,
             };
             for (slot, id) in args.rows.iter_mut().zip(&rows.ids[done..done + count]) {
-                *slot = rows.bytes[*id as usize * rows.stride_bytes..].as_ptr();
+                let end = *id as usize * rows.stride_bytes + self.row_bytes;
+                assert!(end <= rows.len_bytes, "row {id} ends at {end} of {} bytes", rows.len_bytes);
+                *slot = rows.first.wrapping_add(*id as usize * rows.stride_bytes);
             }
-            // SAFETY: tiles were cut out of the buffer above; `new` checked that rows of these ids are whole and that
-            // layouts and forms agree; `out` has room for the largest kernel.
+            // SAFETY: tiles and rows were cut out of their buffers above; `new` checked that layouts and forms agree;
+            // `out` has room for the largest kernel.
             unsafe { self.dispatch(streams, count, &args) };
             for t in 0..streams {
                 for r in 0..count {
-                    sink(tile(t), done + r, &out[t * count + r]);
+                    sink(t, done + r, &out[t * count + r]);
                 }
             }
             done += count;
@@ -319,8 +351,12 @@ impl<'a> Product<'a> {
                     8 => run_sized::<exact::Grouped<Affine<8>>>(level, streams, rows, args),
                     other => unreachable!("affine codes of {other} bits: WeightFormat::validate"),
                 },
-                (Coding::Mxfp4, ActivationMode::Exact) => run_sized::<exact::Table<E2m1, 32>>(level, streams, rows, args),
-                (Coding::Nvfp4, ActivationMode::Exact) => run_sized::<exact::Table<E2m1, 16>>(level, streams, rows, args),
+                (Coding::Mxfp4, ActivationMode::Exact) => {
+                    run_sized::<exact::Table<E2m1, 32>>(level, streams, rows, args)
+                }
+                (Coding::Nvfp4, ActivationMode::Exact) => {
+                    run_sized::<exact::Table<E2m1, 16>>(level, streams, rows, args)
+                }
             }
         }
     }
@@ -331,7 +367,12 @@ impl<'a> Product<'a> {
 /// # Safety
 /// `args.out` has room for `T * R * 16` floats.
 #[inline(always)]
-unsafe fn finish<S: Simd, const T: usize, const R: usize>(s: S, args: &TileArgs<'_>, factor: f32, total: &[[S::F; R]; T]) {
+unsafe fn finish<S: Simd, const T: usize, const R: usize>(
+    s: S,
+    args: &TileArgs<'_>,
+    factor: f32,
+    total: &[[S::F; R]; T],
+) {
     let factor = s.splat(args.global_scale * factor);
     for t in 0..T {
         for r in 0..R {

@@ -1,7 +1,7 @@
 //! Products against f64 sums over decoded rows, and against themselves: in any batch, at any level, the same bits.
 
 use super::*;
-use crate::activations::round_to_int8;
+use crate::activations::round_part_to_int8;
 use crate::pack::PackedMatrices;
 use crate::pack::tests::{shapes, test_pool};
 use crate::simd::CpuLevel;
@@ -28,7 +28,6 @@ impl Prepared {
             RowForm::F32 => int8.blocks * 32 * 4,
             RowForm::Int8 => int8.row_bytes,
         };
-        // One line of slack aligns the rows.
         let mut bytes = vec![0u8; x.len() * stride_bytes];
         for (x, row) in x.iter().zip(bytes.chunks_exact_mut(stride_bytes)) {
             match form {
@@ -38,7 +37,9 @@ impl Prepared {
                     }
                 }
                 RowForm::Int8 => {
-                    round_to_int8(Level::new(CpuLevel::detect()).unwrap(), x, row, int8, [0, int8.blocks]);
+                    let level = Level::new(CpuLevel::detect()).unwrap();
+                    // SAFETY: whole rows.
+                    unsafe { round_part_to_int8(level, x.as_ptr(), row.as_mut_ptr(), int8, [0, int8.blocks]) };
                 }
             }
         }
@@ -58,17 +59,32 @@ impl Prepared {
     }
 
     fn rows<'a>(&'a self, ids: &'a [u32]) -> Rows<'a> {
-        Rows { form: self.form, int8: Some(&self.int8), bytes: &self.bytes, stride_bytes: self.stride_bytes, ids }
+        // SAFETY: the bytes are borrowed as long as the rows.
+        unsafe { Rows::new(self.form, Some(&self.int8), self.bytes.as_ptr(), self.bytes.len(), self.stride_bytes, ids) }
     }
 }
 
 /// `[ids.len()][rows]` products with matrix 0.
-fn products(level: CpuLevel, mode: ActivationMode, packed: &PackedMatrices, prepared: &Prepared, ids: &[u32]) -> Vec<Vec<f32>> {
+fn products(
+    level: CpuLevel,
+    mode: ActivationMode,
+    packed: &PackedMatrices,
+    prepared: &Prepared,
+    ids: &[u32],
+) -> Vec<Vec<f32>> {
     let mut out = vec![vec![f32::NAN; packed.map.tiles * TILE_ROWS]; ids.len()];
     let level = Level::new(level).unwrap();
-    multiply(level, mode, (&packed.bytes, &packed.map), 0, 0..packed.map.tiles, &prepared.rows(ids), |tile, i, values| {
-        out[i][tile * TILE_ROWS..][..TILE_ROWS].copy_from_slice(values);
-    });
+    multiply(
+        level,
+        mode,
+        (&packed.bytes, &packed.map),
+        0,
+        0..packed.map.tiles,
+        &prepared.rows(ids),
+        |tile, i, values| {
+            out[i][tile * TILE_ROWS..][..TILE_ROWS].copy_from_slice(values);
+        },
+    );
     out.iter_mut().for_each(|row| row.truncate(packed.map.rows));
     out
 }
@@ -123,7 +139,10 @@ fn products_are_right_in_every_format_and_mode() {
                     for (row, actual) in actual.iter().enumerate() {
                         let (expected, bound) = exact_product(&matrix.view(), row, &seen);
                         let error = (f64::from(*actual) - expected).abs();
-                        assert!(error <= bound, "{format} {mode:?} [{rows}, {cols}] row {row}: {actual}, expected {expected} ± {bound:e}");
+                        assert!(
+                            error <= bound,
+                            "{format} {mode:?} [{rows}, {cols}] row {row}: {actual}, expected {expected} ± {bound:e}"
+                        );
                     }
                 }
             }

@@ -4,10 +4,10 @@ use super::Simd;
 use super::portable::Portable;
 use std::fmt;
 
-#[cfg(target_arch = "x86_64")]
-use super::{avx2::Avx2, avx512::Avx512};
 #[cfg(target_arch = "aarch64")]
 use super::neon::Neon;
+#[cfg(target_arch = "x86_64")]
+use super::{avx2::Avx2, avx512::Avx512};
 
 /// A set of vector instructions that kernels are compiled for. All levels give the same bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -53,7 +53,9 @@ impl CpuLevel {
     pub fn is_available(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         {
-            let avx2 = || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+            let avx2 = || {
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+            };
             match self {
                 CpuLevel::Portable => true,
                 CpuLevel::Neon | CpuLevel::NeonDotprod => false,
@@ -75,7 +77,9 @@ impl CpuLevel {
             match self {
                 CpuLevel::Portable => true,
                 CpuLevel::Neon => is_aarch64_feature_detected!("neon"),
-                CpuLevel::NeonDotprod => is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod"),
+                CpuLevel::NeonDotprod => {
+                    is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod")
+                }
                 CpuLevel::Avx2 | CpuLevel::Avx2Vnni | CpuLevel::Avx512Vnni => false,
             }
         }
@@ -117,7 +121,10 @@ pub(crate) trait Kernel {
 /// A level that this machine has: [`Level::new`] is the only place that makes one, so that entering a kernel needs no
 /// check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Level(Available);
+pub(crate) struct Level {
+    name: CpuLevel,
+    available: Available,
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Available {
@@ -140,28 +147,34 @@ impl Level {
         if !level.is_available() {
             return None;
         }
-        match level {
-            CpuLevel::Portable => Some(Level(Available::Portable)),
+        let available = match level {
+            CpuLevel::Portable => Some(Available::Portable),
             #[cfg(target_arch = "aarch64")]
-            CpuLevel::Neon => Some(Level(Available::Neon)),
+            CpuLevel::Neon => Some(Available::Neon),
             #[cfg(target_arch = "aarch64")]
-            CpuLevel::NeonDotprod => Some(Level(Available::NeonDotprod)),
+            CpuLevel::NeonDotprod => Some(Available::NeonDotprod),
             #[cfg(target_arch = "x86_64")]
-            CpuLevel::Avx2 => Some(Level(Available::Avx2)),
+            CpuLevel::Avx2 => Some(Available::Avx2),
             #[cfg(target_arch = "x86_64")]
-            CpuLevel::Avx2Vnni => Some(Level(Available::Avx2Vnni)),
+            CpuLevel::Avx2Vnni => Some(Available::Avx2Vnni),
             #[cfg(target_arch = "x86_64")]
-            CpuLevel::Avx512Vnni => Some(Level(Available::Avx512Vnni)),
+            CpuLevel::Avx512Vnni => Some(Available::Avx512Vnni),
             #[cfg(not(target_arch = "aarch64"))]
             CpuLevel::Neon | CpuLevel::NeonDotprod => None,
             #[cfg(not(target_arch = "x86_64"))]
             CpuLevel::Avx2 | CpuLevel::Avx2Vnni | CpuLevel::Avx512Vnni => None,
-        }
+        };
+        available.map(|available| Level { name: level, available })
+    }
+
+    /// Its name.
+    pub(crate) fn name(self) -> CpuLevel {
+        self.name
     }
 
     /// Weight streams that a kernel call may read at once ([`Simd::MAX_STREAMS`]).
     pub(crate) fn max_streams(self) -> usize {
-        match self.0 {
+        match self.available {
             Available::Portable => Portable::MAX_STREAMS,
             #[cfg(target_arch = "aarch64")]
             Available::Neon | Available::NeonDotprod => Neon::<false>::MAX_STREAMS,
@@ -174,7 +187,7 @@ impl Level {
 
     /// Activation rows that a kernel call may take ([`Simd::MAX_ROWS`]).
     pub(crate) fn max_rows(self) -> usize {
-        match self.0 {
+        match self.available {
             Available::Portable => Portable::MAX_ROWS,
             #[cfg(target_arch = "aarch64")]
             Available::Neon | Available::NeonDotprod => Neon::<false>::MAX_ROWS,
@@ -192,7 +205,7 @@ impl Level {
     pub(crate) unsafe fn call<K: Kernel>(self, args: &K::Args) {
         // SAFETY: a `Level` exists only for instructions that the processor has; `args` is the caller's promise.
         unsafe {
-            match self.0 {
+            match self.available {
                 Available::Portable => run_portable::<K>(args),
                 #[cfg(target_arch = "aarch64")]
                 Available::Neon => run_neon::<K>(args),

@@ -17,7 +17,7 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
     let n = s.to_i(s.mul(x, s.splat(std::f32::consts::LOG2_E)));
     let whole = s.to_f(n);
     // ln 2 in two parts: the first has so few bits that its product with n is exact.
-    let r = s.mul_add(whole, s.splat(-0.693_359_375), x);
+    let r = s.mul_add(whole, s.splat(-355.0 / 512.0), x);
     let r = s.mul_add(whole, s.splat(2.121_944_4e-4), r);
     let mut p = s.splat(1.987_569_1e-4);
     p = s.mul_add(p, r, s.splat(1.398_199_9e-3));

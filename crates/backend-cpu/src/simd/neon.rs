@@ -1,6 +1,8 @@
 //! NEON: sixteen lanes are four registers. With `DOTPROD` the byte products are `sdot` (by `asm!`: the intrinsic is not
 //! stable in Rust 1.95); without it they are widening multiplies. Both are signed, so the eighth bit of a code is
 //! multiplied apart.
+// Loops run over arrays of registers, several at once; iterators would hide vectors in closures.
+#![allow(clippy::needless_range_loop)]
 
 use super::Simd;
 use std::arch::aarch64::*;
@@ -38,10 +40,22 @@ macro_rules! intrinsic {
 macro_rules! quarters {
     ($out:ident: $i:ident => $value:expr) => {
         $out([
-            { let $i = 0; intrinsic!($value) },
-            { let $i = 1; intrinsic!($value) },
-            { let $i = 2; intrinsic!($value) },
-            { let $i = 3; intrinsic!($value) },
+            {
+                let $i = 0;
+                intrinsic!($value)
+            },
+            {
+                let $i = 1;
+                intrinsic!($value)
+            },
+            {
+                let $i = 2;
+                intrinsic!($value)
+            },
+            {
+                let $i = 3;
+                intrinsic!($value)
+            },
         ])
     };
 }

@@ -1,4 +1,6 @@
 //! Sixteen lanes as arrays: what every other level must equal, and what runs where nothing better exists.
+// Loops run over arrays of registers, several at once; iterators would hide vectors in closures.
+#![allow(clippy::needless_range_loop)]
 
 use super::Simd;
 

@@ -73,7 +73,10 @@ impl Kernel for AllOperations {
             int!("sub_i", s.sub_i(i, k));
             int!("greater", s.greater(i, k));
             int!("sum_i", s.splat_i(s.sum_i(i)));
-            int!("look_up", s.look_up(s.load_table(&core::array::from_fn(|n| (n * n) as u8)), s.and(codes, s.splat_i(0x0f0f_0f0f))));
+            int!(
+                "look_up",
+                s.look_up(s.load_table(&core::array::from_fn(|n| (n * n) as u8)), s.and(codes, s.splat_i(0x0f0f_0f0f)))
+            );
             int!("dot4_u7", s.dot4_u7(i, s.and(codes, s.splat_i(0x7f7f_7f7f)), x));
             int!("dot4_u8", s.dot4_u8(i, codes, x));
             let mut low = [0u8; 16];
@@ -150,9 +153,17 @@ fn exp_and_sigmoid_are_right_to_a_few_units_in_the_last_place() {
         let [exp, sigmoid] = args.out.get();
         for lane in 0..16 {
             let exact = f64::from(args.x[lane]).exp();
-            assert!((f64::from(exp[lane]) / exact - 1.0).abs() < 2.0 * f64::from(f32::EPSILON), "exp({})", args.x[lane]);
+            assert!(
+                (f64::from(exp[lane]) / exact - 1.0).abs() < 2.0 * f64::from(f32::EPSILON),
+                "exp({})",
+                args.x[lane]
+            );
             let exact = 1.0 / (1.0 + (-f64::from(args.x[lane])).exp());
-            assert!((f64::from(sigmoid[lane]) / exact - 1.0).abs() < 4.0 * f64::from(f32::EPSILON), "sigmoid({})", args.x[lane]);
+            assert!(
+                (f64::from(sigmoid[lane]) / exact - 1.0).abs() < 4.0 * f64::from(f32::EPSILON),
+                "sigmoid({})",
+                args.x[lane]
+            );
         }
         x += 16e-3;
     }

@@ -1,0 +1,475 @@
+//! Attention over paged rows, for grouped-query and latent attention alike: heads that share keys, keys and values in
+//! one cache row, softmax on the fly.
+//!
+//! A row's context is cut into chunks of [`CHUNK`] positions, counted from its first one. A chunk's scores stay in L1,
+//! its cache rows are read once for the scores of all heads and found in L2 for the values. Between chunks each head
+//! keeps its largest score, the sum of its weights and its weighted values, rescaled when the largest changes. All of
+//! this depends on the row alone.
+//!
+//! `unsafe`: SIMD kernels over raw cache rows.
+#![allow(unsafe_code)]
+// Loops run over arrays of registers, several at once; iterators would hide vectors in closures.
+#![allow(clippy::needless_range_loop)]
+
+use crate::memory::CacheRows;
+use crate::simd::math::exp;
+use crate::simd::{Kernel, Level, Simd};
+use moellon_ops::CacheDtype;
+
+/// Positions of a chunk.
+pub(crate) const CHUNK: usize = 128;
+/// Heads whose scores are computed together: their accumulators, two positions at once, fill 8 registers.
+const HEADS: usize = 4;
+/// Lanes.
+const LANES: usize = 16;
+
+/// What heads of one token share.
+#[derive(Clone, Copy)]
+pub(crate) struct KeysAndValues {
+    pub(crate) rows: CacheRows,
+    /// First element of the keys in a cache row.
+    pub(crate) key_at: usize,
+    /// Elements of a key.
+    pub(crate) key_dim: usize,
+    /// First element of the values in a cache row.
+    pub(crate) value_at: usize,
+    /// Elements of a value.
+    pub(crate) value_dim: usize,
+}
+
+/// Work space of one thread.
+pub(crate) struct Heads<'a> {
+    /// `[num_heads][padded key_dim]`, zeros behind each query.
+    pub(crate) queries: &'a mut [f32],
+    /// `[num_heads]`: largest score so far, sum of weights.
+    pub(crate) largest: &'a mut [f32],
+    pub(crate) sums: &'a mut [f32],
+    /// `[num_heads][padded value_dim]`: weighted values.
+    pub(crate) values: &'a mut [f32],
+    pub(crate) num_heads: usize,
+}
+
+/// Floats that [`Heads`] needs.
+pub(crate) fn heads_floats(num_heads: usize, key_dim: usize, value_dim: usize) -> usize {
+    num_heads * (key_dim.next_multiple_of(LANES) + value_dim.next_multiple_of(LANES) + 2)
+}
+
+impl<'a> Heads<'a> {
+    /// Cuts `space` ([`heads_floats`] floats, or more) and clears the state. `sinks[h]`: a logit that takes its share of
+    /// the softmax and has no value.
+    pub(crate) fn new(
+        space: &'a mut [f32],
+        num_heads: usize,
+        [key_dim, value_dim]: [usize; 2],
+        sinks: Option<&[f32]>,
+    ) -> Self {
+        let (queries, rest) = space.split_at_mut(num_heads * key_dim.next_multiple_of(LANES));
+        let (values, rest) = rest.split_at_mut(num_heads * value_dim.next_multiple_of(LANES));
+        let (largest, rest) = rest.split_at_mut(num_heads);
+        let sums = &mut rest[..num_heads];
+        queries.fill(0.0);
+        values.fill(0.0);
+        match sinks {
+            Some(sinks) => {
+                largest.copy_from_slice(sinks);
+                sums.fill(1.0);
+            }
+            None => {
+                largest.fill(f32::NEG_INFINITY);
+                sums.fill(0.0);
+            }
+        }
+        Heads { queries, largest, sums, values, num_heads }
+    }
+
+    /// The query of head `head`.
+    pub(crate) fn query_mut(&mut self, head: usize, key_dim: usize) -> &mut [f32] {
+        let stride = key_dim.next_multiple_of(LANES);
+        &mut self.queries[head * stride..][..key_dim]
+    }
+
+    /// The result of head `head`: weighted values over the sum of weights.
+    pub(crate) fn write_average(&self, head: usize, out: &mut [f32]) {
+        let stride = out.len().next_multiple_of(LANES);
+        let inverse = 1.0 / self.sums[head];
+        for (out, value) in out.iter_mut().zip(&self.values[head * stride..]) {
+            *out = value * inverse;
+        }
+    }
+}
+
+/// Adds `slots` (up to [`CHUNK`]) to the state of all heads.
+///
+/// # Panics
+/// If a slot is not in the cache, or the work space has other sizes.
+pub(crate) fn attend_chunk(level: Level, shared: &KeysAndValues, scale: f32, heads: &mut Heads<'_>, slots: &[u32]) {
+    assert!(slots.len() <= CHUNK);
+    let (key_stride, value_stride) = (shared.key_dim.next_multiple_of(LANES), shared.value_dim.next_multiple_of(LANES));
+    assert_eq!(heads.queries.len(), heads.num_heads * key_stride, "queries");
+    assert_eq!(heads.values.len(), heads.num_heads * value_stride, "values");
+    check_row(shared);
+    let mut rows = [std::ptr::null::<u8>(); CHUNK];
+    for (row, slot) in rows.iter_mut().zip(slots) {
+        *row = shared.rows.pointer(*slot as usize);
+    }
+    let mut args = ChunkArgs {
+        shared,
+        rows: &rows[..slots.len()],
+        scale,
+        num_heads: heads.num_heads,
+        queries: heads.queries.as_ptr(),
+        largest: heads.largest.as_mut_ptr(),
+        sums: heads.sums.as_mut_ptr(),
+        values: heads.values.as_mut_ptr(),
+    };
+    // SAFETY: sizes were checked above; rows are inside the cache, which nobody writes during this operation.
+    unsafe {
+        match shared.rows.dtype {
+            CacheDtype::F32 => call::<false>(level, &mut args),
+            CacheDtype::Bf16 => call::<true>(level, &mut args),
+        }
+    }
+}
+
+fn check_row(shared: &KeysAndValues) {
+    let width = shared.rows.row_bytes / shared.rows.dtype.size_bytes();
+    assert!(
+        shared.key_at + shared.key_dim <= width && shared.value_at + shared.value_dim <= width,
+        "keys and values in a row"
+    );
+}
+
+unsafe fn call<const BF16: bool>(level: Level, args: &mut ChunkArgs<'_>) {
+    // SAFETY: only the lifetime changes, and the kernel keeps nothing; the rest is the caller's promise.
+    unsafe { level.call::<Chunk<BF16>>(std::mem::transmute::<&ChunkArgs<'_>, &ChunkArgs<'static>>(args)) }
+}
+
+struct ChunkArgs<'a> {
+    shared: &'a KeysAndValues,
+    rows: &'a [*const u8],
+    scale: f32,
+    num_heads: usize,
+    queries: *const f32,
+    largest: *mut f32,
+    sums: *mut f32,
+    values: *mut f32,
+}
+
+struct Chunk<const BF16: bool>;
+
+/// 16 elements of a cache row.
+///
+/// # Safety
+/// `row` is valid for reads of elements `at .. at + 16`.
+#[inline(always)]
+unsafe fn load_elements<S: Simd, const BF16: bool>(s: S, row: *const u8, at: usize) -> S::F {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if BF16 { s.cast_to_f(s.shl(s.load_u16(row.add(2 * at)), 16)) } else { s.load(row.cast::<f32>().add(at)) }
+    }
+}
+
+/// The first `count` (below 16) of these elements, zeros after them.
+///
+/// # Safety
+/// `row` is valid for reads of elements `at .. at + count`.
+#[inline(always)]
+unsafe fn load_last_elements<S: Simd, const BF16: bool>(s: S, row: *const u8, at: usize, count: usize) -> S::F {
+    let mut buffer = [0u8; 64];
+    let size_bytes = if BF16 { 2 } else { 4 };
+    // SAFETY: the caller's promise; the buffer holds 16 elements.
+    unsafe {
+        std::ptr::copy_nonoverlapping(row.add(at * size_bytes), buffer.as_mut_ptr(), count * size_bytes);
+        load_elements::<S, BF16>(s, buffer.as_ptr(), 0)
+    }
+}
+
+/// Products of `H` queries with the keys of `P` rows: `out[h][p]`.
+///
+/// # Safety
+/// Queries are `key_stride` apart and padded, rows hold `dim` elements from `at` on.
+#[inline(always)]
+unsafe fn dots<S: Simd, const BF16: bool, const H: usize, const P: usize>(
+    s: S,
+    queries: *const f32,
+    rows: &[*const u8; P],
+    at: usize,
+    dim: usize,
+) -> [[f32; P]; H] {
+    let stride = dim.next_multiple_of(LANES);
+    let mut acc = [[s.splat(0.0); P]; H];
+    let mut first = 0;
+    while first < dim {
+        let mut key = [s.splat(0.0); P];
+        for p in 0..P {
+            // SAFETY: the caller's promise.
+            key[p] = unsafe {
+                if first + LANES <= dim {
+                    load_elements::<S, BF16>(s, rows[p], at + first)
+                } else {
+                    load_last_elements::<S, BF16>(s, rows[p], at + first, dim - first)
+                }
+            };
+        }
+        for h in 0..H {
+            // SAFETY: the caller's promise.
+            let query = unsafe { s.load(queries.add(h * stride + first)) };
+            for p in 0..P {
+                acc[h][p] = s.mul_add(query, key[p], acc[h][p]);
+            }
+        }
+        first += LANES;
+    }
+    let mut out = [[0.0; P]; H];
+    for h in 0..H {
+        for p in 0..P {
+            out[h][p] = s.sum(acc[h][p]);
+        }
+    }
+    out
+}
+
+/// `scores[h][i]` for `H` heads and all rows of a chunk.
+///
+/// # Safety
+/// As [`dots`].
+#[inline(always)]
+unsafe fn score_heads<S: Simd, const BF16: bool, const H: usize>(
+    s: S,
+    queries: *const f32,
+    rows: &[*const u8],
+    [at, dim]: [usize; 2],
+    scale: f32,
+    scores: &mut [[f32; CHUNK]; HEADS],
+) {
+    let mut i = 0;
+    while i + 2 <= rows.len() {
+        // SAFETY: the caller's promise.
+        let pair = unsafe { dots::<S, BF16, H, 2>(s, queries, &[rows[i], rows[i + 1]], at, dim) };
+        for h in 0..H {
+            scores[h][i] = pair[h][0] * scale;
+            scores[h][i + 1] = pair[h][1] * scale;
+        }
+        i += 2;
+    }
+    if i < rows.len() {
+        // SAFETY: the caller's promise.
+        let one = unsafe { dots::<S, BF16, H, 1>(s, queries, &[rows[i]], at, dim) };
+        for h in 0..H {
+            scores[h][i] = one[h][0] * scale;
+        }
+    }
+}
+
+/// `values[h] += Σ_i weights[h][i] * row_i` for `H` heads and `V` vectors of the values, the last of them with `last`
+/// elements.
+///
+/// # Safety
+/// Rows hold the elements from `at` on; `values` are `stride` apart.
+#[inline(always)]
+unsafe fn add_values<S: Simd, const BF16: bool, const H: usize, const V: usize>(
+    s: S,
+    rows: &[*const u8],
+    at: usize,
+    last: usize,
+    weights: &[[f32; CHUNK]; HEADS],
+    values: *mut f32,
+    stride: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut acc = [[s.splat(0.0); V]; H];
+        for h in 0..H {
+            for v in 0..V {
+                acc[h][v] = s.load(values.add(h * stride + v * LANES));
+            }
+        }
+        for i in 0..rows.len() {
+            let mut value = [s.splat(0.0); V];
+            for v in 0..V {
+                value[v] = if v + 1 < V || last == LANES {
+                    load_elements::<S, BF16>(s, rows[i], at + v * LANES)
+                } else {
+                    load_last_elements::<S, BF16>(s, rows[i], at + v * LANES, last)
+                };
+            }
+            for h in 0..H {
+                let weight = s.splat(weights[h][i]);
+                for v in 0..V {
+                    acc[h][v] = s.mul_add(weight, value[v], acc[h][v]);
+                }
+            }
+        }
+        for h in 0..H {
+            for v in 0..V {
+                s.store(acc[h][v], values.add(h * stride + v * LANES));
+            }
+        }
+    }
+}
+
+/// Scores, softmax weights and values of `H` heads from head `head` on.
+///
+/// # Safety
+/// As [`Chunk`]; heads exist.
+#[inline(always)]
+unsafe fn attend_heads<S: Simd, const BF16: bool, const H: usize>(s: S, args: &ChunkArgs<'_>, head: usize) {
+    let shared = args.shared;
+    let (key_stride, value_stride) = (shared.key_dim.next_multiple_of(LANES), shared.value_dim.next_multiple_of(LANES));
+    let count = args.rows.len();
+    // Behind the last score: nothing is larger, and it weighs nothing.
+    let mut scores = [[f32::NEG_INFINITY; CHUNK]; HEADS];
+    // SAFETY: the caller's promise; scores are whole vectors.
+    unsafe {
+        let queries = args.queries.add(head * key_stride);
+        score_heads::<S, BF16, H>(s, queries, args.rows, [shared.key_at, shared.key_dim], args.scale, &mut scores);
+        for h in 0..H {
+            let scores = scores[h].as_mut_ptr();
+            let mut largest = s.load(scores);
+            for first in (LANES..count).step_by(LANES) {
+                largest = s.max(largest, s.load(scores.add(first)));
+            }
+            let before = *args.largest.add(head + h);
+            let largest = s.max_lane(s.max(largest, s.splat(before)));
+            let mut sum = s.splat(0.0);
+            for first in (0..count).step_by(LANES) {
+                let weight = exp(s, s.sub(s.load(scores.add(first)), s.splat(largest)));
+                s.store(weight, scores.add(first));
+                // Padding has e^-87 by the clamp of `exp`: far below the rounding of a sum of at least one.
+                sum = s.add(sum, weight);
+            }
+            let mut factor = [0.0; LANES];
+            // The first chunk without a sink: minus infinity minus anything, and there is nothing to rescale.
+            s.store(exp(s, s.splat(before - largest)), factor.as_mut_ptr());
+            let sums = args.sums.add(head + h);
+            *sums = *sums * factor[0] + s.sum(sum);
+            *args.largest.add(head + h) = largest;
+            let values = args.values.add((head + h) * value_stride);
+            for first in (0..value_stride).step_by(LANES) {
+                s.store(s.mul(s.load(values.add(first)), s.splat(factor[0])), values.add(first));
+            }
+        }
+        let values = args.values.add(head * value_stride);
+        let mut first = 0;
+        while first + 2 * LANES <= shared.value_dim {
+            let to = values.add(first);
+            add_values::<S, BF16, H, 2>(s, args.rows, shared.value_at + first, LANES, &scores, to, value_stride);
+            first += 2 * LANES;
+        }
+        while first < shared.value_dim {
+            let (to, last) = (values.add(first), (shared.value_dim - first).min(LANES));
+            add_values::<S, BF16, H, 1>(s, args.rows, shared.value_at + first, last, &scores, to, value_stride);
+            first += LANES;
+        }
+    }
+}
+
+impl<const BF16: bool> Kernel for Chunk<BF16> {
+    type Args = ChunkArgs<'static>;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(s: S, args: &ChunkArgs<'static>) {
+        let mut head = 0;
+        // SAFETY: the caller's promise: all heads have queries and state, rows hold keys and values.
+        unsafe {
+            while head + HEADS <= args.num_heads {
+                attend_heads::<S, BF16, HEADS>(s, args, head);
+                head += HEADS;
+            }
+            while head < args.num_heads {
+                attend_heads::<S, BF16, 1>(s, args, head);
+                head += 1;
+            }
+        }
+    }
+}
+
+/// `out[i] = Σ_h weights[h] * relu(queries[h] · key_i * scale)` for up to [`CHUNK`] slots: scores of the indexer.
+/// `queries` is `[weights.len()][padded key_dim]`.
+///
+/// # Panics
+/// If a slot is not in the cache, or sizes disagree.
+pub(crate) fn index_chunk(
+    level: Level,
+    shared: &KeysAndValues,
+    scale: f32,
+    queries: &[f32],
+    weights: &[f32],
+    slots: &[u32],
+    out: &mut [f32],
+) {
+    assert!(slots.len() <= CHUNK && slots.len() == out.len());
+    assert_eq!(queries.len(), weights.len() * shared.key_dim.next_multiple_of(LANES), "queries");
+    check_row(shared);
+    let mut rows = [std::ptr::null::<u8>(); CHUNK];
+    for (row, slot) in rows.iter_mut().zip(slots) {
+        *row = shared.rows.pointer(*slot as usize);
+    }
+    let mut scores = [0.0; CHUNK];
+    let args = IndexArgs { shared, rows: &rows[..slots.len()], scale, queries, weights, out: scores.as_mut_ptr() };
+    // SAFETY: sizes were checked; only the lifetime changes, and the kernel keeps nothing; nobody writes the cache.
+    unsafe {
+        let args = std::mem::transmute::<&IndexArgs<'_>, &IndexArgs<'static>>(&args);
+        match shared.rows.dtype {
+            CacheDtype::F32 => level.call::<Index<false>>(args),
+            CacheDtype::Bf16 => level.call::<Index<true>>(args),
+        }
+    }
+    out.copy_from_slice(&scores[..out.len()]);
+}
+
+struct IndexArgs<'a> {
+    shared: &'a KeysAndValues,
+    rows: &'a [*const u8],
+    scale: f32,
+    queries: &'a [f32],
+    weights: &'a [f32],
+    /// `[CHUNK]`
+    out: *mut f32,
+}
+
+struct Index<const BF16: bool>;
+
+/// Adds `H` heads from head `head` on.
+///
+/// # Safety
+/// As [`Index`]; heads exist.
+#[inline(always)]
+unsafe fn index_heads<S: Simd, const BF16: bool, const H: usize>(s: S, args: &IndexArgs<'_>, head: usize) {
+    let shared = args.shared;
+    let stride = shared.key_dim.next_multiple_of(LANES);
+    let mut scores = [[0.0; CHUNK]; HEADS];
+    // SAFETY: the caller's promise; scores and outputs are whole vectors.
+    unsafe {
+        let queries = args.queries.as_ptr().add(head * stride);
+        score_heads::<S, BF16, H>(s, queries, args.rows, [shared.key_at, shared.key_dim], args.scale, &mut scores);
+        for first in (0..args.rows.len()).step_by(LANES) {
+            let mut total = s.load(args.out.add(first));
+            for h in 0..H {
+                let positive = s.max(s.load(scores[h].as_ptr().add(first)), s.splat(0.0));
+                total = s.mul_add(s.splat(args.weights[head + h]), positive, total);
+            }
+            s.store(total, args.out.add(first));
+        }
+    }
+}
+
+impl<const BF16: bool> Kernel for Index<BF16> {
+    type Args = IndexArgs<'static>;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(s: S, args: &IndexArgs<'static>) {
+        let mut head = 0;
+        // SAFETY: the caller's promise.
+        unsafe {
+            while head + HEADS <= args.weights.len() {
+                index_heads::<S, BF16, HEADS>(s, args, head);
+                head += HEADS;
+            }
+            while head < args.weights.len() {
+                index_heads::<S, BF16, 1>(s, args, head);
+                head += 1;
+            }
+        }
+    }
+}

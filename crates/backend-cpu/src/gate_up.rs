@@ -1,0 +1,139 @@
+//! [`moellon_ops::GateUp`], and what it shares with [`moellon_ops::MoeGateUp`]: two products and the activation.
+//!
+//! `unsafe`: threads write disjoint columns of the output; a SIMD kernel.
+#![allow(unsafe_code)]
+
+use crate::backend::CpuBackend;
+use crate::layout::TILE_ROWS;
+use crate::linear::write_tile;
+use crate::pack::TileMap;
+use crate::prepare::RowSource;
+use crate::product::{ActivationMode, MAX_ROWS, MAX_STREAMS, Product, Rows, for_each_tile_group};
+use crate::simd::{Kernel, Level, Simd, math};
+use crate::weights::Bias;
+use crate::work::{Item, share, tile_cost};
+use moellon_ops::{Activation, GateUp, Result};
+use std::ops::Range;
+
+/// One of the two matrices, and its activations.
+pub(crate) struct Half<'a> {
+    pub(crate) weights: (&'a [u8], &'a TileMap),
+    pub(crate) bias: Option<&'a Bias>,
+    pub(crate) rows: Rows<'a>,
+}
+
+/// Results of up to four tiles and eight rows, row by row within a tile.
+type Outputs = [[f32; TILE_ROWS]; MAX_STREAMS * MAX_ROWS];
+
+/// `gate[i] = f(gate[i], up[i])` for the first `count` vectors.
+struct Activate<'a> {
+    gate: *mut f32,
+    up: *const f32,
+    count: usize,
+    activation: &'a Activation,
+}
+
+impl Kernel for Activate<'_> {
+    type Args = Activate<'static>;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(s: S, args: &Activate<'static>) {
+        for i in 0..args.count {
+            // SAFETY: both hold `count` vectors.
+            unsafe {
+                let gate = s.load(args.gate.add(i * TILE_ROWS));
+                let up = s.load(args.up.add(i * TILE_ROWS));
+                let value = match *args.activation {
+                    Activation::SwiGlu => s.mul(s.mul(gate, math::sigmoid(s, gate)), up),
+                    Activation::ClampedSwiGlu { alpha, limit } => {
+                        let gate = s.min(gate, s.splat(limit));
+                        let up = s.max(s.min(up, s.splat(limit)), s.splat(-limit));
+                        let gated = s.mul(gate, math::sigmoid(s, s.mul(gate, s.splat(alpha))));
+                        s.mul(s.add(up, s.splat(1.0)), gated)
+                    }
+                };
+                s.store(value, args.gate.add(i * TILE_ROWS));
+            }
+        }
+    }
+}
+
+fn activate(level: Level, gate: &mut Outputs, up: &Outputs, count: usize, activation: Activation) {
+    assert!(count <= gate.len());
+    let args = Activate { gate: gate.as_mut_ptr().cast(), up: up.as_ptr().cast(), count, activation: &activation };
+    // SAFETY: both arrays hold `count` vectors; the kernel keeps no reference, so the lifetime may be called static.
+    unsafe { level.call::<Activate<'static>>(&std::mem::transmute::<Activate<'_>, Activate<'static>>(args)) };
+}
+
+/// Multiplies tiles `tiles` of matrix `matrix` of gate and up with their rows (equally many), activates, and hands
+/// `sink(tile, i, values)` the results of the rows' `i`-th id. Both tiles of a pair are read before the next pair.
+pub(crate) fn gate_up_tiles(
+    (level, mode): (Level, ActivationMode),
+    gate: &Half<'_>,
+    up: &Half<'_>,
+    matrix: usize,
+    tiles: Range<usize>,
+    activation: Activation,
+    mut sink: impl FnMut(usize, usize, &[f32; TILE_ROWS]),
+) {
+    let gate_product = Product::new(level, mode, gate.weights, matrix, tiles.clone(), &gate.rows);
+    let up_product = Product::new(level, mode, up.weights, matrix, tiles.clone(), &up.rows);
+    let num_rows = gate.rows.ids().len();
+    let streams = gate_product.max_streams(num_rows).min(up_product.max_streams(num_rows));
+    let (mut gated, mut upped): (Outputs, Outputs) = ([[0.0; TILE_ROWS]; _], [[0.0; TILE_ROWS]; _]);
+    for_each_tile_group(streams, tiles, |first, step, streams| {
+        let tile = |t: usize| first + t * step;
+        for start in (0..num_rows).step_by(MAX_ROWS) {
+            let range = start..(start + MAX_ROWS).min(num_rows);
+            let count = range.len();
+            for (product, half, out) in [(&gate_product, gate, &mut gated), (&up_product, up, &mut upped)] {
+                let rows = half.rows.with_ids(&half.rows.ids()[range.clone()]);
+                product.run(&rows, tile, streams, &mut |t, i, values| {
+                    let values_out = &mut out[t * count + i];
+                    *values_out = *values;
+                    if let Some(bias) = half.bias {
+                        bias.add_to(matrix, tile(t), values_out);
+                    }
+                });
+            }
+            activate(level, &mut gated, &upped, streams * count, activation);
+            for t in 0..streams {
+                for i in 0..count {
+                    sink(tile(t), start + i, &gated[t * count + i]);
+                }
+            }
+        }
+    });
+}
+
+pub(crate) fn run(backend: &mut CpuBackend, op: &GateUp) -> Result<()> {
+    let (level, mode) = (backend.level, backend.mode);
+    let (gate, up) = (&backend.weights[op.gate.id as usize], &backend.weights[op.up.id as usize]);
+    let (gate_map, up_map) = (&gate.packed.map, &up.packed.map);
+    let forms = [gate_map, up_map].map(|map| mode.row_form(map.layout.coding));
+    let source = RowSource::rows(&backend.memory.floats(op.x));
+    let num_rows = source.num_rows();
+    let prepared = backend.space.prepare(source, forms.into_iter()).map_err(crate::backend::no_memory)?;
+    let out = backend.memory.floats(op.out);
+    let tile_bytes = gate_map.layout.tile_bytes + up_map.layout.tile_bytes;
+    let items = [Item { tiles: gate_map.tiles, tile_cost: tile_cost(tile_bytes, 2 * op.x.cols, num_rows) }];
+    let pool = &backend.pool;
+    pool.run(|index, num_threads| {
+        if prepared.needs_fill() {
+            // SAFETY: `x` is not the output; the barrier stands between this and the reads.
+            unsafe { prepared.fill(level, index, num_threads) };
+            pool.barrier();
+        }
+        share(&items, num_threads, index, |_, tiles| {
+            // SAFETY: filled before the barrier.
+            let rows = forms.map(|form| unsafe { prepared.rows(form) });
+            let gate = Half { weights: (&gate.packed.bytes, gate_map), bias: gate.bias.as_ref(), rows: rows[0] };
+            let up = Half { weights: (&up.packed.bytes, up_map), bias: up.bias.as_ref(), rows: rows[1] };
+            gate_up_tiles((level, mode), &gate, &up, 0, tiles, op.activation, |tile, row, values| {
+                // SAFETY: tiles are shared out.
+                unsafe { write_tile(&out, row, 0, gate_map.rows, tile, values) };
+            });
+        });
+    });
+    Ok(())
+}

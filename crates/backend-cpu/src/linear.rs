@@ -1,0 +1,73 @@
+//! [`moellon_ops::Linear`]: products of one batch of activations with one or several weights.
+//!
+//! `unsafe`: threads write disjoint columns of the outputs.
+#![allow(unsafe_code)]
+
+use crate::backend::CpuBackend;
+use crate::layout::TILE_ROWS;
+use crate::memory::Floats;
+use crate::prepare::RowSource;
+use crate::product::multiply;
+use crate::work::{Item, share, tile_cost};
+use moellon_ops::{Linear, Result};
+
+/// Copies the outputs of a tile to its columns of row `row`, as far as they exist.
+///
+/// # Safety
+/// Nobody else reads or writes these columns.
+pub(crate) unsafe fn write_tile(
+    out: &Floats,
+    row: usize,
+    first_col: usize,
+    num_cols: usize,
+    tile: usize,
+    values: &[f32; TILE_ROWS],
+) {
+    let count = (num_cols - tile * TILE_ROWS).min(TILE_ROWS);
+    // SAFETY: the caller's promise.
+    let part = unsafe { out.part_mut(row, first_col + tile * TILE_ROWS, count) };
+    match <&mut [f32; TILE_ROWS]>::try_from(&mut *part) {
+        // A constant length: two or four stores.
+        Ok(part) => *part = *values,
+        Err(_) => part.copy_from_slice(&values[..count]),
+    }
+}
+
+pub(crate) fn run(backend: &mut CpuBackend, op: &Linear<'_>) -> Result<()> {
+    let (level, mode) = (backend.level, backend.mode);
+    let weights = &backend.weights;
+    let weight = |part: usize| &weights[op.parts[part].0.id as usize];
+    let form = |part: usize| mode.row_form(weight(part).packed.map.layout.coding);
+    let source = RowSource::rows(&backend.memory.floats(op.x));
+    let num_rows = source.num_rows();
+    let prepared = backend.space.prepare(source, (0..op.parts.len()).map(form)).map_err(crate::backend::no_memory)?;
+    backend.items.clear();
+    backend.items.extend((0..op.parts.len()).map(|part| {
+        let map = &weight(part).packed.map;
+        Item { tiles: map.tiles, tile_cost: tile_cost(map.layout.tile_bytes, map.layout.cols, num_rows) }
+    }));
+    let (pool, memory, items) = (&backend.pool, &backend.memory, &backend.items);
+    pool.run(|index, num_threads| {
+        if prepared.needs_fill() {
+            // SAFETY: `x` is not an output; the barrier stands between this and the reads.
+            unsafe { prepared.fill(level, index, num_threads) };
+            pool.barrier();
+        }
+        share(items, num_threads, index, |part, tiles| {
+            let loaded = weight(part);
+            let out = memory.floats(op.parts[part].1);
+            // SAFETY: filled before the barrier.
+            let rows = unsafe { prepared.rows(form(part)) };
+            let packed = &loaded.packed;
+            multiply(level, mode, (&packed.bytes, &packed.map), 0, tiles, &rows, |tile, row, values| {
+                let mut values = *values;
+                if let Some(bias) = &loaded.bias {
+                    bias.add_to(0, tile, &mut values);
+                }
+                // SAFETY: tiles are shared out, and parts have different outputs.
+                unsafe { write_tile(&out, row, 0, packed.map.rows, tile, &values) };
+            });
+        });
+    });
+    Ok(())
+}

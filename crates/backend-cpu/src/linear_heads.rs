@@ -1,0 +1,47 @@
+//! [`moellon_ops::LinearHeads`]: one matrix a head.
+//!
+//! `unsafe`: threads write disjoint columns of the output.
+#![allow(unsafe_code)]
+
+use crate::backend::CpuBackend;
+use crate::linear::write_tile;
+use crate::prepare::RowSource;
+use crate::product::multiply;
+use crate::work::{Item, share, tile_cost};
+use moellon_ops::{LinearHeads, Result};
+
+pub(crate) fn run(backend: &mut CpuBackend, op: &LinearHeads) -> Result<()> {
+    let (level, mode) = (backend.level, backend.mode);
+    let loaded = &backend.weights[op.weight.id as usize];
+    let map = &loaded.packed.map;
+    let form = mode.row_form(map.layout.coding);
+    let num_tokens = op.x.rows;
+    let source = RowSource::heads(&backend.memory.floats(op.x), op.weight.count, op.x_head_stride, op.weight.cols);
+    let prepared = backend.space.prepare(source, std::iter::once(form)).map_err(crate::backend::no_memory)?;
+    let out = backend.memory.floats(op.out);
+    let item = Item { tiles: map.tiles, tile_cost: tile_cost(map.layout.tile_bytes, map.layout.cols, num_tokens) };
+    backend.items.clear();
+    backend.items.resize(op.weight.count, item);
+    let (pool, items) = (&backend.pool, &backend.items);
+    pool.run(|index, num_threads| {
+        if prepared.needs_fill() {
+            // SAFETY: `x` is not the output; the barrier stands between this and the reads.
+            unsafe { prepared.fill(level, index, num_threads) };
+            pool.barrier();
+        }
+        // SAFETY: filled before the barrier.
+        let rows = unsafe { prepared.rows(form) };
+        share(items, num_threads, index, |head, tiles| {
+            let rows = rows.with_ids(prepared.ids(head * num_tokens..(head + 1) * num_tokens));
+            multiply(level, mode, (&loaded.packed.bytes, map), head, tiles, &rows, |tile, row, values| {
+                let mut values = *values;
+                if let Some(bias) = &loaded.bias {
+                    bias.add_to(head, tile, &mut values);
+                }
+                // SAFETY: tiles are shared out, and heads have different columns.
+                unsafe { write_tile(&out, row, head * map.rows, map.rows, tile, &values) };
+            });
+        });
+    });
+    Ok(())
+}

@@ -1,0 +1,36 @@
+//! Every operation against its reference, at every level that this machine has, in both activation modes.
+
+use moellon_backend_cpu::{ActivationMode, CpuBackend, CpuLevel, CpuOptions};
+use moellon_ops::conformance::run_all;
+
+fn run(level: CpuLevel, activation: ActivationMode, threads: usize) {
+    let options = CpuOptions { threads: Some(threads), pin: false, level: Some(level), activation };
+    let mut backend = CpuBackend::new(options).unwrap();
+    let report = run_all(&mut backend);
+    assert!(report.failures.is_empty(), "{level}, {activation:?}, {threads} threads: {:#?}", report.failures);
+    report.assert_passed();
+}
+
+#[test]
+fn exact_activations() {
+    for level in CpuLevel::available() {
+        run(level, ActivationMode::Exact, 2);
+    }
+}
+
+#[test]
+fn int8_activations() {
+    for level in CpuLevel::available() {
+        run(level, ActivationMode::Int8, 2);
+    }
+}
+
+#[test]
+fn more_threads_than_tiles() {
+    run(CpuLevel::detect(), ActivationMode::Int8, 7);
+}
+
+#[test]
+fn one_thread() {
+    run(CpuLevel::detect(), ActivationMode::Int8, 1);
+}
