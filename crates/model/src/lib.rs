@@ -9,6 +9,7 @@
 //! | `config.rs` | [`ModelConfig`]: every number of a model, with its meaning |
 //! | `arch/` | one parser an architecture |
 //! | `weights.rs` | handles of all weights, loaded and checked against the config |
+//! | `provider.rs`, `synthetic/` | where weights come from: a checkpoint, or random ones of exact shapes |
 //! | `decoder.rs` | one step: [`Batch`] in, logits out |
 //! | `attention_mla.rs`, `attention_gqa.rs`, `indexer.rs`, `ffn.rs` | the parts of a layer |
 //! | `mtp.rs` | the multi-token-prediction layer |
@@ -27,8 +28,10 @@ mod ffn;
 mod fields;
 mod indexer;
 pub mod mtp;
+pub mod provider;
 pub mod rope;
 pub mod session;
+pub mod synthetic;
 pub mod tap;
 pub mod weights;
 mod workspace;

@@ -2,6 +2,7 @@
 
 use crate::account::{Account, Component, Entry};
 use crate::config::{Attention, Ffn, Gqa, IndexSource, Layer, Mla, ModelConfig};
+use crate::provider::WeightProvider;
 use crate::{Error, Result};
 use moellon_checkpoint::{Checkpoint, Matrix, MlaShape, Projection};
 use moellon_ops::{Backend, Buffer, ElementType, Experts, ExpertsSource, Tensor, Weight, WeightSource};
@@ -179,13 +180,13 @@ impl Weights {
     /// A missing tensor, a shape that does not fit the config, a format without a kernel, or no memory; each by name.
     pub fn load(
         config: &ModelConfig,
-        checkpoint: &Checkpoint,
+        provider: &dyn WeightProvider,
         backend: &mut dyn Backend,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<Self> {
         Loader {
             config,
-            checkpoint,
+            provider,
             target: Some((backend, progress)),
             account: Account::default(),
             done_bytes: 0,
@@ -198,8 +199,8 @@ impl Weights {
     ///
     /// # Errors
     /// As [`Weights::load`], less the device's.
-    pub fn describe(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Self> {
-        Loader { config, checkpoint, target: None, account: Account::default(), done_bytes: 0, mtp: false }.run()
+    pub fn describe(config: &ModelConfig, provider: &dyn WeightProvider) -> Result<Self> {
+        Loader { config, provider, target: None, account: Account::default(), done_bytes: 0, mtp: false }.run()
     }
 
     /// Experts of each layer, 0 where it is dense; the MTP layers follow.
@@ -223,7 +224,7 @@ type Target<'a> = (&'a mut dyn Backend, &'a mut dyn FnMut(Progress<'_>));
 
 struct Loader<'a> {
     config: &'a ModelConfig,
-    checkpoint: &'a Checkpoint,
+    provider: &'a dyn WeightProvider,
     /// `None` only describes.
     target: Option<Target<'a>>,
     account: Account,
@@ -247,7 +248,7 @@ impl Loader<'_> {
             layers.push(self.layer(&format!("model.layers.{index}"), layer)?);
         }
         let norm = self.vector("model.norm.weight", config.hidden_size)?;
-        let lm_head = if config.tie_word_embeddings && self.checkpoint.tensor("lm_head.weight").is_none() {
+        let lm_head = if config.tie_word_embeddings && !self.provider.has("lm_head.weight") {
             self.count(
                 Component::Head,
                 embed_tokens.format,
@@ -265,7 +266,7 @@ impl Loader<'_> {
         // Files pruned by other tools keep num_nextn_predict_layers and lose the layer: tolerated, and `inspect` says so.
         for index in config.layers.len()..config.layers.len() + config.num_mtp_layers {
             let prefix = format!("model.layers.{index}");
-            if self.checkpoint.tensor(&format!("{prefix}.eh_proj.weight")).is_some() {
+            if self.provider.has(&format!("{prefix}.eh_proj.weight")) {
                 mtp.push(self.mtp_layer(&prefix)?);
             }
         }
@@ -365,31 +366,29 @@ impl Loader<'_> {
 
     /// `kv_b_proj` as one matrix a head for the query's side and one for the values' side.
     fn kv_b(&mut self, prefix: &str, mla: &Mla) -> Result<(Weight, Weight)> {
-        let heads = mla.num_heads;
-        let fused_rows = heads * (mla.qk_nope_head_dim + mla.v_head_dim);
-        if self.target.is_none()
-            && let Some(fused) =
-                self.checkpoint.linear_opt(&format!("{prefix}.kv_b_proj"), [fused_rows, mla.kv_lora_rank])?
-        {
-            // Describing must not transpose gigabytes: the formats that mla_kv_b would give.
-            let transposed = match fused.format {
-                WeightFormat::F16 | WeightFormat::Bf16 => fused.format,
-                _ => WeightFormat::F32,
-            };
-            let describe = |format, rows, cols| Weight { id: 0, format, count: heads, rows, cols, has_bias: false };
-            let embed_q = describe(transposed, mla.kv_lora_rank, mla.qk_nope_head_dim);
-            let unembed_out = describe(fused.format, mla.v_head_dim, mla.kv_lora_rank);
-            self.count_weight(Component::Attention, &embed_q);
-            self.count_weight(Component::Attention, &unembed_out);
-            return Ok((embed_q, unembed_out));
-        }
         let shape = MlaShape {
-            num_heads: heads,
+            num_heads: mla.num_heads,
             qk_nope_head_dim: mla.qk_nope_head_dim,
             v_head_dim: mla.v_head_dim,
             kv_lora_rank: mla.kv_lora_rank,
         };
-        let kv_b = self.checkpoint.mla_kv_b(prefix, shape)?;
+        if self.target.is_none()
+            && let Some(fused) = self.provider.fused_kv_b_format(prefix, shape)?
+        {
+            // Describing must not transpose gigabytes: the formats that mla_kv_b would give.
+            let transposed = match fused {
+                WeightFormat::F16 | WeightFormat::Bf16 => fused,
+                _ => WeightFormat::F32,
+            };
+            let describe =
+                |format, rows, cols| Weight { id: 0, format, count: mla.num_heads, rows, cols, has_bias: false };
+            let embed_q = describe(transposed, mla.kv_lora_rank, mla.qk_nope_head_dim);
+            let unembed_out = describe(fused, mla.v_head_dim, mla.kv_lora_rank);
+            self.count_weight(Component::Attention, &embed_q);
+            self.count_weight(Component::Attention, &unembed_out);
+            return Ok((embed_q, unembed_out));
+        }
+        let kv_b = self.provider.mla_kv_b(prefix, shape)?;
         let (queries, values) = (matrix_views(&kv_b.embed_q), matrix_views(&kv_b.unembed_out));
         let embed_q = self.load(Component::Attention, &format!("{prefix}.kv_b_proj (queries)"), &queries, None)?;
         let unembed_out = self.load(Component::Attention, &format!("{prefix}.kv_b_proj (values)"), &values, None)?;
@@ -425,7 +424,7 @@ impl Loader<'_> {
         let block = format!("{layer}.{}", moe.block_name);
         let router_name = format!("{block}.{}", moe.router_name);
         // The tensors say how many experts the layer has; router and bias must agree with them.
-        let num_experts = self.checkpoint.num_experts(&block)?;
+        let num_experts = self.provider.num_experts(&block)?;
         let unfit = |expected: String| Error::Weight {
             name: block.clone(),
             what: "number of experts",
@@ -455,13 +454,13 @@ impl Loader<'_> {
         let (moe, hidden_size) = (self.config.moe, self.config.hidden_size);
         let (up_shape, down_shape) =
             ([moe.moe_intermediate_size, hidden_size], [hidden_size, moe.moe_intermediate_size]);
-        let gate = self.checkpoint.experts(prefix, Projection::Gate, Some(num_experts), up_shape)?;
-        let up = self.checkpoint.experts(prefix, Projection::Up, Some(num_experts), up_shape)?;
-        let down = self.checkpoint.experts(prefix, Projection::Down, Some(num_experts), down_shape)?;
+        let gate = self.provider.experts(prefix, Projection::Gate, num_experts, up_shape)?;
+        let up = self.provider.experts(prefix, Projection::Up, num_experts, up_shape)?;
+        let down = self.provider.experts(prefix, Projection::Down, num_experts, down_shape)?;
         let biases = match (moe.expert_bias, &self.target) {
             (true, Some(_)) => {
                 let read = |projection, rows| {
-                    let biases = self.checkpoint.expert_biases(prefix, projection, rows)?;
+                    let biases = self.provider.expert_biases(prefix, projection, rows)?;
                     let missing = || Error::Weight {
                         name: format!("{prefix}.experts"),
                         what: "expert biases",
@@ -515,12 +514,12 @@ impl Loader<'_> {
     }
 
     fn linear(&mut self, component: Component, path: &str, shape: [usize; 2], biased: bool) -> Result<Weight> {
-        let matrix = self.checkpoint.linear(path, shape)?;
+        let matrix = self.provider.linear(path, shape)?;
         let bias = match biased {
-            true => Some(self.checkpoint.vector(&format!("{path}.bias"), shape[0])?),
+            true => Some(self.provider.vector(&format!("{path}.bias"), shape[0])?),
             false => None,
         };
-        self.load(component, path, &[matrix], bias.as_deref())
+        self.load(component, path, &[matrix.view()], bias.as_deref())
     }
 
     fn load(
@@ -547,13 +546,13 @@ impl Loader<'_> {
     fn vector(&mut self, name: &str, len: usize) -> Result<Tensor> {
         let tensor = match &mut self.target {
             Some((backend, _)) => {
-                let values = self.checkpoint.vector(name, len)?;
+                let values = self.provider.vector(name, len)?;
                 let tensor = backend.alloc(name, ElementType::F32, len)?.tensor(1, len);
                 backend.write_f32(tensor, &values)?;
                 tensor
             }
             None => {
-                self.checkpoint.vector(name, len)?;
+                self.provider.vector(name, len)?;
                 Buffer { id: 0, element: ElementType::F32, len }.tensor(1, len)
             }
         };
@@ -598,7 +597,7 @@ impl Loader<'_> {
         self.done_bytes += bytes;
         let done_bytes = self.done_bytes;
         if let Some((_, progress)) = &mut self.target {
-            views.iter().for_each(|view| self.checkpoint.release_matrix(view));
+            views.iter().for_each(|view| self.provider.release(view));
             progress(Progress { done_bytes, name });
         }
     }

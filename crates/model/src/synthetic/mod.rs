@@ -1,0 +1,193 @@
+//! Models of exact shapes with random weights, for measuring speed where no checkpoint is at hand.
+//!
+//! Weights are uniform and symmetric around zero with a standard deviation of `1 / sqrt(cols)`: one-sided codes would give
+//! all rows a common bias, routing would collapse and batches would look free. Of each shape and format a few matrices
+//! exist and are handed out in turn; a back end copies each into its own layout, so the loaded model has its full size in
+//! memory while the source takes a few hundred megabytes. Routers are all different.
+
+mod presets;
+
+pub use presets::{preset, preset_names};
+
+use crate::Result;
+use crate::config::ModelConfig;
+use crate::provider::{KvB, WeightProvider};
+use moellon_checkpoint::{Matrix, MlaShape, Projection};
+use moellon_tensor::encode::{EncodeOptions, GlobalScale, encode_matrix};
+use moellon_tensor::rng::SplitMix64;
+use moellon_tensor::{MatrixView, OwnedMatrix, ScaleDtype, WeightFormat};
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+/// Which format each part of a synthetic model has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FormatPlan {
+    /// Routed experts.
+    pub experts: WeightFormat,
+    /// Attention, indexer, dense and shared feed-forwards, embedding.
+    pub dense: WeightFormat,
+    /// Head.
+    pub head: WeightFormat,
+}
+
+/// MLX affine with group 64 and bf16 scales.
+const fn affine(bits: u8) -> WeightFormat {
+    WeightFormat::Affine { bits, group: 64, scale: ScaleDtype::Bf16 }
+}
+
+impl FormatPlan {
+    /// Names that [`FormatPlan::parse`] takes.
+    pub const NAMES: &'static str =
+        "affine-2, affine-3, affine-4, affine-5, affine-6, affine-8, nvfp4, mxfp4, mxfp8, fp8, bf16 or q3a4";
+
+    /// A plan by name: one format for everything, with the head in affine-6 for the low-bit ones; or `q3a4`: experts in
+    /// affine-3, the rest in affine-4, head in affine-6.
+    pub fn parse(name: &str) -> Option<Self> {
+        let all = |format| FormatPlan { experts: format, dense: format, head: format };
+        let low = |format| FormatPlan { head: affine(6), ..all(format) };
+        Some(match name {
+            "affine-2" => low(affine(2)),
+            "affine-3" => low(affine(3)),
+            "affine-4" => low(affine(4)),
+            "affine-5" => low(affine(5)),
+            "affine-6" => all(affine(6)),
+            "affine-8" => all(affine(8)),
+            "nvfp4" => low(WeightFormat::Nvfp4),
+            "mxfp4" => low(WeightFormat::Mxfp4),
+            "mxfp8" => all(WeightFormat::Mxfp8),
+            "fp8" => all(WeightFormat::Fp8Block { block_rows: 128, block_cols: 128 }),
+            "bf16" => all(WeightFormat::Bf16),
+            "q3a4" => FormatPlan { experts: affine(3), ..low(affine(4)) },
+            _ => return None,
+        })
+    }
+}
+
+/// Matrices of a shape and format that exist at most.
+const VARIANTS: usize = 3;
+
+/// Elements that are drawn and encoded for one matrix; taller matrices repeat these rows.
+const DRAWN_ELEMENTS: usize = 1 << 21;
+
+/// Random weights for a config.
+pub struct Synthetic {
+    plan: FormatPlan,
+    num_experts: usize,
+    state: RefCell<State>,
+}
+
+struct State {
+    rng: SplitMix64,
+    /// The matrices of each format and shape, and how often one was handed out.
+    made: HashMap<(WeightFormat, [usize; 2]), (Vec<OwnedMatrix>, usize)>,
+}
+
+impl Synthetic {
+    /// Random weights with `plan`'s formats.
+    pub fn new(config: &ModelConfig, plan: FormatPlan, seed: u64) -> Self {
+        let state = State { rng: SplitMix64::new(seed), made: HashMap::new() };
+        Synthetic { plan, num_experts: config.moe.num_experts, state: RefCell::new(state) }
+    }
+
+    fn format(&self, path: &str, cols: usize) -> WeightFormat {
+        let wanted = match path.rsplit('.').next().unwrap_or(path) {
+            // Routers stay bf16 in every published checkpoint.
+            "gate" | "router" => WeightFormat::Bf16,
+            "experts" => self.plan.experts,
+            "lm_head" => self.plan.head,
+            _ => self.plan.dense,
+        };
+        // A row that is no whole number of groups stays bf16, as quantizers leave it.
+        if wanted.validate(cols).is_ok() { wanted } else { WeightFormat::Bf16 }
+    }
+
+    fn matrix(&self, path: &str, shape: [usize; 2]) -> Result<OwnedMatrix> {
+        let format = self.format(path, shape[1]);
+        let State { rng, made } = &mut *self.state.borrow_mut();
+        let (variants, handed_out) = made.entry((format, shape)).or_default();
+        // Plain matrices are cheap to draw and must differ: equal routers would choose equal experts.
+        if variants.len() < VARIANTS || !format.is_quantized() {
+            let matrix = random_matrix(rng, format, shape)?;
+            if !format.is_quantized() {
+                return Ok(matrix);
+            }
+            variants.push(matrix);
+        }
+        *handed_out += 1;
+        Ok(variants[*handed_out % variants.len()].clone())
+    }
+}
+
+/// Draws and encodes up to [`DRAWN_ELEMENTS`], and repeats those rows to the full height.
+fn random_matrix(rng: &mut SplitMix64, format: WeightFormat, [rows, cols]: [usize; 2]) -> Result<OwnedMatrix> {
+    // Whole FP8 blocks, so that their scale rows repeat too.
+    let drawn_rows = (DRAWN_ELEMENTS / cols).next_multiple_of(128).min(rows);
+    let amplitude = (12.0 / cols as f32).sqrt();
+    let values: Vec<f32> = (0..drawn_rows * cols).map(|_| (rng.next_f32() - 0.5) * amplitude).collect();
+    let options = EncodeOptions { arithmetic: ScaleDtype::F32, global_scale: GlobalScale::FromValues };
+    let drawn = encode_matrix(format, [drawn_rows, cols], &values, options).map_err(moellon_ops::Error::from)?;
+    let mut matrix = OwnedMatrix::zeroed(format, [rows, cols]).map_err(moellon_ops::Error::from)?;
+    matrix.global_scale = drawn.global_scale;
+    for (whole, part) in
+        [(&mut matrix.codes, &drawn.codes), (&mut matrix.scales, &drawn.scales), (&mut matrix.offsets, &drawn.offsets)]
+    {
+        for chunk in whole.chunks_mut(part.len().max(1)) {
+            chunk.copy_from_slice(&part[..chunk.len()]);
+        }
+    }
+    Ok(matrix)
+}
+
+impl WeightProvider for Synthetic {
+    fn linear(&self, path: &str, shape: [usize; 2]) -> Result<Matrix<'_>> {
+        Ok(Matrix::Owned(self.matrix(path, shape)?))
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        // Norms of one; biases, sinks and corrections of zero.
+        let value = if name.ends_with("norm.weight") { 1.0 } else { 0.0 };
+        Ok(vec![value; len])
+    }
+
+    fn num_experts(&self, _path: &str) -> Result<usize> {
+        Ok(self.num_experts)
+    }
+
+    fn experts(
+        &self,
+        path: &str,
+        _projection: Projection,
+        num_experts: usize,
+        shape: [usize; 2],
+    ) -> Result<Vec<Matrix<'_>>> {
+        let path = format!("{path}.experts");
+        (0..num_experts).map(|_| Ok(Matrix::Owned(self.matrix(&path, shape)?))).collect()
+    }
+
+    fn expert_biases(&self, _path: &str, _projection: Projection, rows: usize) -> Result<Option<Vec<f32>>> {
+        Ok(Some(vec![0.0; self.num_experts * rows]))
+    }
+
+    fn mla_kv_b(&self, path: &str, shape: MlaShape) -> Result<KvB<'_>> {
+        let heads = |rows, cols| {
+            (0..shape.num_heads)
+                .map(|_| Ok(Matrix::Owned(self.matrix(path, [rows, cols])?)))
+                .collect::<Result<Vec<_>>>()
+        };
+        Ok(KvB {
+            embed_q: heads(shape.kv_lora_rank, shape.qk_nope_head_dim)?,
+            unembed_out: heads(shape.v_head_dim, shape.kv_lora_rank)?,
+        })
+    }
+
+    fn fused_kv_b_format(&self, _path: &str, _shape: MlaShape) -> Result<Option<WeightFormat>> {
+        Ok(None)
+    }
+
+    fn has(&self, _name: &str) -> bool {
+        // No MTP layer, an untied head is made on demand.
+        false
+    }
+
+    fn release(&self, _matrix: &MatrixView<'_>) {}
+}
