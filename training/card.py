@@ -29,13 +29,14 @@ in GLM's chat format and calls tools. It is far too small to be a useful assista
 | sparse attention | index_topk {index_topk}, {index_n_heads} index heads of {index_head_dim}; layers {indexer_types} |
 | experts | {n_routed_experts} routed, {num_experts_per_tok} per token, 1 shared, intermediate size {moe_intermediate_size}, scaling {routed_scaling_factor} |
 | weights | bf16, {size:.2f} MB, one file |
-| context | trained on sequences of up to 1024 tokens; `max_position_embeddings` {max_position_embeddings} |
+| context | `max_position_embeddings` {max_position_embeddings}, the length of the last training stage's sequences; it fails beyond |
 | licence | Apache-2.0 OR MIT |
 
 ## Evaluation
 
 Held-out files are 1 % of the corpus (chosen by hash, after removal of copies); they come from the same crates as the
-training files, so this measures the model, not its reach to unseen projects. All numbers are in `evaluation.json`.
+training files, so this measures the model, not its reach to unseen projects. Windows of 1024 tokens, fp32 arithmetic on
+the bf16 weights, sparse attention unless said otherwise. All numbers are in `evaluation.json`.
 
 | held-out | tokens | nats/token | perplexity | bits/byte | MTP nats/token | MTP agreement |
 |---|---|---|---|---|---|---|
@@ -58,7 +59,7 @@ Expert load on held-out code (share of a layer's routed slots; {n_routed_experts
 `training/` holds the whole recipe; its README lists the commands. Three stages follow DeepSeek-V3.2: dense attention,
 the indexer alone (KL divergence from the attention it must predict), then everything with sparse attention, ending in
 a share of chats while the learning rate falls to zero. Experts are balanced without an auxiliary loss, by
-`e_score_correction_bias`. The MTP layer trains jointly. About {trained_tokens} million tokens, ten minutes on one H200.
+`e_score_correction_bias`. The MTP layer trains jointly. A short last stage doubles the sequence length to 2048. About {trained_tokens} million tokens, eleven minutes on one H200.
 
 Data: {num_files:,} Rust, Markdown and Cargo.toml files ({megabytes:.0f} MB) from {num_crates} crates of crates.io with a permissive
 licence, listed with versions, licences and checksums in `training/MANIFEST.json`, and {num_chats:,} conversations that
@@ -71,7 +72,8 @@ comments, sums, word games and tool calls. Crates by the licence they are used u
 
 ## Samples
 
-Unedited; a sample ends at a stop token or after 160 tokens. Completions: what the model wrote is between ⟦ and ⟧.
+Unedited, from an fp32 run of these weights (other machines draw other samples at temperature 0.7); a sample ends at a
+stop token or after 160 tokens. Completions: what the model wrote is between ⟦ and ⟧.
 Chats with thinking begin inside `<think>`.
 
 {samples}
@@ -85,7 +87,7 @@ trained on. It only knows English. Do not use it for anything but trying out and
 
 TITLES = {
     "heldout_code": "code", "heldout_code_dense_attention": "code, all keys attended to",
-    "heldout_code_beyond_training_length": "code, positions 1024 to 2047", "heldout_chat": "chat (the assistant's part)",
+    "heldout_code_from_1024_to_2047": "code, positions 1024 to 2047", "heldout_chat": "chat (the assistant's part)",
 }
 
 
