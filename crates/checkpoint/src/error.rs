@@ -98,15 +98,15 @@ impl Error {
     }
 
     pub(crate) fn json(file: &Path, error: &serde_json::Error) -> Self {
-        Error::Json { file: file.to_owned(), message: error.to_string() }
+        Error::Json { file: file.to_owned(), message: one_line(error) }
     }
 
     pub(crate) fn file(file: &Path, what: impl Into<String>, found: impl ToString, expected: impl ToString) -> Self {
         Error::File {
             file: file.to_owned(),
-            what: what.into(),
-            found: found.to_string(),
-            expected: expected.to_string(),
+            what: one_line(what.into()),
+            found: one_line(found),
+            expected: one_line(expected),
         }
     }
 
@@ -120,18 +120,47 @@ impl Error {
         Error::Tensor {
             file: file.to_owned(),
             tensor: tensor.to_owned(),
-            what: what.into(),
-            found: found.to_string(),
-            expected: expected.to_string(),
+            what: one_line(what.into()),
+            found: one_line(found),
+            expected: one_line(expected),
         }
     }
 
     pub(crate) fn module(module: &str, what: impl Into<String>, found: impl ToString, expected: impl ToString) -> Self {
         Error::Module {
             module: module.to_owned(),
-            what: what.into(),
-            found: found.to_string(),
-            expected: expected.to_string(),
+            what: one_line(what.into()),
+            found: one_line(found),
+            expected: one_line(expected),
         }
+    }
+}
+
+/// Text that may come from a file, made fit for a log: control characters escaped, cut after 200 characters.
+fn one_line(text: impl ToString) -> String {
+    const MAX_CHARS: usize = 200;
+    let text = text.to_string();
+    let mut line = String::with_capacity(text.len().min(4 * MAX_CHARS));
+    for (at, character) in text.chars().enumerate() {
+        if at == MAX_CHARS {
+            line.push_str("...");
+            break;
+        }
+        if character.is_control() { line.extend(character.escape_default()) } else { line.push(character) }
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_one_line_whatever_the_file_says() {
+        let json = serde_json::from_str::<serde_json::Value>("nonsense").expect_err("this is not JSON");
+        assert!(Error::json(Path::new("f"), &json).to_string().starts_with("f: not valid: expected"));
+        let error = Error::module("m", "mode", "a\nb\u{1b}[31m", "x".repeat(1000)).to_string();
+        assert!(error.starts_with("m: mode: found a\\nb\\u{1b}[31m, expected xxx"), "{error}");
+        assert!(error.len() < 300 && error.ends_with("..."));
     }
 }

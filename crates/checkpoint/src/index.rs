@@ -34,7 +34,7 @@ pub fn parse(file: &Path, bytes: &[u8]) -> Result<Index> {
         match shard {
             Value::String(shard) if is_plain_shard_name(&shard) => weight_map.insert(tensor, shard),
             other => {
-                let found = shorten(&other.to_string());
+                let found = other.to_string();
                 let expected = "a plain file name that ends in .safetensors";
                 let tensor = tensor.escape_debug().to_string();
                 return Err(Error::tensor(file, &tensor, "shard named by the index", found, expected));
@@ -53,11 +53,4 @@ fn is_plain_shard_name(name: &str) -> bool {
         && !name.starts_with('.')
         && name.len() <= 255
         && !name.chars().any(|c| c.is_control() || matches!(c, '/' | '\\' | ':'))
-}
-
-fn shorten(text: &str) -> String {
-    match text.char_indices().nth(100) {
-        Some((at, _)) => format!("{}...", &text[..at]),
-        None => text.to_owned(),
-    }
 }

@@ -112,6 +112,8 @@ fn headers_that_are_no_headers() {
         &header_error(r#"{"a\nb":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, 4),
         &[r#"tensor name "a\nb": expected printable characters"#],
     );
+    // Text from the file in a message stays on one line (`open_error` checks).
+    assert_says(&header_error(r#"{"a":{"d\n":1}}"#, 0), &[r"tensor a: unknown field `d\n`"]);
     let bomb = format!("{{\"a\":{}", "[".repeat(100_000));
     assert_says(&header_error(&bomb, 0), &["tensor a: "]);
 }
