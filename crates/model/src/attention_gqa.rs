@@ -7,7 +7,6 @@ use crate::weights::GqaWeights;
 use moellon_ops::{AttendGqa, Backend, KvStore, Linear, RmsNorm, Rope, Stage, Tensor};
 
 /// `out = attention(x)` for `x` `[num_tokens, hidden_size]`; stores the layer's keys and values.
-#[expect(clippy::too_many_arguments, reason = "the state of a step, each part borrowed differently")]
 pub(crate) fn forward(
     decoder: &Decoder,
     weights: &GqaWeights,

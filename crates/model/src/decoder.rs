@@ -7,8 +7,10 @@ use crate::weights::{AttentionWeights, LayerWeights, Weights};
 use crate::workspace::Workspace;
 use crate::{Result, attention_gqa, attention_mla, ffn};
 use moellon_ops::{
-    Backend, Cache, CacheDtype, Embed, GatherRows, IndexSet, Linear, Paging, RmsNorm, RopeTable, Stage, Tensor,
+    Backend, Cache, CacheDtype, ElementType, Embed, GatherRows, IndexSet, KvStore, Linear, Paging, RmsNorm, RopeTable,
+    Stage, Tensor,
 };
+use moellon_tensor::rng::SplitMix64;
 
 /// Sizes that a decoder is built for.
 #[derive(Debug, Clone, Copy)]
@@ -103,9 +105,8 @@ impl Decoder {
         }
         let workspace = Workspace::new(&config, &options, weights.max_experts(), backend)?;
         let frequencies = &config.rope.inverse_frequencies;
-        let inverse_frequencies = backend
-            .alloc("rope frequencies", moellon_ops::ElementType::F32, frequencies.len())?
-            .tensor(1, frequencies.len());
+        let inverse_frequencies =
+            backend.alloc("rope frequencies", ElementType::F32, frequencies.len())?.tensor(1, frequencies.len());
         backend.write_f32(inverse_frequencies, frequencies)?;
         Ok(Decoder { config, options, weights, workspace, caches, inverse_frequencies })
     }
@@ -125,9 +126,40 @@ impl Decoder {
         &self.weights
     }
 
+    /// Every cache of every layer, in a fixed order. Row `slot` of all of them together is what one token left behind.
+    pub fn caches(&self) -> impl Iterator<Item = Cache> + '_ {
+        self.caches.iter().flat_map(|cache| [Some(cache.main), cache.index]).flatten()
+    }
+
     /// Whether an MTP layer is loaded.
     pub fn has_mtp(&self) -> bool {
         !self.weights.mtp.is_empty()
+    }
+
+    /// Fills every cache with random rows, as if all blocks held contexts: for measuring steps without prefilling them.
+    ///
+    /// # Errors
+    /// If the device has no room for the rows of one cache block.
+    pub fn fill_caches(&mut self, seed: u64, backend: &mut dyn Backend) -> Result<()> {
+        let mut rng = SplitMix64::new(seed);
+        let caches: Vec<Cache> = self.caches.iter().flat_map(|c| [Some(c.main), c.index]).flatten().collect();
+        let block_size = self.options.block_size;
+        for cache in caches {
+            // One block's rows, stored into every block.
+            let rows = backend
+                .alloc("random cache rows", ElementType::F32, block_size * cache.width)?
+                .tensor(block_size, cache.width);
+            let slots = backend.alloc("slots", ElementType::U32, block_size)?.tensor(1, block_size);
+            backend.write_f32(rows, &rng.normals(block_size * cache.width, 1.0))?;
+            for block in 0..self.options.num_blocks {
+                let ids: Vec<u32> = (0..block_size).map(|i| (block * block_size + i) as u32).collect();
+                backend.write_u32(slots, &ids)?;
+                backend.kv_store(&KvStore { parts: &[rows], slots, cache })?;
+            }
+            backend.free(rows.buffer);
+            backend.free(slots.buffer);
+        }
+        Ok(())
     }
 
     /// Runs one step and returns logits `[logit_rows, vocab_size]`, which hold until the next step.
@@ -224,7 +256,6 @@ impl Decoder {
     }
 
     /// [`Decoder::layer`] with the weights given: layer numbers past the trunk's are MTP layers.
-    #[expect(clippy::too_many_arguments, reason = "the state of a step, each part borrowed differently")]
     pub(crate) fn layer_with(
         &self,
         weights: &LayerWeights,

@@ -9,7 +9,6 @@ use moellon_ops::{Backend, Cache, IndexScore, IndexSet, IndexTopk, KvStore, Laye
 /// Stores the layer's index keys and, once a context is longer than `index_topk`, scores them and picks the best.
 /// `x` `[num_tokens, hidden_size]` is the attention's input, `q_latent` `[num_tokens, q_lora_rank]` the normed query latent.
 /// `None` means every position.
-#[expect(clippy::too_many_arguments, reason = "the state of a step, each part borrowed differently")]
 pub(crate) fn select(
     decoder: &Decoder,
     weights: &IndexerWeights,

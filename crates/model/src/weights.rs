@@ -37,6 +37,7 @@ pub struct LayerWeights {
 }
 
 /// Weights of a layer's attention.
+#[expect(clippy::large_enum_variant, reason = "a few dozen of them, made once at load")]
 pub enum AttentionWeights {
     /// Grouped-query attention.
     Gqa(GqaWeights),

@@ -1,5 +1,6 @@
 //! Reads the golden fixtures.
 
+use moellon_backend_cpu::{ActivationMode, CpuBackend, CpuLevel, CpuOptions};
 use moellon_checkpoint::Checkpoint;
 use moellon_model::weights::Weights;
 use moellon_model::{Decoder, DecoderOptions, ModelConfig, arch};
@@ -34,7 +35,12 @@ pub(crate) fn fixtures() -> Vec<String> {
 
 /// Every back end of this machine, exact.
 pub(crate) fn all_backends() -> Vec<Box<dyn Backend>> {
-    vec![Box::new(ReferenceBackend::new())]
+    let cpu = CpuLevel::available().map(|level| {
+        let options =
+            CpuOptions { threads: Some(2), level: Some(level), activation: ActivationMode::Exact, pin: false };
+        Box::new(CpuBackend::new(options).expect("an available level starts")) as Box<dyn Backend>
+    });
+    std::iter::once(Box::new(ReferenceBackend::new()) as Box<dyn Backend>).chain(cpu).collect()
 }
 
 impl Golden {

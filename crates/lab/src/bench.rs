@@ -1,0 +1,282 @@
+//! Decode and prefill speed of a loaded model, against the bytes it must move and the bandwidth of the same minute.
+
+use crate::machine::{Machine, ReadBandwidth, StealClock};
+use crate::statistics::{median, quantile};
+use moellon_model::Decoder;
+use moellon_model::batch::{Batch, LogitRows};
+use moellon_model::session::greedy;
+use moellon_ops::profile::Profiler;
+use moellon_ops::{Backend, ElementType, Stage};
+use moellon_tensor::rng::SplitMix64;
+use serde::{Deserialize, Serialize};
+use std::time::Instant;
+
+/// What can go wrong in a measurement.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The model or its back end.
+    #[error(transparent)]
+    Model(#[from] moellon_model::Error),
+    /// The back end.
+    #[error(transparent)]
+    Ops(#[from] moellon_ops::Error),
+    /// The machine's bandwidth could not be measured.
+    #[error("read bandwidth: {0}")]
+    Bandwidth(String),
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
+/// Windows with more steal than this are discarded.
+pub const STEAL_LIMIT_PERCENT: f64 = 2.0;
+
+/// What to measure.
+#[derive(Debug, Clone)]
+pub struct BenchPlan {
+    /// Sequences of a decode step, each with its own random tokens.
+    pub batches: Vec<usize>,
+    /// Positions that each sequence has in the cache.
+    pub context: usize,
+    /// Lengths of the prompts to prefill.
+    pub prompts: Vec<usize>,
+    /// Steps of a window; a window is one sample.
+    pub steps: usize,
+    /// Windows that count, of each batch size and prompt length.
+    pub windows: usize,
+    /// Seed of the tokens.
+    pub seed: u64,
+}
+
+/// Everything that was measured.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct BenchReport {
+    /// Where.
+    pub machine: Machine,
+    /// `cpu`, and the device in words.
+    pub backend: String,
+    /// What.
+    pub model: String,
+    /// Name of the format or plan.
+    pub format: String,
+    /// Median read bandwidth over the run.
+    pub measured_read_gb_s: f64,
+    /// One entry a batch size.
+    pub results: Vec<DecodeResult>,
+    /// One entry a prompt length.
+    pub prefill: Vec<PrefillResult>,
+}
+
+/// Decode speed at one batch size.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DecodeResult {
+    /// Sequences.
+    pub batch: usize,
+    /// Positions cached.
+    pub context: usize,
+    /// Tokens a second, all sequences together, of the median window.
+    pub decode_tok_s: f64,
+    /// Milliseconds of a step, median.
+    pub step_ms: f64,
+    /// First and third quartile of the windows.
+    pub step_ms_quartiles: [f64; 2],
+    /// Bytes that a step must move: each distinct expert once.
+    pub bytes_per_step: u64,
+    /// Bytes over time.
+    pub bandwidth_gb_s: f64,
+    /// Of the bandwidth measured around the windows.
+    pub bandwidth_share: f64,
+    /// Read bandwidth measured around the windows.
+    pub measured_read_gb_s: f64,
+    /// Mean number of different experts that a layer's batch used.
+    pub distinct_experts: f64,
+    /// What independent uniform choices would give: E(1 - (1 - k/E)^B).
+    pub expected_experts: f64,
+    /// CPU time stolen during the windows that counted, in percent.
+    pub steal_pct: f64,
+    /// Windows that were discarded for steal.
+    pub discarded_windows: usize,
+    /// Where the time goes, from a separate profiled step.
+    pub stages: Vec<StageResult>,
+}
+
+/// One stage of a step.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct StageResult {
+    /// Name of the stage.
+    pub stage: String,
+    /// Microseconds.
+    pub microseconds: f64,
+    /// Bytes that it must move.
+    pub bytes: u64,
+    /// Bytes over time.
+    pub gb_s: f64,
+    /// Operations.
+    pub operations: u64,
+}
+
+/// Prefill speed at one prompt length.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PrefillResult {
+    /// Tokens of the prompt.
+    pub tokens: usize,
+    /// Tokens a second, median.
+    pub tok_s: f64,
+    /// CPU time stolen, in percent.
+    pub steal_pct: f64,
+}
+
+/// A model on a back end, and how its machine's bandwidth is measured.
+pub struct Bench<'a> {
+    /// The model.
+    pub decoder: &'a mut Decoder,
+    /// Where it is.
+    pub backend: &'a mut dyn Backend,
+    /// Measures the device's read bandwidth now.
+    pub measure_read: &'a dyn Fn() -> std::result::Result<ReadBandwidth, String>,
+    /// Called with a line of what is being done.
+    pub progress: &'a mut dyn FnMut(&str),
+}
+
+impl Bench<'_> {
+    /// Runs the plan.
+    ///
+    /// # Errors
+    /// A plan beyond the decoder's limits, or a failing device.
+    pub fn run(&mut self, plan: &BenchPlan, model: &str, format: &str) -> Result<BenchReport> {
+        self.decoder.fill_caches(plan.seed, self.backend)?;
+        let mut results = Vec::new();
+        for batch in &plan.batches {
+            (self.progress)(&format!("decode, batch {batch}"));
+            results.push(self.decode(plan, *batch)?);
+        }
+        let mut prefill = Vec::new();
+        for tokens in &plan.prompts {
+            (self.progress)(&format!("prefill, {tokens} tokens"));
+            prefill.push(self.prefill(plan, *tokens)?);
+        }
+        let bandwidths: Vec<f64> = results.iter().map(|r| r.measured_read_gb_s).collect();
+        let caps = self.backend.caps();
+        Ok(BenchReport {
+            machine: Machine::this(),
+            backend: format!("{}: {}", caps.name, caps.device),
+            model: model.to_owned(),
+            format: format.to_owned(),
+            measured_read_gb_s: if bandwidths.is_empty() { self.read()?.gb_per_s } else { median(&bandwidths) },
+            results,
+            prefill,
+        })
+    }
+
+    fn read(&self) -> Result<ReadBandwidth> {
+        (self.measure_read)().map_err(Error::Bandwidth)
+    }
+
+    fn decode(&mut self, plan: &BenchPlan, batch: usize) -> Result<DecodeResult> {
+        let mut rng = SplitMix64::new(plan.seed + batch as u64);
+        let chosen = self.backend.alloc("chosen tokens", ElementType::U32, batch)?.tensor(batch, 1);
+        let mut step = |decoder: &mut Decoder, backend: &mut dyn Backend| -> Result<()> {
+            let logits = decoder.forward(&decode_batch(decoder, batch, plan.context, &mut rng), backend)?;
+            // The choice on the device, as a greedy engine makes it.
+            greedy(logits, chosen, backend)?;
+            Ok(())
+        };
+        for _ in 0..plan.steps.max(2) {
+            step(self.decoder, self.backend)?;
+        }
+        let (mut samples, mut steals, mut bandwidths, mut discarded) = (Vec::new(), Vec::new(), Vec::new(), 0);
+        while samples.len() < plan.windows && discarded < 4 * plan.windows {
+            let read = self.read()?;
+            let steal = StealClock::start();
+            let started = Instant::now();
+            for _ in 0..plan.steps {
+                step(self.decoder, self.backend)?;
+            }
+            let elapsed = started.elapsed().as_secs_f64() / plan.steps as f64;
+            let stolen = steal.steal_percent().max(read.steal_percent);
+            if stolen > STEAL_LIMIT_PERCENT {
+                discarded += 1;
+                continue;
+            }
+            samples.push(elapsed);
+            steals.push(stolen);
+            bandwidths.push(read.gb_per_s);
+        }
+        self.backend.free(chosen.buffer);
+        let mut profiler = Profiler::new(self.backend);
+        self.decoder.forward(
+            &decode_batch(self.decoder, batch, plan.context, &mut SplitMix64::new(plan.seed)),
+            &mut profiler,
+        )?;
+        let profile = profiler.profile().clone();
+        let seconds = median(&samples);
+        let bytes = profile.total_bytes();
+        let measured = median(&bandwidths);
+        let bandwidth = bytes as f64 / seconds / 1e9;
+        let (experts, top_k) =
+            (self.decoder.weights().max_experts() as f64, self.decoder.config().moe.num_experts_per_tok as f64);
+        Ok(DecodeResult {
+            batch,
+            context: plan.context,
+            decode_tok_s: batch as f64 / seconds,
+            step_ms: seconds * 1e3,
+            step_ms_quartiles: [quantile(&samples, 0.25) * 1e3, quantile(&samples, 0.75) * 1e3],
+            bytes_per_step: bytes,
+            bandwidth_gb_s: bandwidth,
+            bandwidth_share: bandwidth / measured,
+            measured_read_gb_s: measured,
+            distinct_experts: profile.distinct_experts as f64 / profile.moe_layers.max(1) as f64,
+            expected_experts: experts * (1.0 - (1.0 - top_k / experts).powi(batch as i32)),
+            steal_pct: median(&steals),
+            discarded_windows: discarded,
+            stages: Stage::ALL
+                .into_iter()
+                .map(|s| stage_result(s, profile.stage(s)))
+                .filter(|s| s.operations > 0)
+                .collect(),
+        })
+    }
+
+    fn prefill(&mut self, plan: &BenchPlan, tokens: usize) -> Result<PrefillResult> {
+        let mut rng = SplitMix64::new(plan.seed);
+        let mut samples = Vec::new();
+        let steal = StealClock::start();
+        // The first run warms up.
+        for run in 0..=plan.windows.min(3) {
+            let mut session = moellon_model::Session::new();
+            let prompt = random_tokens(self.decoder, tokens, &mut rng);
+            let started = Instant::now();
+            session.extend(&prompt, self.decoder, self.backend)?;
+            self.backend.synchronize()?;
+            if run > 0 {
+                samples.push(tokens as f64 / started.elapsed().as_secs_f64());
+            }
+        }
+        Ok(PrefillResult { tokens, tok_s: median(&samples), steal_pct: steal.steal_percent() })
+    }
+}
+
+fn stage_result(stage: Stage, count: moellon_ops::profile::StageCount) -> StageResult {
+    StageResult {
+        stage: stage.name().to_owned(),
+        microseconds: count.seconds * 1e6,
+        bytes: count.bytes,
+        gb_s: count.bytes as f64 / count.seconds.max(1e-12) / 1e9,
+        operations: count.operations,
+    }
+}
+
+fn random_tokens(decoder: &Decoder, count: usize, rng: &mut SplitMix64) -> Vec<u32> {
+    (0..count).map(|_| rng.below(decoder.config().vocab_size) as u32).collect()
+}
+
+/// One random token of each of `batch` sequences at position `context`, in blocks of its own.
+fn decode_batch(decoder: &Decoder, batch: usize, context: usize, rng: &mut SplitMix64) -> Batch {
+    let block_size = decoder.options().block_size;
+    let blocks = (context + 1).div_ceil(block_size);
+    let mut step = Batch::default();
+    for sequence in 0..batch {
+        let table: Vec<u32> = (0..blocks).map(|b| (sequence * blocks + b) as u32).collect();
+        step.push_sequence(&random_tokens(decoder, 1, rng), context, &table, block_size, LogitRows::Last);
+    }
+    step
+}

@@ -1,0 +1,106 @@
+//! The machine that a measurement ran on.
+
+use serde::{Deserialize, Serialize};
+
+/// What identifies a machine in a report.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Machine {
+    /// Processor model.
+    pub cpu: String,
+    /// Cores that this process may use.
+    pub cores: usize,
+    /// Bytes of memory.
+    pub memory_bytes: u64,
+    /// Bytes that are free now.
+    pub free_bytes: u64,
+    /// Operating system and architecture.
+    pub os: String,
+    /// GPUs that drivers list.
+    pub gpus: Vec<String>,
+}
+
+/// Read bandwidth and what disturbed its measurement.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct ReadBandwidth {
+    /// Decimal gigabytes a second.
+    pub gb_per_s: f64,
+    /// CPU time that the hypervisor gave to others meanwhile, in percent.
+    pub steal_percent: f64,
+}
+
+impl Machine {
+    /// Looks at this machine.
+    pub fn this() -> Self {
+        let (memory_bytes, free_bytes) = memory();
+        Machine {
+            cpu: cpu_model(),
+            cores: moellon_tensor::pool::available_cores().len(),
+            memory_bytes,
+            free_bytes,
+            os: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
+            gpus: gpus(),
+        }
+    }
+}
+
+fn cpu_model() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = info.lines().find_map(|l| l.strip_prefix("model name").and_then(|l| l.split_once(':')));
+    model.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
+}
+
+/// Total and available bytes; 0 where the system does not say.
+fn memory() -> (u64, u64) {
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let field = |name: &str| {
+        let line = info.lines().find_map(|l| l.strip_prefix(name))?;
+        line.trim_start_matches(':').trim().trim_end_matches(" kB").parse::<u64>().ok().map(|kib| kib * 1024)
+    };
+    (field("MemTotal").unwrap_or(0), field("MemAvailable").unwrap_or(0))
+}
+
+/// Names of NVIDIA GPUs as the driver lists them, and the drivers of other render devices.
+fn gpus() -> Vec<String> {
+    let entries = std::fs::read_dir("/proc/driver/nvidia/gpus").into_iter().flatten().flatten();
+    let nvidia = entries.filter_map(|e| {
+        let text = std::fs::read_to_string(e.path().join("information")).ok()?;
+        text.lines().find_map(|l| l.strip_prefix("Model:").map(|m| m.trim().to_owned()))
+    });
+    let nodes = std::fs::read_dir("/sys/class/drm").into_iter().flatten().flatten();
+    let others = nodes.filter(|e| e.file_name().to_string_lossy().starts_with("renderD")).filter_map(|e| {
+        let driver = std::fs::read_link(e.path().join("device/driver")).ok()?;
+        Some(driver.file_name()?.to_string_lossy().into_owned())
+    });
+    nvidia.chain(others.filter(|driver| driver != "nvidia")).collect()
+}
+
+/// Reads the share of CPU time that a hypervisor gave to others between two moments.
+#[derive(Debug, Clone, Copy)]
+pub struct StealClock {
+    stolen: u64,
+    total: u64,
+}
+
+impl StealClock {
+    /// Starts now.
+    pub fn start() -> Self {
+        let (stolen, total) = cpu_times();
+        StealClock { stolen, total }
+    }
+
+    /// Percent stolen since the start; 0 where the system does not say.
+    pub fn steal_percent(&self) -> f64 {
+        let (stolen, total) = cpu_times();
+        let total = total.saturating_sub(self.total);
+        if total == 0 { 0.0 } else { 100.0 * stolen.saturating_sub(self.stolen) as f64 / total as f64 }
+    }
+}
+
+/// Stolen and total CPU ticks since boot.
+fn cpu_times() -> (u64, u64) {
+    let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    let Some(line) = stat.lines().find(|l| l.starts_with("cpu ")) else { return (0, 0) };
+    // user nice system idle iowait irq softirq steal; guest times are counted in user already.
+    let ticks: Vec<u64> = line.split_whitespace().skip(1).take(8).filter_map(|t| t.parse().ok()).collect();
+    (ticks.get(7).copied().unwrap_or(0), ticks.iter().sum())
+}

@@ -1,0 +1,150 @@
+//! `moellon bench`: decode and prefill speed against the machine's bandwidth.
+
+use crate::cli::{BenchOptions, CacheChoice};
+use crate::load::LoadTime;
+use crate::model_source::ModelSource;
+use crate::{backend, doctor, load, table};
+use anyhow::{Context, Result};
+use moellon_lab::bench::{Bench, BenchPlan, BenchReport};
+use moellon_model::synthetic::{FormatPlan, Synthetic, preset};
+use moellon_model::weights::Weights;
+use moellon_model::{Decoder, DecoderOptions};
+use moellon_ops::{Backend, CacheDtype};
+
+/// Runs the command.
+pub fn run(options: &BenchOptions) -> Result<()> {
+    anyhow::ensure!(!options.batch.contains(&0), "--batch has 0, expected positive numbers");
+    let mut backend = backend::create(&options.device, options.activations)?;
+    let (mut decoder, model, format, load_time) = open(options, backend.as_mut())?;
+    eprintln!(
+        "loaded {} of {model} in {:.1} s onto {}",
+        table::bytes(load_time.bytes as f64),
+        load_time.elapsed.as_secs_f64(),
+        backend.caps().device
+    );
+    let plan = BenchPlan {
+        batches: options.batch.clone(),
+        context: options.context,
+        prompts: options.prompt.clone(),
+        steps: options.steps,
+        windows: options.windows,
+        seed: options.seed,
+    };
+    let threads = options.device.threads;
+    let measure_read = || doctor::measure_bandwidth(threads).map_err(|e| format!("{e:#}"));
+    let mut progress = |line: &str| eprintln!("{line}");
+    let mut bench = Bench {
+        decoder: &mut decoder,
+        backend: backend.as_mut(),
+        measure_read: &measure_read,
+        progress: &mut progress,
+    };
+    let report = bench.run(&plan, &model, &format)?;
+    if options.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print(&report, options.stages);
+    }
+    Ok(())
+}
+
+/// A decoder with room for the largest batch at the context, or the longest prompt.
+fn open(options: &BenchOptions, backend: &mut dyn Backend) -> Result<(Decoder, String, String, LoadTime)> {
+    let largest_batch = options.batch.iter().copied().max().unwrap_or(1);
+    let longest_prompt = options.prompt.iter().copied().max().unwrap_or(1);
+    let block_size = 64;
+    let max_context = (options.context + 1).max(longest_prompt);
+    let blocks = (largest_batch * (options.context + 1).div_ceil(block_size)).max(longest_prompt.div_ceil(block_size));
+    let sizes = DecoderOptions {
+        max_batch_tokens: largest_batch.max(longest_prompt.min(load::PREFILL_CHUNK)),
+        max_sequences: largest_batch,
+        max_logit_rows: largest_batch,
+        max_context,
+        block_size,
+        num_blocks: blocks,
+        cache_dtype: match options.cache {
+            CacheChoice::F32 => CacheDtype::F32,
+            CacheChoice::Bf16 => CacheDtype::Bf16,
+        },
+    };
+    let Some(spec) = &options.synthetic else {
+        let source = ModelSource::open(options.model.model.as_deref())?;
+        let (decoder, time) = load::load_sized(&source, sizes, backend)?;
+        return Ok((decoder, source.name, "as stored".to_owned(), time));
+    };
+    let config = preset(spec)?;
+    let plan = FormatPlan::parse(&options.format)
+        .with_context(|| format!("--format is {}, expected {}", options.format, FormatPlan::NAMES))?;
+    let started = std::time::Instant::now();
+    let mut bytes = 0;
+    let bar = load::progress_bar(0);
+    let synthetic = Synthetic::new(&config, plan, options.seed);
+    let weights = Weights::load(&config, &synthetic, backend, &mut |progress| {
+        bytes = progress.done_bytes;
+        bar.set_message(format!("making {} ({})", progress.name, table::bytes(bytes as f64)));
+        bar.tick();
+    })?;
+    bar.finish_and_clear();
+    let decoder = Decoder::new(config, weights, sizes, backend)?;
+    Ok((decoder, format!("synthetic {spec}"), options.format.clone(), LoadTime { bytes, elapsed: started.elapsed() }))
+}
+
+fn print(report: &BenchReport, stages: bool) {
+    println!(
+        "{}\n{}, {}\nread bandwidth {:.1} GB/s\n",
+        report.backend, report.model, report.format, report.measured_read_gb_s
+    );
+    let rows: Vec<Vec<String>> = report
+        .results
+        .iter()
+        .map(|r| {
+            vec![
+                r.batch.to_string(),
+                r.context.to_string(),
+                format!("{:.1}", r.decode_tok_s),
+                format!("{:.2} ({:.2}-{:.2})", r.step_ms, r.step_ms_quartiles[0], r.step_ms_quartiles[1]),
+                table::bytes(r.bytes_per_step as f64),
+                format!("{:.1}", r.bandwidth_gb_s),
+                format!("{:.0} %", r.bandwidth_share * 100.0),
+                format!("{:.1} ({:.1})", r.distinct_experts, r.expected_experts),
+                format!("{:.1} %, {} discarded", r.steal_pct, r.discarded_windows),
+            ]
+        })
+        .collect();
+    table::print(
+        &[
+            "batch",
+            "context",
+            "tok/s",
+            "ms a step (quartiles)",
+            "bytes a step",
+            "GB/s",
+            "share",
+            "experts (uniform)",
+            "steal",
+        ],
+        &rows,
+    );
+    for prefill in &report.prefill {
+        println!("prefill {} tokens: {:.1} tok/s, steal {:.1} %", prefill.tokens, prefill.tok_s, prefill.steal_pct);
+    }
+    if stages {
+        for result in &report.results {
+            println!("\nstages of a step, batch {} (profiled apart: each operation is waited for)", result.batch);
+            let rows: Vec<Vec<String>> = result
+                .stages
+                .iter()
+                .map(|s| {
+                    vec![
+                        s.stage.clone(),
+                        s.operations.to_string(),
+                        format!("{:.1}", s.microseconds),
+                        table::bytes(s.bytes as f64),
+                        format!("{:.1}", s.gb_s),
+                    ]
+                })
+                .collect();
+            table::print(&["stage", "operations", "us", "bytes", "GB/s"], &rows);
+        }
+    }
+}

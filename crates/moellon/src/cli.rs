@@ -1,0 +1,259 @@
+//! Flags. Every flag can also be given in the environment as `MOELLON_<FLAG>`; the flag wins.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Runs very large Mixture-of-Experts language models on one box, at memory speed.
+#[derive(Debug, Parser)]
+#[command(name = "moellon", version, max_term_width = 110)]
+pub struct Arguments {
+    #[command(subcommand)]
+    pub command: Command,
+    /// What is logged to standard error, e.g. `info` or `moellon=debug`.
+    #[arg(long, global = true, env = "MOELLON_LOG", default_value = "warn", value_name = "FILTER")]
+    pub log: String,
+    /// How it is logged.
+    #[arg(long, global = true, env = "MOELLON_LOG_FORMAT", default_value = "human")]
+    pub log_format: LogFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Human,
+    /// One JSON object a line.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Generate text: one prompt, standard input, or a chat.
+    Run(RunOptions),
+    /// Say what a model is made of and how fast it can be: parameters, formats, bytes per token, ceilings.
+    Inspect(InspectOptions),
+    /// Compute logits for token ids, for conformance with other implementations.
+    Logits(LogitsOptions),
+    /// Measure decode and prefill speed against this machine's memory bandwidth.
+    Bench(BenchOptions),
+    /// Say what this machine has and what would run where.
+    Doctor(DoctorOptions),
+}
+
+/// Which model.
+#[derive(Debug, Args)]
+pub struct ModelOptions {
+    /// Directory of a checkpoint (config.json, *.safetensors, tokenizer.json). Without it, the bundled model.
+    #[arg(short, long, env = "MOELLON_MODEL", value_name = "DIR")]
+    pub model: Option<PathBuf>,
+}
+
+/// Where and how to compute.
+#[derive(Debug, Args)]
+pub struct DeviceOptions {
+    /// Back end.
+    #[arg(long, env = "MOELLON_BACKEND", default_value = "auto")]
+    pub backend: BackendChoice,
+    /// Threads; by default all cores that this process may use.
+    #[arg(long, env = "MOELLON_THREADS", value_name = "N")]
+    pub threads: Option<usize>,
+    /// CPU instructions to use; by default the best that the machine has.
+    #[arg(long, env = "MOELLON_CPU_LEVEL", value_name = "LEVEL")]
+    pub cpu_level: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BackendChoice {
+    /// The fastest that there is; `moellon doctor` says which and why.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// Plain loops in f64, to compare with: very slow.
+    Reference,
+}
+
+/// How activations meet quantized weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ActivationsChoice {
+    /// f32 activations: what references are made with.
+    Exact,
+    /// 8-bit activations for quantized weights: fast.
+    Int8,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CacheChoice {
+    /// As computed.
+    F32,
+    /// Half the memory.
+    Bf16,
+}
+
+#[derive(Debug, Args)]
+pub struct RunOptions {
+    #[command(flatten)]
+    pub model: ModelOptions,
+    #[command(flatten)]
+    pub device: DeviceOptions,
+    /// The prompt. Without it, standard input; on a terminal, a chat.
+    #[arg(short, long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// System message.
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Give the prompt to the model as it is, without the chat template.
+    #[arg(long)]
+    pub raw: bool,
+    /// Answer without thinking first.
+    #[arg(long)]
+    pub no_think: bool,
+    /// Longest answer in tokens; by default to the end of the context.
+    #[arg(short = 'n', long, value_name = "N")]
+    pub max_tokens: Option<usize>,
+    /// Positions to reserve memory for.
+    #[arg(long, env = "MOELLON_CONTEXT", value_name = "N")]
+    pub context: Option<usize>,
+    /// Temperature; 0 is greedy. By default what the model's generation_config.json says.
+    #[arg(long = "temp", value_name = "T")]
+    pub temperature: Option<f32>,
+    /// Keep the most likely tokens up to this probability.
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f32>,
+    /// Keep this many most likely tokens; 0 keeps all.
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Keep tokens at least this many times as likely as the most likely.
+    #[arg(long, value_name = "P")]
+    pub min_p: Option<f32>,
+    /// Penalty on tokens that were seen; 1 is none.
+    #[arg(long = "repeat-penalty", value_name = "X")]
+    pub repetition_penalty: Option<f32>,
+    /// Seed of the sampling; by default another one each time.
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Stop before this text; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// How activations meet quantized weights.
+    #[arg(long, default_value = "int8")]
+    pub activations: ActivationsChoice,
+    /// Type of cached keys and values.
+    #[arg(long, default_value = "bf16")]
+    pub cache: CacheChoice,
+    /// Print one JSON object with the answer and the measurements instead of streaming.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct InspectOptions {
+    #[command(flatten)]
+    pub model: ModelOptions,
+    /// Memory bandwidth in GB/s to compute ceilings with; by default measured on this machine.
+    #[arg(long, value_name = "GB/S")]
+    pub bandwidth: Option<f64>,
+    /// Positions in the cache when a token is decoded; by default 8192, or what the model was made for.
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct LogitsOptions {
+    #[command(flatten)]
+    pub model: ModelOptions,
+    #[command(flatten)]
+    pub device: DeviceOptions,
+    /// Token ids, separated by commas.
+    #[arg(long, value_delimiter = ',', required = true, value_name = "1,2,3")]
+    pub ids: Vec<u32>,
+    /// Continue greedily for this many tokens.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub greedy: usize,
+    /// Also run the MTP layer.
+    #[arg(long)]
+    pub mtp: bool,
+    /// Where to write: a safetensors file with `logits`, `decode_logits`, `greedy_ids`, `greedy_logits`, `mtp_logits`.
+    #[arg(short, long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// How activations meet quantized weights.
+    #[arg(long, default_value = "exact")]
+    pub activations: ActivationsChoice,
+    /// Type of cached keys and values.
+    #[arg(long, default_value = "f32")]
+    pub cache: CacheChoice,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchOptions {
+    #[command(flatten)]
+    pub model: ModelOptions,
+    #[command(flatten)]
+    pub device: DeviceOptions,
+    /// Random weights of a published model's exact shapes: PRESET[:layers=N][,vocab=N], with PRESET one of
+    /// qwen3-30b-a3b, glm-5.2-77, glm-5.2-59, deepseek-v3, gpt-oss-120b, gpt-oss-20b.
+    #[arg(long, value_name = "PRESET", conflicts_with = "model")]
+    pub synthetic: Option<String>,
+    /// Format of the random weights: affine-2..8, nvfp4, mxfp4, mxfp8, fp8, bf16, or q3a4 (experts affine-3, the rest 4).
+    #[arg(long, default_value = "affine-4", value_name = "FORMAT")]
+    pub format: String,
+    /// Sequences of a decode step.
+    #[arg(long, value_delimiter = ',', default_value = "1,2,4,8", value_name = "N,..")]
+    pub batch: Vec<usize>,
+    /// Positions cached for each sequence.
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    pub context: usize,
+    /// Lengths of prompts to prefill.
+    #[arg(long, value_delimiter = ',', default_value = "512", value_name = "N,..")]
+    pub prompt: Vec<usize>,
+    /// Steps of a window.
+    #[arg(long, default_value_t = 8, value_name = "N")]
+    pub steps: usize,
+    /// Windows that count, each with its own bandwidth measurement.
+    #[arg(long, default_value_t = 7, value_name = "N")]
+    pub windows: usize,
+    /// Seed of weights and tokens.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub seed: u64,
+    /// How activations meet quantized weights.
+    #[arg(long, default_value = "int8")]
+    pub activations: ActivationsChoice,
+    /// Type of cached keys and values.
+    #[arg(long, default_value = "bf16")]
+    pub cache: CacheChoice,
+    /// Also print where the time of a step goes.
+    #[arg(long)]
+    pub stages: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct DoctorOptions {
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Sends logs of the libraries to standard error.
+pub fn init_logging(arguments: &Arguments) {
+    let filter = tracing_subscriber::EnvFilter::try_new(&arguments.log)
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match arguments.log_format {
+        LogFormat::Human => builder.with_target(false).init(),
+        LogFormat::Json => builder.json().init(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn flags_are_consistent() {
+        super::Arguments::command().debug_assert();
+    }
+}

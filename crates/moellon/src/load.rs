@@ -1,0 +1,79 @@
+//! Loads a model onto a back end, with a progress bar.
+
+use crate::cli::CacheChoice;
+use crate::model_source::ModelSource;
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use moellon_model::weights::Weights;
+use moellon_model::{Decoder, DecoderOptions};
+use moellon_ops::{Backend, CacheDtype};
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+/// Tokens of a prefill step.
+pub const PREFILL_CHUNK: usize = 512;
+
+/// How long the last load took and how much it moved.
+#[derive(Debug, Clone, Copy)]
+pub struct LoadTime {
+    pub bytes: u64,
+    pub elapsed: Duration,
+}
+
+/// Loads weights and allocates caches for `context` positions of one sequence.
+pub fn load(
+    source: &ModelSource,
+    context: usize,
+    cache: CacheChoice,
+    backend: &mut dyn Backend,
+) -> Result<(Decoder, LoadTime)> {
+    let cache_dtype = match cache {
+        CacheChoice::F32 => CacheDtype::F32,
+        CacheChoice::Bf16 => CacheDtype::Bf16,
+    };
+    load_sized(source, DecoderOptions::single_sequence(context, PREFILL_CHUNK.min(context), cache_dtype), backend)
+}
+
+/// Loads weights and allocates what `sizes` says.
+pub fn load_sized(
+    source: &ModelSource,
+    sizes: DecoderOptions,
+    backend: &mut dyn Backend,
+) -> Result<(Decoder, LoadTime)> {
+    let started = Instant::now();
+    let total = source.checkpoint.size_bytes();
+    let bar = progress_bar(total);
+    bar.set_message("loading");
+    let (mut last_line, mut done) = (Instant::now(), 0);
+    let plain = !std::io::stderr().is_terminal();
+    let weights = Weights::load(&source.config, &source.checkpoint, backend, &mut |progress| {
+        done = progress.done_bytes;
+        bar.set_position(done.min(total));
+        // Without a terminal, a line every ten seconds tells a log that we are alive.
+        if plain && last_line.elapsed() > Duration::from_secs(10) {
+            last_line = Instant::now();
+            eprintln!("loading {}: {:.1} of {:.1} GB", progress.name, done as f64 / 1e9, total as f64 / 1e9);
+        }
+    })
+    .with_context(|| source.name.clone())?;
+    let decoder = Decoder::new(source.config.clone(), weights, sizes, backend)?;
+    bar.finish_and_clear();
+    Ok((decoder, LoadTime { bytes: done, elapsed: started.elapsed() }))
+}
+
+/// A bar on a terminal: of bytes, or only a line where the total is not known (0).
+pub fn progress_bar(total_bytes: u64) -> ProgressBar {
+    if total_bytes == 0 {
+        return ProgressBar::new_spinner();
+    }
+    // Small models load before a bar could be read.
+    if total_bytes < 200 << 20 {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{msg} {bar:40} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left");
+    let bar = ProgressBar::with_draw_target(Some(total_bytes), ProgressDrawTarget::stderr());
+    match style {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
+}

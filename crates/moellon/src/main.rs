@@ -1,0 +1,47 @@
+//! The `moellon` command. The only crate that names a concrete back end, reads the environment and prints.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command-line program prints")]
+#![allow(unreachable_pub, reason = "a binary has no outside")]
+
+mod backend;
+mod bench;
+mod chat;
+mod cli;
+mod doctor;
+mod generate;
+mod inspect;
+mod load;
+mod logits;
+mod model_source;
+mod run;
+mod table;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let arguments = cli::Arguments::parse();
+    cli::init_logging(&arguments);
+    let result = match arguments.command {
+        cli::Command::Run(options) => run::run(&options),
+        cli::Command::Inspect(options) => inspect::run(&options),
+        cli::Command::Logits(options) => logits::run(&options),
+        cli::Command::Bench(options) => bench::run(&options),
+        cli::Command::Doctor(options) => doctor::run(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            // One line: the chain of causes, outermost first.
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether the reader of our output went away (`moellon run | head`), which is no error of ours.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .any(|cause| cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe))
+}
