@@ -201,6 +201,18 @@ impl Backend for CpuBackend {
         })
     }
 
+    fn read_cache(&mut self, cache: Cache, first_slot: usize, dst: &mut [u8]) -> Result<()> {
+        cache.check_rows("read_cache", first_slot, dst.len())?;
+        self.memory.read_cache_rows(cache, first_slot, dst);
+        Ok(())
+    }
+
+    fn write_cache(&mut self, cache: Cache, first_slot: usize, src: &[u8]) -> Result<()> {
+        cache.check_rows("write_cache", first_slot, src.len())?;
+        self.memory.write_cache_rows(cache, first_slot, src);
+        Ok(())
+    }
+
     fn load_weight(&mut self, source: &WeightSource<'_>) -> Result<Weight> {
         let weight = source.describe(self.weights.len() as u32)?;
         self.weights.push(LoadedWeight::load(&self.pool, source, &weight)?);

@@ -222,6 +222,24 @@ impl Memory {
         }
     }
 
+    /// Copies rows from `first_slot` on to the host. The layout is the seam's: row after row, little-endian.
+    ///
+    /// # Panics
+    /// If the rows leave the cache: `Cache::check_rows` comes first.
+    pub(crate) fn read_cache_rows(&self, cache: Cache, first_slot: usize, dst: &mut [u8]) {
+        let start = first_slot * cache.row_bytes();
+        dst.copy_from_slice(&self.caches[cache.id as usize][start..][..dst.len()]);
+    }
+
+    /// Copies host rows into the cache from `first_slot` on.
+    ///
+    /// # Panics
+    /// As [`Memory::read_cache_rows`].
+    pub(crate) fn write_cache_rows(&mut self, cache: Cache, first_slot: usize, src: &[u8]) {
+        let start = first_slot * cache.row_bytes();
+        self.caches[cache.id as usize][start..][..src.len()].copy_from_slice(src);
+    }
+
     fn start(&self, tensor: Tensor) -> *mut u32 {
         let buffer = self.buffers[tensor.buffer.id as usize].as_ref().expect("a buffer that was not freed");
         let end = tensor.offset + tensor.extent();

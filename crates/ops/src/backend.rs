@@ -176,6 +176,13 @@ pub trait Backend: Send {
     /// Allocates a cache of `num_slots` rows of `width` elements.
     fn alloc_cache(&mut self, what: &str, dtype: CacheDtype, num_slots: usize, width: usize) -> Result<Cache>;
 
+    /// Waits for the stream and copies rows `first_slot ..` of a cache to the host, as many as `dst` holds: row after row in
+    /// the cache's type, little-endian, whatever the back end's own layout.
+    fn read_cache(&mut self, cache: Cache, first_slot: usize, dst: &mut [u8]) -> Result<()>;
+
+    /// Copies rows that [`Backend::read_cache`] gave into a cache of the same type and width, from `first_slot` on.
+    fn write_cache(&mut self, cache: Cache, first_slot: usize, src: &[u8]) -> Result<()>;
+
     /// Repacks a linear layer into the back end's layout.
     fn load_weight(&mut self, source: &WeightSource<'_>) -> Result<Weight>;
 

@@ -149,6 +149,18 @@ impl Cache {
     pub const fn row_bytes(&self) -> usize {
         self.width * self.dtype.size_bytes()
     }
+
+    /// Checks that `size_bytes` on the host are whole rows that lie inside the cache from `first_slot` on.
+    ///
+    /// # Errors
+    /// [`Error::Contract`].
+    pub fn check_rows(&self, op: &'static str, first_slot: usize, size_bytes: usize) -> Result<()> {
+        let row_bytes = self.row_bytes();
+        let whole = size_bytes.is_multiple_of(row_bytes);
+        expect(op, whole, "bytes on the host", size_bytes, &format!("a multiple of {row_bytes}, the bytes of a row"))?;
+        let end = first_slot.saturating_add(size_bytes / row_bytes);
+        expect(op, end <= self.num_slots, "end of the rows", end, &format!("at most {}", self.num_slots))
+    }
 }
 
 /// Where the rows of a batch find their keys. Row `t` attends the keys at positions `0..=positions[t]` of its sequence;

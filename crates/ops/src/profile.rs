@@ -135,6 +135,14 @@ impl Backend for Profiler<'_> {
         self.backend.alloc_cache(what, dtype, num_slots, width)
     }
 
+    fn read_cache(&mut self, cache: Cache, first_slot: usize, dst: &mut [u8]) -> Result<()> {
+        self.backend.read_cache(cache, first_slot, dst)
+    }
+
+    fn write_cache(&mut self, cache: Cache, first_slot: usize, src: &[u8]) -> Result<()> {
+        self.backend.write_cache(cache, first_slot, src)
+    }
+
     fn load_weight(&mut self, source: &WeightSource<'_>) -> Result<Weight> {
         self.backend.load_weight(source)
     }

@@ -271,6 +271,34 @@ impl Backend for ReferenceBackend {
         Ok(Cache { id: self.memory.caches.len() as u32 - 1, dtype, num_slots, width })
     }
 
+    fn read_cache(&mut self, cache: Cache, first_slot: usize, dst: &mut [u8]) -> Result<()> {
+        cache.check_rows("read_cache", first_slot, dst.len())?;
+        for (row, dst) in dst.chunks_exact_mut(cache.row_bytes()).enumerate() {
+            let values = self.memory.cache_row(&cache, first_slot + row);
+            for (value, dst) in values.iter().zip(dst.chunks_exact_mut(cache.dtype.size_bytes())) {
+                match cache.dtype {
+                    CacheDtype::F32 => dst.copy_from_slice(&value.to_le_bytes()),
+                    // Stored values are rounded: the lower half is zero.
+                    CacheDtype::Bf16 => dst.copy_from_slice(&value.to_le_bytes()[2..]),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn write_cache(&mut self, cache: Cache, first_slot: usize, src: &[u8]) -> Result<()> {
+        cache.check_rows("write_cache", first_slot, src.len())?;
+        for (row, src) in src.chunks_exact(cache.row_bytes()).enumerate() {
+            let element = |bytes: &[u8]| match cache.dtype {
+                CacheDtype::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
+                CacheDtype::Bf16 => f32::from_le_bytes([0, 0, bytes[0], bytes[1]]),
+            };
+            let values: Vec<f32> = src.chunks_exact(cache.dtype.size_bytes()).map(element).collect();
+            self.memory.set_cache_row(&cache, first_slot + row, &values);
+        }
+        Ok(())
+    }
+
     fn load_weight(&mut self, source: &WeightSource<'_>) -> Result<Weight> {
         let weight = source.describe(self.memory.weights.len() as u32)?;
         let bias = source.bias.map(<[f32]>::to_vec);

@@ -50,10 +50,11 @@ impl KvStore<'_> {
 
 pub(crate) fn cases() -> Vec<Case> {
     // What was stored is seen through attention to a single key: its value row comes back.
-    let case = |dtype: CacheDtype| {
+    let case = |dtype: CacheDtype, through_host: bool| {
+        let way = if through_host { ", copied to another cache through the host" } else { "" };
         Case::new(
             "kv_store",
-            format!("{dtype:?}, key and value read back by attention"),
+            format!("{dtype:?}, key and value read back by attention{way}"),
             3,
             Tolerance::exact(1),
             move |backend, picked| {
@@ -64,6 +65,7 @@ pub(crate) fn cases() -> Vec<Case> {
                 let slots: Vec<u32> = picked.iter().map(|r| slot[*r]).collect();
                 let slots = upload_ids(backend, &[slots])?;
                 backend.kv_store(&KvStore { parts: &[k, v], slots, cache })?;
+                let cache = if through_host { copied(backend, cache)? } else { cache };
                 let q = upload(backend, &normal_rows(17, 3, 16), picked)?;
                 let zero = upload_ids(backend, &[vec![0; picked.len()]])?;
                 let sequences = upload_ids(backend, &[(0..picked.len() as u32).collect()])?;
@@ -87,5 +89,20 @@ pub(crate) fn cases() -> Vec<Case> {
             },
         )
     };
-    vec![case(CacheDtype::F32), case(CacheDtype::Bf16)]
+    [CacheDtype::F32, CacheDtype::Bf16]
+        .into_iter()
+        .flat_map(|dtype| [case(dtype, false), case(dtype, true)])
+        .collect()
+}
+
+/// Another cache with the same rows: the first three read and written in one piece, the others one by one.
+fn copied(backend: &mut dyn crate::Backend, cache: Cache) -> Result<Cache> {
+    let copy = backend.alloc_cache("copied cache", cache.dtype, cache.num_slots, cache.width)?;
+    let pieces = std::iter::once((0, 3)).chain((3..cache.num_slots).map(|slot| (slot, 1)));
+    for (first_slot, num_slots) in pieces {
+        let mut bytes = vec![0; num_slots * cache.row_bytes()];
+        backend.read_cache(cache, first_slot, &mut bytes)?;
+        backend.write_cache(copy, first_slot, &bytes)?;
+    }
+    Ok(copy)
 }
