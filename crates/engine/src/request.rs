@@ -9,19 +9,20 @@ use std::time::Duration;
 pub struct Request {
     /// Name in logs and metrics.
     pub id: String,
-    /// Prompt ids, at least one.
+    /// Prompt ids, at least one, all in the vocabulary.
     pub prompt: Vec<u32>,
     /// How tokens are chosen.
     pub sampling: SamplingParams,
-    /// Tokens to generate at most; the end of the context ends it too.
+    /// Tokens to generate at most; the end of the context ends it too. 0 computes the prompt only (`echo`).
     pub max_tokens: usize,
     /// Tokens that are generated before a stop token may be chosen.
     pub min_tokens: usize,
-    /// Tokens that end the generation. They are reported, not hidden.
+    /// Tokens that end the generation. They are reported, not hidden. A constraint allows them only where it may end.
     pub stop_token_ids: Vec<u32>,
     /// Alternatives to report with each token: `None` for no log-probabilities, `Some(0)` for the chosen token's only.
     pub logprobs: Option<usize>,
-    /// Whether the prompt's own log-probabilities are wanted (legacy completions with `echo`).
+    /// Whether the prompt's own log-probabilities are wanted (legacy completions with `echo`). Such a prompt is computed
+    /// in full: what is cached has no logits.
     pub prompt_logprobs: bool,
     /// Which tokens are allowed at each step; fails closed.
     pub constraint: Option<Box<dyn Constraint>>,
@@ -31,10 +32,10 @@ pub struct Request {
     pub cache_salt: Option<String>,
 }
 
-/// Ends a thought that is too long: after `max_tokens` of it, `end_token_ids` are forced.
+/// Ends thoughts that are too long: after `max_tokens` of them, `end_token_ids` are forced, and no other thought begins.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ThinkingBudget {
-    /// Tokens that a thought may take.
+    /// Tokens that the request's thoughts may take together.
     pub max_tokens: usize,
     /// Whether the prompt ends inside a thought.
     pub starts_inside: bool,
@@ -42,14 +43,15 @@ pub struct ThinkingBudget {
     pub open_token_id: u32,
     /// Token that closes it.
     pub close_token_id: u32,
-    /// What is written when the budget is spent, `close_token_id` among it.
+    /// What is written when the budget is spent, `close_token_id` at its end. The constraint sees these tokens too: behind a
+    /// [`Deferred`](moellon_text::constraint::Deferred) that waits for `close_token_id` it binds what follows.
     pub end_token_ids: Vec<u32>,
 }
 
 /// What happens to a request, in order: `Started`, any number of `Prefill`, `Tokens`, then one `Finished` or `Failed`.
 #[derive(Debug, Clone)]
 pub enum Event {
-    /// Admitted: its cache blocks are reserved.
+    /// Its first tokens are about to be computed; the blocks for its prompt are reserved.
     Started(Started),
     /// Prompt tokens computed so far.
     Prefill {
@@ -112,9 +114,11 @@ pub struct Finished {
     pub completion_tokens: usize,
     /// Of them drafted by speculation and accepted.
     pub accepted_draft_tokens: usize,
+    /// How often the request gave its blocks to older ones and was computed again.
+    pub preemptions: usize,
     /// Log-probabilities of the prompt's tokens, the first `None`, where asked for.
     pub prompt_logprobs: Option<Vec<Option<f32>>>,
-    /// From admission to the first token.
+    /// From `Started` to the first token.
     pub prefill: Duration,
     /// From the first token to the last.
     pub decode: Duration,
@@ -145,10 +149,23 @@ pub enum RequestError {
     /// A parameter is outside its range.
     #[error(transparent)]
     Setting(#[from] crate::sampler::SettingError),
+    /// A token of the prompt is none of the model's.
+    #[error("the prompt has token {token} at position {position}, expected ids below {vocab_size}")]
+    UnknownToken {
+        /// The token.
+        token: u32,
+        /// Where.
+        position: usize,
+        /// Tokens of the model.
+        vocab_size: usize,
+    },
+    /// The prompt is empty.
+    #[error("the prompt has no tokens, expected at least 1")]
+    EmptyPrompt,
     /// Its cache would never fit.
-    #[error("the request needs {needed_bytes} bytes of cache, the cache has {total_bytes}")]
+    #[error("the prompt needs {needed_bytes} bytes of cache, the cache has {total_bytes}")]
     CacheTooSmall {
-        /// Bytes for prompt and `max_tokens`.
+        /// Bytes for the prompt and one token; an output that outgrows the cache ends with `FinishReason::Length`.
         needed_bytes: u64,
         /// Bytes of the whole cache.
         total_bytes: u64,
@@ -164,7 +181,15 @@ pub enum RequestError {
     /// The constraint failed or allows no token.
     #[error("constraint: {0}")]
     Constraint(String),
-    /// The engine failed during a step (device error, NaN logits, a panic); it restarts.
+    /// The model computed no usable logits for this request; other requests go on.
+    #[error("the model's logits after {position} tokens are unusable: {reason}")]
+    Logits {
+        /// Tokens of the sequence so far.
+        position: usize,
+        /// What is wrong with them.
+        reason: String,
+    },
+    /// The engine failed during a step (device error, a panic); it restarts.
     #[error("engine: {0}")]
     Engine(String),
     /// The engine is shutting down.

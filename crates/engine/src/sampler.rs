@@ -1,7 +1,9 @@
-//! Logits to a token. The order of the steps is that of most servers: penalties, bias, then temperature, top-k, top-p,
-//! min-p on the sorted rest, then one draw. Same seed, same logits: same tokens, on every machine.
+//! Logits to a token. The order of the steps is that of most servers: penalties, bias, mask, then top-k, temperature, top-p
+//! and min-p, then one draw. Same seed, same logits: same tokens, on every machine.
 
 use moellon_tensor::rng::SplitMix64;
+use moellon_text::constraint::TokenMask;
+use std::cmp::Ordering;
 use std::collections::HashMap;
 
 /// How the next token is chosen.
@@ -84,6 +86,30 @@ impl SamplingParams {
     pub fn is_greedy(&self) -> bool {
         self.temperature == 0.0
     }
+
+    /// Whether the logits are changed by what was seen.
+    pub fn has_penalties(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0
+    }
+
+    /// Whether the choice is the largest unmodified logit: then the device can make it.
+    pub fn is_argmax(&self) -> bool {
+        self.is_greedy() && !self.has_penalties() && self.logit_bias.is_empty()
+    }
+}
+
+/// Logits from which no token can be chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum PickError {
+    /// The model computed something that is not a number.
+    #[error("the logit of token {token} is NaN")]
+    Nan {
+        /// The first such token.
+        token: u32,
+    },
+    /// The mask is empty.
+    #[error("no token is allowed")]
+    NothingAllowed,
 }
 
 /// The state of one sequence's sampling.
@@ -93,7 +119,9 @@ pub struct Sampler {
     rng: SplitMix64,
     /// Tokens of the prompt and the output, for the repetition penalty; how often each was generated.
     seen: HashMap<u32, u32>,
-    /// Work space: candidates `(token, logit or probability)`.
+    /// Work space: logits after penalties and bias.
+    logits: Vec<f32>,
+    /// Work space: candidates `(token, logit or weight)`.
     candidates: Vec<(u32, f32)>,
 }
 
@@ -101,81 +129,129 @@ impl Sampler {
     /// A sampler whose repetition penalty knows the prompt.
     pub fn new(params: SamplingParams, prompt: &[u32]) -> Self {
         let rng = SplitMix64::new(params.seed);
-        let seen = prompt.iter().map(|token| (*token, 0)).collect();
-        Sampler { params, rng, seen, candidates: Vec::new() }
+        let seen = if params.has_penalties() { prompt.iter().map(|token| (*token, 0)).collect() } else { HashMap::new() };
+        Sampler { params, rng, seen, logits: Vec::new(), candidates: Vec::new() }
     }
 
-    /// Chooses a token from `logits` `[vocab_size]` and remembers it.
+    /// How tokens are chosen.
+    pub fn params(&self) -> &SamplingParams {
+        &self.params
+    }
+
+    /// Chooses a token from `logits` `[vocab_size]` and remembers it. NaN never wins: it counts as the smallest.
     pub fn pick(&mut self, logits: &[f32]) -> u32 {
-        let token = self.choose(logits);
-        *self.seen.entry(token).or_insert(0) += 1;
+        self.logits.clear();
+        self.logits.extend(logits.iter().map(|x| if x.is_nan() { f32::NEG_INFINITY } else { *x }));
+        let token = self.choose(None).expect("without a mask every token is allowed");
+        self.accept(token);
         token
     }
 
-    fn choose(&mut self, logits: &[f32]) -> u32 {
-        self.candidates.clear();
-        // NaN never wins: it compares as the smallest.
-        self.candidates.extend((0u32..).zip(logits.iter().map(|x| if x.is_nan() { f32::NEG_INFINITY } else { *x })));
-        self.penalize();
-        if self.params.is_greedy() {
-            return self.candidates.iter().fold(self.candidates[0], |best, c| if c.1 > best.1 { *c } else { best }).0;
+    /// Chooses among the tokens in `mask` (all, if `None`) and remembers the choice.
+    ///
+    /// # Errors
+    /// NaN among the logits, or an empty mask.
+    pub fn pick_allowed(&mut self, logits: &[f32], mask: Option<&TokenMask>) -> Result<u32, PickError> {
+        if let Some(token) = logits.iter().position(|x| x.is_nan()) {
+            return Err(PickError::Nan { token: token as u32 });
         }
-        self.keep_most_likely();
-        self.draw()
+        self.logits.clear();
+        self.logits.extend_from_slice(logits);
+        let token = self.choose(mask).ok_or(PickError::NothingAllowed)?;
+        self.accept(token);
+        Ok(token)
+    }
+
+    /// Remembers a token that was chosen elsewhere: forced, or picked on the device.
+    pub fn accept(&mut self, token: u32) {
+        if self.params.has_penalties() {
+            *self.seen.entry(token).or_insert(0) += 1;
+        }
+    }
+
+    fn choose(&mut self, mask: Option<&TokenMask>) -> Option<u32> {
+        self.penalize();
+        let tokens = (0u32..).zip(self.logits.iter().copied());
+        self.candidates.clear();
+        match mask {
+            None => self.candidates.extend(tokens),
+            Some(mask) => self.candidates.extend(tokens.filter(|(token, _)| mask.contains(*token))),
+        }
+        let first = *self.candidates.first()?;
+        let best = self.candidates.iter().fold(first, |best, c| if c.1 > best.1 { *c } else { best });
+        // With no candidate above negative infinity all are as likely: the lowest.
+        if self.params.is_greedy() || best.1 == f32::NEG_INFINITY {
+            return Some(best.0);
+        }
+        self.keep_most_likely(best.1);
+        Some(self.draw())
     }
 
     fn penalize(&mut self) {
         let params = &self.params;
-        let penalties = params.repetition_penalty != 1.0 || params.frequency_penalty != 0.0 || params.presence_penalty != 0.0;
-        if penalties {
-            for (token, generated) in &self.seen {
-                let Some((_, logit)) = self.candidates.get_mut(*token as usize) else { continue };
-                *logit = if *logit > 0.0 { *logit / params.repetition_penalty } else { *logit * params.repetition_penalty };
-                *logit -= params.frequency_penalty * *generated as f32;
-                *logit -= if *generated > 0 { params.presence_penalty } else { 0.0 };
-            }
+        for (token, generated) in &self.seen {
+            let Some(logit) = self.logits.get_mut(*token as usize) else { continue };
+            *logit = if *logit > 0.0 { *logit / params.repetition_penalty } else { *logit * params.repetition_penalty };
+            *logit -= params.frequency_penalty * *generated as f32;
+            *logit -= if *generated > 0 { params.presence_penalty } else { 0.0 };
         }
         for (token, bias) in &params.logit_bias {
-            if let Some((_, logit)) = self.candidates.get_mut(*token as usize) {
+            if let Some(logit) = self.logits.get_mut(*token as usize) {
                 *logit += bias;
             }
         }
     }
 
-    /// Leaves the candidates that top-k, top-p and min-p keep, most likely first, with probabilities that sum to 1.
-    fn keep_most_likely(&mut self) {
-        // Larger logit first, lower token first where equal: a total order, so that a draw is reproducible.
-        let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-        let top_k = self.params.top_k;
-        if top_k > 0 && top_k < self.candidates.len() {
-            self.candidates.select_nth_unstable_by(top_k - 1, order);
-            self.candidates.truncate(top_k);
+    /// Leaves the candidates that top-k, top-p and min-p keep, with weights relative to the most likely one's.
+    fn keep_most_likely(&mut self, max: f32) {
+        let params = &self.params;
+        if params.top_k > 0 && params.top_k < self.candidates.len() {
+            self.candidates.select_nth_unstable_by(params.top_k - 1, more_likely);
+            self.candidates.truncate(params.top_k);
         }
-        self.candidates.sort_unstable_by(order);
-        let max = self.candidates[0].1;
-        let temperature = self.params.temperature;
         for (_, value) in &mut self.candidates {
             // An infinite maximum leaves only its equals.
-            *value = if *value == max { 1.0 } else { ((*value - max) / temperature).exp() };
+            *value = if *value == max { 1.0 } else { ((*value - max) / params.temperature).exp() };
         }
-        let total: f32 = self.candidates.iter().map(|c| c.1).sum();
-        let (mut sum, mut kept) = (0.0, 0);
-        for (_, value) in &self.candidates {
-            let likely_enough = *value >= self.params.min_p;
-            if kept > 0 && (sum >= self.params.top_p * total || !likely_enough) {
-                break;
+        let total: f64 = self.candidates.iter().map(|c| f64::from(c.1)).sum();
+        self.candidates.retain(|(_, weight)| *weight > 0.0 && *weight >= params.min_p);
+        if params.top_p < 1.0 {
+            let wanted = f64::from(params.top_p) * total;
+            let kept = self.sort_until(wanted);
+            self.candidates.truncate(kept);
+        }
+        // A draw walks the candidates in order of their ids: the same for the same set, however it was found.
+        self.candidates.sort_unstable_by_key(|(token, _)| *token);
+    }
+
+    /// Sorts the most likely candidates to the front until their weights reach `wanted`; returns how many that takes.
+    ///
+    /// A vocabulary has 150,000 tokens and a nucleus some dozens, so ever larger fronts are sorted, not everything.
+    fn sort_until(&mut self, wanted: f64) -> usize {
+        let (mut sorted, mut sum) = (0, 0.0);
+        while sorted < self.candidates.len() {
+            let front = (sorted * 8).max(64).min(self.candidates.len());
+            let rest = &mut self.candidates[sorted..];
+            if front < sorted + rest.len() {
+                rest.select_nth_unstable_by(front - sorted, more_likely);
             }
-            sum += value;
-            kept += 1;
+            rest[..front - sorted].sort_unstable_by(more_likely);
+            for (index, (_, weight)) in rest[..front - sorted].iter().enumerate() {
+                sum += f64::from(*weight);
+                if sum >= wanted {
+                    return sorted + index + 1;
+                }
+            }
+            sorted = front;
         }
-        self.candidates.truncate(kept);
-        self.candidates.iter_mut().for_each(|(_, value)| *value /= sum);
+        sorted
     }
 
     fn draw(&mut self) -> u32 {
-        let mut rest = self.rng.next_f32();
-        for (token, probability) in &self.candidates {
-            rest -= probability;
+        let total: f64 = self.candidates.iter().map(|c| f64::from(c.1)).sum();
+        let mut rest = self.rng.next_f64() * total;
+        for (token, weight) in &self.candidates {
+            rest -= f64::from(*weight);
             if rest < 0.0 {
                 return *token;
             }
@@ -183,6 +259,30 @@ impl Sampler {
         // Rounding may leave a crumb: it belongs to the last candidate.
         self.candidates[self.candidates.len() - 1].0
     }
+}
+
+/// Larger value first, lower token first where equal: a total order, so that choices are reproducible.
+fn more_likely(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
+    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+}
+
+/// Log-probabilities of one row of logits: the chosen token's, and the `count` most likely tokens with theirs, best first.
+pub fn log_probabilities(logits: &[f32], chosen: u32, count: usize) -> (f32, Vec<(u32, f32)>) {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let total: f64 = logits.iter().map(|x| f64::from(x - max).exp()).sum();
+    let log_total = f64::from(max) + total.ln();
+    let log_probability = |logit: f32| (f64::from(logit) - log_total) as f32;
+    let mut top: Vec<(u32, f32)> = Vec::new();
+    if count > 0 {
+        top.extend((0u32..).zip(logits.iter().copied()));
+        if count < top.len() {
+            top.select_nth_unstable_by(count, more_likely);
+            top.truncate(count);
+        }
+        top.sort_unstable_by(more_likely);
+        top.iter_mut().for_each(|(_, value)| *value = log_probability(*value));
+    }
+    (logits.get(chosen as usize).map_or(f32::NEG_INFINITY, |logit| log_probability(*logit)), top)
 }
 
 #[cfg(test)]
@@ -260,7 +360,61 @@ mod tests {
         assert_eq!(error(SamplingParams { logit_bias: vec![(10, 1.0)], ..open() }), "logit_bias is token 10, expected token ids of the vocabulary");
     }
 
+    #[test]
+    fn masks_bind_and_broken_logits_are_named() {
+        let mut mask = TokenMask::all(4);
+        mask.clear(1);
+        let mut greedy = sampler(SamplingParams::default());
+        assert_eq!(greedy.pick_allowed(&[0.0, 9.0, 2.0, 1.0], Some(&mask)), Ok(2));
+        assert_eq!(greedy.pick_allowed(&[f32::NEG_INFINITY; 4], Some(&mask)), Ok(0));
+        let mut hot = sampler(SamplingParams { temperature: 2.0, ..SamplingParams::default() });
+        for _ in 0..100 {
+            assert_ne!(hot.pick_allowed(&[0.0, 9.0, 2.0, 1.0], Some(&mask)), Ok(1));
+        }
+        mask.intersect(&[]);
+        assert_eq!(greedy.pick_allowed(&[0.0; 4], Some(&mask)), Err(PickError::NothingAllowed));
+        assert_eq!(greedy.pick_allowed(&[0.0, f32::NAN], None), Err(PickError::Nan { token: 1 }));
+    }
+
+    #[test]
+    fn log_probabilities_are_of_the_plain_softmax() {
+        let logits = [1.0f32, 3.0, 2.0, 3.0];
+        let total: f32 = logits.iter().map(|x| x.exp()).sum();
+        let (chosen, top) = log_probabilities(&logits, 2, 3);
+        assert!((chosen - (2.0 - total.ln())).abs() < 4.0 * f32::EPSILON);
+        assert_eq!(top.iter().map(|t| t.0).collect::<Vec<_>>(), [1, 3, 2]);
+        assert_eq!(top[2].1, chosen);
+        assert_eq!(log_probabilities(&logits, 0, 99).1.len(), 4);
+        assert!(log_probabilities(&logits, 0, 0).1.is_empty());
+    }
+
     proptest! {
+        #[test]
+        fn a_nucleus_is_the_one_that_sorting_everything_gives(
+            logits in proptest::collection::vec(-8f32..8.0, 1..400), top_p in 0.01f32..1.0, temperature in 0.1f32..3.0,
+        ) {
+            let params = SamplingParams { temperature, top_p, ..SamplingParams::default() };
+            let mut all = sampler(params);
+            all.logits = logits.clone();
+            all.candidates = (0u32..).zip(logits.iter().copied()).collect();
+            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            all.keep_most_likely(max);
+            let mut sorted: Vec<(u32, f32)> = (0u32..).zip(logits.iter().map(|x| ((x - max) / temperature).exp())).collect();
+            let wanted = f64::from(top_p) * sorted.iter().map(|c| f64::from(c.1)).sum::<f64>();
+            sorted.sort_by(more_likely);
+            let mut sum = 0.0;
+            let mut kept: Vec<u32> = Vec::new();
+            for (token, weight) in sorted {
+                kept.push(token);
+                sum += f64::from(weight);
+                if sum >= wanted {
+                    break;
+                }
+            }
+            kept.sort_unstable();
+            prop_assert_eq!(all.candidates.iter().map(|c| c.0).collect::<Vec<_>>(), kept);
+        }
+
         #[test]
         fn any_logits_give_a_token_and_the_same_one_again(
             logits in proptest::collection::vec(prop_oneof![-50f32..50.0, Just(f32::NAN), Just(f32::NEG_INFINITY), Just(f32::INFINITY)], 1..200),

@@ -1,0 +1,677 @@
+//! The loop: admit, plan, forward, choose, commit. One step serves every running request; what a request gets does not
+//! depend on the others, bit for bit, so how steps are put together is a matter of speed only.
+//!
+//! An engine belongs to one thread ([`crate::thread`]); tests and batch programs may call [`Engine::step`] themselves.
+
+use crate::block_rows::BlockRows;
+use crate::disk_cache::{DiskCache, DiskCacheError, DiskCacheOptions};
+use crate::events::{EventReceiver, channel};
+use crate::kv_pool::{BlockId, KvPool};
+use crate::prefix_cache::PrefixCache;
+use crate::request::{Event, FinishReason, Request, RequestError, SampledToken};
+use crate::sampler::{PickError, SettingError, log_probabilities};
+use crate::scheduler::{ChunkGovernor, Demand, Share, StepLimits, plan};
+use crate::sequence::{QueueTicket, Sequence};
+use crate::stats::{EngineStats, Rate};
+use moellon_model::batch::{Batch, LogitRows};
+use moellon_model::session::greedy;
+use moellon_model::{Decoder, Error as ModelError};
+use moellon_ops::{Backend, ElementType, Tensor};
+use moellon_text::constraint::TokenMask;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+/// How an engine shares its decoder.
+#[derive(Debug, Clone)]
+pub struct EngineOptions {
+    /// Requests that may wait.
+    pub max_waiting: usize,
+    /// Bytes of finished sequences that stay cached; `None` for all the room there is.
+    pub max_prefix_cache_bytes: Option<u64>,
+    /// How many times as long a step that decodes may take when a prompt is computed beside it.
+    pub max_decode_slowdown: f64,
+    /// Cached prefixes on disk.
+    pub disk_cache: Option<DiskCacheOptions>,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        // Inter-token latency within 3x of undisturbed is the requirement; the estimate has some noise.
+        EngineOptions { max_waiting: 256, max_prefix_cache_bytes: None, max_decode_slowdown: 2.5, disk_cache: None }
+    }
+}
+
+/// Why an engine cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The device has no room for the engine's own buffer, or failed.
+    #[error(transparent)]
+    Ops(#[from] moellon_ops::Error),
+    /// The decoder refused a batch or its device failed.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The folder for cached prefixes.
+    #[error(transparent)]
+    DiskCache(#[from] DiskCacheError),
+    /// The operating system gave no thread.
+    #[error("the engine's thread does not start: {0}")]
+    Thread(std::io::Error),
+    /// A sequence alone in the cache has no block to grow into.
+    #[error("no cache block is left for a sequence alone in the cache of {num_blocks} blocks")]
+    NoBlock {
+        /// Blocks of the cache.
+        num_blocks: usize,
+    },
+}
+
+/// What requests are checked against before they are queued.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RequestLimits {
+    /// Tokens of the model.
+    pub vocab_size: usize,
+    /// Positions of a sequence.
+    pub max_context: usize,
+    /// Slots of a cache block.
+    pub block_size: usize,
+    /// Cache blocks.
+    pub num_blocks: usize,
+    /// Bytes of a block.
+    pub block_bytes: u64,
+    /// Requests that may wait.
+    pub max_waiting: usize,
+}
+
+impl RequestLimits {
+    /// Checks a request.
+    ///
+    /// # Errors
+    /// What does not fit, with numbers.
+    pub fn check(&self, request: &Request, waiting: usize) -> Result<(), RequestError> {
+        let prompt_tokens = request.prompt.len();
+        if prompt_tokens == 0 {
+            return Err(RequestError::EmptyPrompt);
+        }
+        if prompt_tokens >= self.max_context {
+            return Err(RequestError::PromptTooLong { prompt_tokens, max_prompt_tokens: self.max_context - 1 });
+        }
+        let needed_blocks = (prompt_tokens + 1).div_ceil(self.block_size);
+        if needed_blocks > self.num_blocks {
+            return Err(RequestError::CacheTooSmall {
+                needed_bytes: needed_blocks as u64 * self.block_bytes,
+                total_bytes: self.num_blocks as u64 * self.block_bytes,
+            });
+        }
+        let unknown = |token: &u32| *token as usize >= self.vocab_size;
+        if let Some(position) = request.prompt.iter().position(unknown) {
+            let token = request.prompt[position];
+            return Err(RequestError::UnknownToken { token, position, vocab_size: self.vocab_size });
+        }
+        request.sampling.validate(self.vocab_size)?;
+        let setting = |name, found: String, expected| Err(SettingError { name, found, expected }.into());
+        if let Some(count) = request.logprobs.filter(|count| *count > self.vocab_size) {
+            return setting("logprobs", count.to_string(), "at most the tokens of the vocabulary");
+        }
+        if let Some(budget) = &request.thinking_budget {
+            if let Some(token) = budget.end_token_ids.iter().find(|token| unknown(token)) {
+                return setting("thinking budget", format!("end token {token}"), "token ids of the vocabulary");
+            }
+            if budget.end_token_ids.last() != Some(&budget.close_token_id) {
+                return setting("thinking budget", "another last end token".to_owned(), "the token that closes a thought");
+            }
+        }
+        if waiting >= self.max_waiting {
+            return Err(RequestError::QueueFull { waiting, limit: self.max_waiting });
+        }
+        Ok(())
+    }
+}
+
+/// A decoder with its requests.
+pub struct Engine {
+    decoder: Decoder,
+    backend: Box<dyn Backend>,
+    limits: RequestLimits,
+    step_limits: StepLimits,
+    max_sequences: usize,
+    max_prefix_blocks: usize,
+    pool: KvPool,
+    prefix_cache: PrefixCache,
+    disk_cache: Option<DiskCache>,
+    block_rows: BlockRows,
+    /// In order of arrival.
+    waiting: VecDeque<Sequence>,
+    /// In order of arrival.
+    running: Vec<Sequence>,
+    /// Requests that are queued anywhere.
+    num_waiting: Arc<AtomicUsize>,
+    governor: ChunkGovernor,
+    /// u32 `[max_logit_rows, 1]`: tokens that the device chose.
+    chosen: moellon_ops::Buffer,
+    /// Work space: one row of logits `[vocab_size]`.
+    logits: Vec<f32>,
+    mask: TokenMask,
+    stats: EngineStats,
+    prefill_rate: Rate,
+    generated_rate: Rate,
+}
+
+impl Engine {
+    /// An engine that uses all of the decoder's cache.
+    ///
+    /// # Errors
+    /// If the device has no room for the engine's buffer, or the disk cache's folder is not usable.
+    pub fn new(decoder: Decoder, mut backend: Box<dyn Backend>, options: EngineOptions) -> Result<Self, EngineError> {
+        let sizes = *decoder.options();
+        let block_rows = BlockRows::new(&decoder);
+        let block_bytes = block_rows.block_bytes() as u64;
+        let chosen = backend.alloc("chosen tokens", ElementType::U32, sizes.max_logit_rows)?;
+        let caps = backend.caps();
+        // Rows of another back end or precision are not bit for bit the same.
+        let layout = format!("{} {:?} {}", caps.name, caps.activations, block_rows.describe());
+        let disk_cache = options.disk_cache.as_ref().map(|disk| DiskCache::open(disk, &layout)).transpose()?;
+        let max_prefix_blocks =
+            options.max_prefix_cache_bytes.map_or(sizes.num_blocks, |bytes| (bytes / block_bytes.max(1)) as usize);
+        let vocab_size = decoder.config().vocab_size;
+        let limits = RequestLimits {
+            vocab_size,
+            max_context: sizes.max_context,
+            block_size: sizes.block_size,
+            num_blocks: sizes.num_blocks,
+            block_bytes,
+            max_waiting: options.max_waiting,
+        };
+        Ok(Engine {
+            limits,
+            step_limits: StepLimits {
+                max_tokens: sizes.max_batch_tokens,
+                max_logit_rows: sizes.max_logit_rows,
+                max_prefill_beside_decodes: sizes.max_batch_tokens,
+            },
+            max_sequences: sizes.max_sequences.min(sizes.max_batch_tokens).min(sizes.max_logit_rows),
+            max_prefix_blocks,
+            pool: KvPool::new(sizes.num_blocks, sizes.block_size, block_bytes),
+            prefix_cache: PrefixCache::new(max_prefix_blocks),
+            disk_cache,
+            block_rows,
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            num_waiting: Arc::new(AtomicUsize::new(0)),
+            governor: ChunkGovernor::new(options.max_decode_slowdown, sizes.max_batch_tokens),
+            chosen,
+            logits: vec![0.0; vocab_size],
+            mask: TokenMask::all(vocab_size),
+            stats: EngineStats { total_blocks: sizes.num_blocks, block_bytes, ..EngineStats::default() },
+            prefill_rate: Rate::new(),
+            generated_rate: Rate::new(),
+            decoder,
+            backend,
+        })
+    }
+
+    /// What requests are checked against.
+    pub fn limits(&self) -> RequestLimits {
+        self.limits
+    }
+
+    /// Queues a request.
+    ///
+    /// # Errors
+    /// What does not fit, with numbers.
+    pub fn submit(&mut self, request: Request) -> Result<EventReceiver, RequestError> {
+        let admitted = self.limits.check(&request, self.num_waiting.load(Ordering::Relaxed));
+        admitted.inspect_err(|_| self.stats.rejected += 1)?;
+        let (sender, receiver) = channel();
+        let ticket = QueueTicket::new(&self.num_waiting);
+        self.enqueue(Sequence::new(request, self.max_sequence_tokens(), sender, ticket));
+        Ok(receiver)
+    }
+
+    /// Runs one step. `false` if there was nothing to do.
+    ///
+    /// # Errors
+    /// A failing device or a broken invariant: no request in flight can go on, see [`Engine::restart`].
+    pub fn step(&mut self) -> Result<bool, EngineError> {
+        self.drop_cancelled();
+        self.admit()?;
+        self.reuse_what_others_published();
+        let shares = self.plan()?;
+        if shares.is_empty() {
+            return Ok(false);
+        }
+        let started = Instant::now();
+        let decode_rows = shares.iter().filter(|share| self.running[share.sequence].is_decoding()).count();
+        let batch = self.batch(&shares);
+        let logits = self.decoder.forward(&batch, self.backend.as_mut())?;
+        let outcomes = self.choose(&shares, &batch, logits)?;
+        let generated = self.commit(&shares, outcomes)?;
+        self.observe(batch.num_tokens(), decode_rows, generated, started);
+        Ok(true)
+    }
+
+    /// Whether no request waits or runs.
+    pub fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty()
+    }
+
+    /// Fails every running request and begins anew with empty caches; waiting requests stay.
+    pub fn restart(&mut self, reason: &str) {
+        tracing::error!(reason, failed = self.running.len(), "engine step failed, restarting with empty caches");
+        for sequence in self.running.drain(..) {
+            sequence.events.send(Event::Failed(RequestError::Engine(reason.to_owned())));
+            self.stats.failed += 1;
+        }
+        self.pool = KvPool::new(self.limits.num_blocks, self.limits.block_size, self.limits.block_bytes);
+        self.prefix_cache = PrefixCache::new(self.max_prefix_blocks);
+        self.stats.restarts += 1;
+        self.stats.failures_in_a_row += 1;
+    }
+
+    /// Ends every request, running or waiting, with `error`.
+    pub fn fail_all(&mut self, error: &RequestError) {
+        let running = self.running.drain(..);
+        for mut sequence in running.chain(self.waiting.drain(..)) {
+            sequence.events.send(Event::Failed(error.clone()));
+            sequence.release(&mut self.prefix_cache, &mut self.pool);
+            self.stats.failed += 1;
+        }
+    }
+
+    /// A snapshot; `since_progress` is the thread's to fill in.
+    pub fn stats(&mut self) -> EngineStats {
+        let now = Instant::now();
+        let evictable = self.pool.num_evictable();
+        EngineStats {
+            running: self.running.len(),
+            waiting: self.num_waiting.load(Ordering::Relaxed),
+            used_blocks: self.limits.num_blocks - self.pool.num_free() - evictable,
+            reusable_blocks: evictable,
+            disk: self.disk_cache.as_ref().map(DiskCache::stats),
+            prefill_tokens_per_s: self.prefill_rate.per_second(now),
+            generated_tokens_per_s: self.generated_rate.per_second(now),
+            prefill_chunk: self.governor.chunk(),
+            ..self.stats.clone()
+        }
+    }
+
+    /// Waits until cached blocks that are to be written are on disk.
+    pub fn flush(&self) {
+        self.disk_cache.iter().for_each(DiskCache::flush);
+    }
+
+    /// Checks that every block is held by whom the counts say: nothing leaks.
+    ///
+    /// # Errors
+    /// The first block whose count is wrong.
+    pub fn check(&self) -> Result<(), String> {
+        let sequences = self.running.iter().chain(&self.waiting).flat_map(|s| s.blocks.iter().copied());
+        self.pool.check(sequences.chain(self.prefix_cache.blocks()))
+    }
+
+    /// How the thread queues what was checked elsewhere.
+    pub(crate) fn enqueue(&mut self, sequence: Sequence) {
+        self.waiting.push_back(sequence);
+    }
+
+    pub(crate) fn num_waiting(&self) -> Arc<AtomicUsize> {
+        Arc::clone(&self.num_waiting)
+    }
+
+    /// Tokens that a sequence may have: the context, or all of the cache.
+    pub(crate) fn max_sequence_tokens(&self) -> usize {
+        self.limits.max_context.min(self.limits.num_blocks * self.limits.block_size)
+    }
+
+    fn drop_cancelled(&mut self) {
+        let (pool, cache) = (&mut self.pool, &mut self.prefix_cache);
+        let mut stays = |sequence: &mut Sequence| {
+            let cancelled = sequence.events.is_cancelled();
+            if cancelled {
+                sequence.release(cache, pool);
+                let finished = sequence.finished(FinishReason::Cancelled);
+                sequence.events.send(Event::Finished(finished));
+                self.stats.cancelled += 1;
+            }
+            !cancelled
+        };
+        self.running.retain_mut(&mut stays);
+        self.waiting.retain_mut(stays);
+    }
+
+    /// Moves requests from the queue into the cache, first come first served, while there is room for their prompts.
+    fn admit(&mut self) -> Result<(), EngineError> {
+        while self.running.len() < self.max_sequences {
+            let Some(mut sequence) = self.waiting.pop_front() else { return Ok(()) };
+            if !self.reserve_prompt(&mut sequence)? {
+                self.waiting.push_front(sequence);
+                return Ok(());
+            }
+            sequence.ticket = None;
+            self.running.push(sequence);
+        }
+        Ok(())
+    }
+
+    /// Finds what is cached of a sequence's tokens and reserves blocks for the rest; `false` if there are not enough.
+    fn reserve_prompt(&mut self, sequence: &mut Sequence) -> Result<bool, EngineError> {
+        let block_size = self.limits.block_size;
+        let reusable = sequence.reusable_tokens();
+        let tokens = sequence.tokens[..reusable].to_vec();
+        let mut found = self.prefix_cache.lookup(&mut sequence.cursor, &tokens, 0, &mut self.pool);
+        // Held again below: until then it may be what makes room.
+        found.tail.iter().for_each(|(block, _)| self.pool.release(*block));
+        sequence.blocks.append(&mut found.blocks);
+        let wanted = self.pool.blocks_for(sequence.tokens.len() + 1).min(self.limits.num_blocks);
+        // A block for each running sequence to grow into, so that admission does not lead to preemption at once.
+        let room = self.pool.num_free() + self.pool.num_evictable();
+        if room < wanted - sequence.blocks.len() + self.running.len() {
+            sequence.release(&mut self.prefix_cache, &mut self.pool);
+            return Ok(false);
+        }
+        while self.restore_from_disk(sequence, &tokens)? {
+            let done = sequence.blocks.len() * block_size;
+            found = self.prefix_cache.lookup(&mut sequence.cursor, &tokens[done..], done, &mut self.pool);
+            found.tail.iter().for_each(|(block, _)| self.pool.release(*block));
+            sequence.blocks.append(&mut found.blocks);
+        }
+        sequence.published = sequence.blocks.len();
+        sequence.computed = sequence.published * block_size;
+        if let Some((shared, num_slots)) = found.tail {
+            self.pool.retain(shared);
+            // With every other block in use there is none to copy it to; the tail may then be evicted below.
+            if let Some(own) = self.alloc() {
+                self.block_rows.copy(shared, own, num_slots, self.backend.as_mut())?;
+                sequence.blocks.push(own);
+                sequence.computed += num_slots;
+            }
+            self.pool.release(shared);
+        }
+        sequence.miss = found.miss.filter(|_| sequence.computed < reusable);
+        while sequence.blocks.len() < wanted {
+            let block = self.alloc().ok_or(EngineError::NoBlock { num_blocks: self.limits.num_blocks })?;
+            sequence.blocks.push(block);
+        }
+        Ok(true)
+    }
+
+    /// Reads the block after the sequence's last from disk, if it is there.
+    fn restore_from_disk(&mut self, sequence: &mut Sequence, tokens: &[u32]) -> Result<bool, EngineError> {
+        let block_size = self.limits.block_size;
+        let Some(disk_cache) = &self.disk_cache else { return Ok(false) };
+        let done = sequence.blocks.len() * block_size;
+        let Some(tokens) = tokens.get(done..done + block_size) else { return Ok(false) };
+        let hash = self.prefix_cache.hash_after(&sequence.cursor, tokens);
+        if !disk_cache.contains(&hash) {
+            return Ok(false);
+        }
+        let Some(rows) = disk_cache.read(&hash, tokens, self.block_rows.block_bytes()) else { return Ok(false) };
+        let Some(block) = self.alloc() else { return Ok(false) };
+        self.block_rows.write(block, &rows, self.backend.as_mut())?;
+        let block = self.prefix_cache.publish(&mut sequence.cursor, tokens, block, &mut self.pool);
+        sequence.blocks.push(block);
+        self.stats.disk_hit_tokens += block_size as u64;
+        Ok(true)
+    }
+
+    /// Sequences that stand at the end of a block take what others computed meanwhile: many that begin alike are computed
+    /// once.
+    fn reuse_what_others_published(&mut self) {
+        let block_size = self.limits.block_size;
+        for sequence in self.running.iter_mut().filter(|s| !s.is_decoding()) {
+            let (done, end) = (sequence.computed, sequence.reusable_tokens());
+            if done != sequence.published * block_size || done + block_size > end {
+                continue;
+            }
+            let rest = &sequence.tokens[done..end];
+            let found = self.prefix_cache.lookup(&mut sequence.cursor, rest, done, &mut self.pool);
+            found.tail.iter().for_each(|(block, _)| self.pool.release(*block));
+            for shared in found.blocks {
+                let own = std::mem::replace(&mut sequence.blocks[sequence.published], shared);
+                self.pool.release(own);
+                sequence.published += 1;
+                sequence.computed += block_size;
+                sequence.miss.clone_from(&found.miss);
+            }
+        }
+    }
+
+    /// Who runs how many tokens, with blocks for them; the youngest give way when there are not enough.
+    fn plan(&mut self) -> Result<Vec<Share>, EngineError> {
+        self.step_limits.max_prefill_beside_decodes = self.governor.chunk();
+        loop {
+            let demands: Vec<Demand> = self.running.iter().map(Sequence::demand).collect();
+            let shares = plan(&demands, self.step_limits);
+            if shares.iter().all(|share| self.reserve(*share)) {
+                return Ok(shares);
+            }
+            if self.running.len() < 2 {
+                return Err(EngineError::NoBlock { num_blocks: self.limits.num_blocks });
+            }
+            self.preempt_youngest();
+        }
+    }
+
+    /// Makes sure that a share has blocks.
+    fn reserve(&mut self, share: Share) -> bool {
+        let sequence = &self.running[share.sequence];
+        let needed = self.pool.blocks_for(sequence.computed + share.num_tokens);
+        while self.running[share.sequence].blocks.len() < needed {
+            let Some(block) = self.alloc() else { return false };
+            self.running[share.sequence].blocks.push(block);
+        }
+        true
+    }
+
+    /// A free block, or the least recently used one that only the prefix cache holds.
+    fn alloc(&mut self) -> Option<BlockId> {
+        if self.pool.num_free() == 0 {
+            self.prefix_cache.evict(&mut self.pool);
+        }
+        self.pool.alloc()
+    }
+
+    /// Puts the youngest running request back to the front of the queue. What it computed stays cached while there is room.
+    fn preempt_youngest(&mut self) {
+        let Some(mut sequence) = self.running.pop() else { return };
+        tracing::debug!(id = sequence.id, computed = sequence.computed, "preempted for want of cache blocks");
+        sequence.release(&mut self.prefix_cache, &mut self.pool);
+        sequence.preemptions += 1;
+        sequence.ticket = Some(QueueTicket::new(&self.num_waiting));
+        self.stats.preemptions += 1;
+        self.waiting.push_front(sequence);
+    }
+
+    fn batch(&mut self, shares: &[Share]) -> Batch {
+        let mut batch = Batch::default();
+        for share in shares {
+            let sequence = &mut self.running[share.sequence];
+            if sequence.start() {
+                self.stats.prefix_queried_tokens += sequence.prompt_tokens as u64;
+                self.stats.prefix_hit_tokens += sequence.cached_tokens as u64;
+            }
+            let (first, end) = (sequence.computed, sequence.computed + share.num_tokens);
+            let rows = match sequence.demand() {
+                Demand { all_logits: true, .. } => LogitRows::All,
+                Demand { num_tokens, .. } if num_tokens == share.num_tokens => LogitRows::Last,
+                _ => LogitRows::None,
+            };
+            let blocks = &sequence.blocks[..self.pool.blocks_for(end)];
+            batch.push_sequence(&sequence.tokens[first..end], first, blocks, self.limits.block_size, rows);
+        }
+        batch
+    }
+
+    /// The next token of every share that reaches the end of its sequence, or why there is none.
+    fn choose(
+        &mut self,
+        shares: &[Share],
+        batch: &Batch,
+        logits: Tensor,
+    ) -> Result<Vec<Option<Result<SampledToken, RequestError>>>, EngineError> {
+        let on_device = shares.iter().any(|share| self.is_due(share) && self.running[share.sequence].takes_argmax());
+        let chosen = if on_device {
+            greedy(logits, self.chosen.tensor(logits.rows, 1), self.backend.as_mut())?
+        } else {
+            Vec::new()
+        };
+        let mut outcomes = Vec::new();
+        let (mut row, mut logit_row) = (0, 0);
+        for share in shares {
+            let end = row + share.num_tokens;
+            let first_logit_row = logit_row;
+            logit_row += batch.logit_rows[logit_row..].iter().take_while(|r| (**r as usize) < end).count();
+            row = end;
+            self.score_prompt(share, first_logit_row..logit_row, logits)?;
+            let due = self.is_due(share) && !self.running[share.sequence].is_full();
+            outcomes.push(if due { Some(self.next_token(share.sequence, logit_row - 1, logits, &chosen)?) } else { None });
+        }
+        Ok(outcomes)
+    }
+
+    /// Whether a share reaches the end of its sequence.
+    fn is_due(&self, share: &Share) -> bool {
+        let sequence = &self.running[share.sequence];
+        sequence.computed + share.num_tokens == sequence.tokens.len()
+    }
+
+    /// `chosen` are the device's choices for all rows, if any is wanted.
+    fn next_token(
+        &mut self,
+        sequence: usize,
+        row: usize,
+        logits: Tensor,
+        chosen: &[u32],
+    ) -> Result<Result<SampledToken, RequestError>, EngineError> {
+        let sequence = &mut self.running[sequence];
+        if sequence.takes_argmax() {
+            let token = chosen[row];
+            // A row that went wrong on its way is NaN all over, so the chosen logit tells.
+            let mut logit = [f32::NAN];
+            if (token as usize) < logits.cols {
+                self.backend.read_f32(logits.row_range(row, 1).columns(token as usize, 1), &mut logit)?;
+            }
+            return Ok(match logit {
+                [logit] if logit.is_nan() => Err(sequence.bad_logits(&PickError::Nan { token })),
+                _ => Ok(sequence.accept_argmax(token)),
+            });
+        }
+        self.backend.read_f32(logits.row_range(row, 1), &mut self.logits)?;
+        Ok(sequence.choose(&self.logits, &mut self.mask))
+    }
+
+    /// Log-probabilities of the prompt's tokens, where wanted: row `i` of a share predicts the token after its `i`-th.
+    fn score_prompt(
+        &mut self,
+        share: &Share,
+        rows: std::ops::Range<usize>,
+        logits: Tensor,
+    ) -> Result<(), EngineError> {
+        let sequence = &mut self.running[share.sequence];
+        if rows.len() != share.num_tokens {
+            return Ok(());
+        }
+        let Some(scores) = &mut sequence.prompt_logprobs else { return Ok(()) };
+        for (row, position) in rows.zip(sequence.computed + 1..) {
+            let Some(score) = scores.get_mut(position) else { break };
+            self.backend.read_f32(logits.row_range(row, 1), &mut self.logits)?;
+            *score = Some(log_probabilities(&self.logits, sequence.tokens[position], 0).0);
+        }
+        Ok(())
+    }
+
+    /// Counts rows as cached, publishes full blocks, appends tokens, tells the askers, and lets finished requests go.
+    /// Returns how many tokens were generated.
+    fn commit(
+        &mut self,
+        shares: &[Share],
+        outcomes: Vec<Option<Result<SampledToken, RequestError>>>,
+    ) -> Result<usize, EngineError> {
+        let (mut ended, mut generated) = (Vec::new(), 0);
+        for (share, outcome) in shares.iter().zip(outcomes) {
+            let is_prompt = self.running[share.sequence].computed < self.running[share.sequence].prompt_tokens;
+            self.running[share.sequence].computed += share.num_tokens;
+            if !matches!(outcome, Some(Err(_))) {
+                self.publish(share.sequence)?;
+            }
+            let sequence = &mut self.running[share.sequence];
+            if is_prompt {
+                let done_tokens = sequence.computed.min(sequence.prompt_tokens);
+                sequence.events.send(Event::Prefill { done_tokens, prompt_tokens: sequence.prompt_tokens });
+            }
+            let end = match outcome {
+                None if sequence.computed == sequence.tokens.len() => Ok(Some(FinishReason::Length)),
+                None => Ok(None),
+                Some(Err(error)) => Err(error),
+                Some(Ok(token)) => {
+                    let end = sequence.append(&token);
+                    generated += 1;
+                    sequence.events.send(Event::Tokens(vec![token]));
+                    end
+                }
+            };
+            match end {
+                Ok(None) => {}
+                Ok(Some(reason)) => ended.push((share.sequence, Ok(reason))),
+                Err(error) => ended.push((share.sequence, Err(error))),
+            }
+        }
+        ended.sort_unstable_by_key(|(index, _)| std::cmp::Reverse(*index));
+        ended.into_iter().for_each(|(index, end)| self.end(index, end));
+        Ok(generated)
+    }
+
+    /// Makes a sequence's full blocks findable, in memory and on disk.
+    fn publish(&mut self, index: usize) -> Result<(), EngineError> {
+        let sequence = &mut self.running[index];
+        let new_blocks = sequence.publish(&mut self.prefix_cache, &mut self.pool);
+        let Some(disk_cache) = &self.disk_cache else { return Ok(()) };
+        for (block, hash) in new_blocks.into_iter().filter(|(_, hash)| !disk_cache.contains(hash)) {
+            let rows = self.block_rows.read(sequence.blocks[block], self.backend.as_mut())?;
+            let block_size = self.limits.block_size;
+            disk_cache.write(&hash, &sequence.tokens[block * block_size..(block + 1) * block_size], &rows);
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, index: usize, end: Result<FinishReason, RequestError>) {
+        let mut sequence = self.running.remove(index);
+        match end {
+            Ok(reason) => {
+                sequence.release(&mut self.prefix_cache, &mut self.pool);
+                match reason {
+                    FinishReason::Stop => self.stats.finished_stop += 1,
+                    FinishReason::Length => self.stats.finished_length += 1,
+                    FinishReason::Cancelled => self.stats.cancelled += 1,
+                }
+                let finished = sequence.finished(reason);
+                sequence.events.send(Event::Finished(finished));
+            }
+            Err(error) => {
+                tracing::warn!(id = sequence.id, %error, "request failed");
+                if matches!(error, RequestError::Logits { .. }) {
+                    sequence.forget(&mut self.prefix_cache, &mut self.pool);
+                } else {
+                    sequence.release(&mut self.prefix_cache, &mut self.pool);
+                }
+                self.stats.failed += 1;
+                sequence.events.send(Event::Failed(error));
+            }
+        }
+    }
+
+    fn observe(&mut self, num_tokens: usize, decode_rows: usize, generated: usize, started: Instant) {
+        let now = Instant::now();
+        let elapsed = now - started;
+        let prefill_rows = num_tokens.saturating_sub(decode_rows);
+        self.governor.observe(decode_rows, prefill_rows, elapsed.as_secs_f64());
+        self.prefill_rate.add(prefill_rows, now);
+        self.stats.prefill_tokens += prefill_rows as u64;
+        self.stats.generated_tokens += generated as u64;
+        self.generated_rate.add(generated, now);
+        self.stats.steps += 1;
+        self.stats.last_step = elapsed;
+        self.stats.last_step_tokens = num_tokens;
+        self.stats.failures_in_a_row = 0;
+    }
+}

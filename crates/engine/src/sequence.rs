@@ -1,0 +1,293 @@
+//! One request on its way: its tokens, its blocks, and what decides its next token.
+
+use crate::events::EventSender;
+use crate::kv_pool::{BlockId, KvPool};
+use crate::prefix_cache::{BlockHash, Cursor, PrefixCache};
+use crate::request::{CacheMiss, Event, FinishReason, Finished, Request, RequestError, SampledToken, Started};
+use crate::sampler::{PickError, Sampler, log_probabilities};
+use crate::scheduler::Demand;
+use crate::thinking::ThinkingState;
+use moellon_text::constraint::{Constraint, TokenMask};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// Counts a request as waiting until it is dropped.
+#[derive(Debug)]
+pub(crate) struct QueueTicket(Arc<AtomicUsize>);
+
+impl QueueTicket {
+    pub(crate) fn new(waiting: &Arc<AtomicUsize>) -> Self {
+        waiting.fetch_add(1, Ordering::Relaxed);
+        QueueTicket(Arc::clone(waiting))
+    }
+}
+
+impl Drop for QueueTicket {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A request, waiting or running.
+pub(crate) struct Sequence {
+    pub(crate) id: String,
+    /// Prompt and output.
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) prompt_tokens: usize,
+    /// Tokens whose rows are cached.
+    pub(crate) computed: usize,
+    /// Block table: enough for `computed`, mostly for more.
+    pub(crate) blocks: Vec<BlockId>,
+    /// Full blocks that the prefix cache knows, from the first on.
+    pub(crate) published: usize,
+    pub(crate) cursor: Cursor,
+    /// Of the prompt, when it started.
+    pub(crate) cached_tokens: usize,
+    pub(crate) miss: Option<CacheMiss>,
+    pub(crate) started: Option<Instant>,
+    pub(crate) preemptions: usize,
+    pub(crate) prompt_logprobs: Option<Vec<Option<f32>>>,
+    pub(crate) events: EventSender,
+    pub(crate) ticket: Option<QueueTicket>,
+    salt: Option<String>,
+    sampler: Sampler,
+    max_tokens: usize,
+    min_tokens: usize,
+    /// Tokens of a whole sequence.
+    max_context: usize,
+    stop_token_ids: Vec<u32>,
+    logprobs: Option<usize>,
+    constraint: Option<Box<dyn Constraint>>,
+    thinking: Option<ThinkingState>,
+    submitted: Instant,
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+}
+
+impl Sequence {
+    /// A checked request.
+    pub(crate) fn new(request: Request, max_context: usize, events: EventSender, ticket: QueueTicket) -> Self {
+        let prompt_tokens = request.prompt.len();
+        Sequence {
+            id: request.id,
+            prompt_tokens,
+            computed: 0,
+            blocks: Vec::new(),
+            published: 0,
+            cursor: Cursor::start(request.cache_salt.as_deref()),
+            cached_tokens: 0,
+            miss: None,
+            started: None,
+            preemptions: 0,
+            prompt_logprobs: request.prompt_logprobs.then(|| vec![None; prompt_tokens]),
+            events,
+            ticket: Some(ticket),
+            salt: request.cache_salt,
+            sampler: Sampler::new(request.sampling, &request.prompt),
+            tokens: request.prompt,
+            max_tokens: request.max_tokens,
+            min_tokens: request.min_tokens,
+            max_context,
+            stop_token_ids: request.stop_token_ids,
+            logprobs: request.logprobs,
+            constraint: request.constraint,
+            thinking: request.thinking_budget.map(ThinkingState::new),
+            submitted: Instant::now(),
+            first_token: None,
+            last_token: None,
+        }
+    }
+
+    /// Tokens generated so far.
+    pub(crate) fn generated(&self) -> usize {
+        self.tokens.len() - self.prompt_tokens
+    }
+
+    /// Tokens whose rows may come from the prefix cache: all but the last, whose logits are wanted.
+    pub(crate) fn reusable_tokens(&self) -> usize {
+        if self.prompt_logprobs.is_some() { 0 } else { self.tokens.len() - 1 }
+    }
+
+    /// Whether only the newest token is missing.
+    pub(crate) fn is_decoding(&self) -> bool {
+        self.generated() > 0 && self.computed + 1 == self.tokens.len()
+    }
+
+    /// What the next step could do for it.
+    pub(crate) fn demand(&self) -> Demand {
+        let all_logits = self.prompt_logprobs.is_some() && self.computed < self.prompt_tokens;
+        Demand { num_tokens: self.tokens.len() - self.computed, decoding: self.is_decoding(), all_logits }
+    }
+
+    /// Tells the asker, once, that computing begins.
+    pub(crate) fn start(&mut self) -> bool {
+        if self.started.is_some() {
+            return false;
+        }
+        let now = Instant::now();
+        self.started = Some(now);
+        self.cached_tokens = self.computed;
+        self.events.send(Event::Started(Started {
+            prompt_tokens: self.prompt_tokens,
+            cached_tokens: self.cached_tokens,
+            miss: self.miss.clone(),
+            queued: now - self.submitted,
+        }));
+        true
+    }
+
+    /// Whether the next token is simply the largest logit, which the device can find.
+    pub(crate) fn takes_argmax(&self) -> bool {
+        self.sampler.params().is_argmax()
+            && self.logprobs.is_none()
+            && self.constraint.is_none()
+            && (self.stop_token_ids.is_empty() || self.generated() >= self.min_tokens)
+            && self.thinking.as_ref().is_none_or(|thinking| !thinking.restricts())
+    }
+
+    /// Takes the token that the device chose.
+    pub(crate) fn accept_argmax(&mut self, token: u32) -> SampledToken {
+        self.sampler.accept(token);
+        SampledToken { id: token, logprob: None, top_logprobs: Vec::new(), forced: false }
+    }
+
+    /// Chooses the next token from its row of logits.
+    pub(crate) fn choose(&mut self, logits: &[f32], mask: &mut TokenMask) -> Result<SampledToken, RequestError> {
+        let forced = self.thinking.as_ref().and_then(ThinkingState::forced);
+        let id = match forced {
+            Some(token) => {
+                self.sampler.accept(token);
+                token
+            }
+            None => {
+                let masked = self.mask(mask)?;
+                self.sampler.pick_allowed(logits, masked.then_some(mask)).map_err(|error| match error {
+                    PickError::Nan { .. } => self.bad_logits(&error),
+                    PickError::NothingAllowed => RequestError::Constraint(error.to_string()),
+                })?
+            }
+        };
+        let (logprob, top_logprobs) = match self.logprobs {
+            None => (None, Vec::new()),
+            Some(count) => {
+                let (logprob, top) = log_probabilities(logits, id, count);
+                (Some(logprob), top)
+            }
+        };
+        Ok(SampledToken { id, logprob, top_logprobs, forced: forced.is_some() })
+    }
+
+    /// The error of logits that no token can be chosen from.
+    pub(crate) fn bad_logits(&self, reason: &dyn std::fmt::Display) -> RequestError {
+        RequestError::Logits { position: self.tokens.len(), reason: reason.to_string() }
+    }
+
+    /// Writes what is allowed; `false` if everything is.
+    fn mask(&mut self, mask: &mut TokenMask) -> Result<bool, RequestError> {
+        let too_short = self.generated() < self.min_tokens && !self.stop_token_ids.is_empty();
+        let thinking = self.thinking.as_ref().filter(|thinking| thinking.restricts());
+        if self.constraint.is_none() && thinking.is_none() && !too_short {
+            return Ok(false);
+        }
+        mask.set_all();
+        let mut may_end = !too_short;
+        if let Some(constraint) = &mut self.constraint {
+            constraint.allow(mask).map_err(|error| RequestError::Constraint(error.to_string()))?;
+            // Where the grammar allows nothing more, ending is better than failing for want of tokens.
+            may_end = constraint.may_end() && (may_end || mask.is_empty());
+            let change = if may_end { TokenMask::set } else { TokenMask::clear };
+            self.stop_token_ids.iter().for_each(|token| change(mask, *token));
+        } else if !may_end {
+            self.stop_token_ids.iter().for_each(|token| mask.clear(*token));
+        }
+        if let Some(thinking) = thinking {
+            thinking.restrict(mask);
+        }
+        Ok(true)
+    }
+
+    /// Appends a chosen token and says whether it was the last.
+    pub(crate) fn append(&mut self, token: &SampledToken) -> Result<Option<FinishReason>, RequestError> {
+        let now = Instant::now();
+        self.first_token.get_or_insert(now);
+        self.last_token = Some(now);
+        self.tokens.push(token.id);
+        if self.stop_token_ids.contains(&token.id) && !token.forced {
+            return Ok(Some(FinishReason::Stop));
+        }
+        if let Some(thinking) = &mut self.thinking {
+            thinking.consume(token.id);
+        }
+        if let Some(constraint) = &mut self.constraint {
+            constraint.consume(token.id).map_err(|error| RequestError::Constraint(error.to_string()))?;
+            if constraint.is_complete() {
+                return Ok(Some(FinishReason::Stop));
+            }
+        }
+        Ok(self.is_full().then_some(FinishReason::Length))
+    }
+
+    /// Whether nothing more may be generated.
+    pub(crate) fn is_full(&self) -> bool {
+        self.generated() >= self.max_tokens || self.tokens.len() >= self.max_context
+    }
+
+    /// Makes the computed full blocks findable and returns those that the tree did not have, with their names.
+    pub(crate) fn publish(&mut self, cache: &mut PrefixCache, pool: &mut KvPool) -> Vec<(usize, BlockHash)> {
+        let block_size = pool.block_size();
+        let mut new_blocks = Vec::new();
+        while (self.published + 1) * block_size <= self.computed {
+            let index = self.published;
+            let tokens = &self.tokens[index * block_size..(index + 1) * block_size];
+            let kept = cache.publish(&mut self.cursor, tokens, self.blocks[index], pool);
+            if kept == self.blocks[index] {
+                new_blocks.extend(cache.hash_of(&self.cursor).map(|hash| (index, hash)));
+            }
+            self.blocks[index] = kept;
+            self.published += 1;
+        }
+        new_blocks
+    }
+
+    /// Lets go of all blocks, after making the last, partly filled one findable.
+    pub(crate) fn release(&mut self, cache: &mut PrefixCache, pool: &mut KvPool) {
+        let full = self.published * pool.block_size();
+        if let (Some(block), true) = (self.blocks.get(self.published), self.computed > full) {
+            cache.publish_tail(&self.cursor, &self.tokens[full..self.computed], *block, pool);
+        }
+        self.let_go(pool);
+        cache.shrink(pool);
+    }
+
+    /// Lets go of all blocks and makes them unfindable: what the model computed is not to be trusted.
+    pub(crate) fn forget(&mut self, cache: &mut PrefixCache, pool: &mut KvPool) {
+        let cursor = self.cursor.clone();
+        self.let_go(pool);
+        cache.forget(&cursor, pool);
+    }
+
+    fn let_go(&mut self, pool: &mut KvPool) {
+        self.blocks.drain(..).for_each(|block| pool.release(block));
+        self.computed = 0;
+        self.published = 0;
+        self.cursor = Cursor::start(self.salt.as_deref());
+    }
+
+    /// What the asker is told at the end.
+    pub(crate) fn finished(&mut self, reason: FinishReason) -> Finished {
+        let since = |later: Option<Instant>, earlier: Option<Instant>| match (later, earlier) {
+            (Some(later), Some(earlier)) => later - earlier,
+            _ => Duration::ZERO,
+        };
+        Finished {
+            reason,
+            completion_tokens: self.generated(),
+            accepted_draft_tokens: 0,
+            preemptions: self.preemptions,
+            prompt_logprobs: self.prompt_logprobs.take(),
+            prefill: since(self.first_token, self.started),
+            decode: since(self.last_token, self.first_token),
+        }
+    }
+}
