@@ -26,7 +26,7 @@ enum Outcome {
 
 type Stage = (&'static str, fn() -> Result<Outcome>);
 
-const STAGES: [Stage; 13] = [
+const STAGES: [Stage; 14] = [
     ("fmt", || cargo(&["fmt", "--all", "--check"])),
     ("tidy", || passed(tidy::run())),
     ("fixtures", || passed(fixtures::run(fixtures::Mode::Verify))),
@@ -34,6 +34,7 @@ const STAGES: [Stage; 13] = [
     ("kernels", || passed(kernels::run())),
     ("test", readme_test),
     ("clippy", || cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])),
+    ("fuzz targets", fuzz_targets),
     ("doc", || run_command(cargo_command(&["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))),
     ("deny", deny),
     ("advisories", advisories),
@@ -187,6 +188,14 @@ fn readme_run() -> Result<Outcome> {
     let num_words = text.split_whitespace().count();
     ensure!(num_words >= 5, "the bundled model wrote {num_words} words: {text:?}");
     Ok(Outcome::Passed(format!("{num_words} words")))
+}
+
+/// The fuzz targets are a workspace of their own; without this they would rot between two runs of the fuzzer.
+fn fuzz_targets() -> Result<Outcome> {
+    if Command::new("c++").arg("--version").output().is_err() {
+        return Ok(Outcome::Skipped("libFuzzer is C++ and there is no c++".to_owned()));
+    }
+    cargo(&["check", "--locked", "--manifest-path", "fuzz/Cargo.toml", "--target-dir", "target"])
 }
 
 fn is_deny_installed() -> bool {
