@@ -32,8 +32,10 @@ pub struct Tokenizer {
     starts: Vec<u32>,
     /// Ids of the tokens marked special, sorted.
     special_ids: Vec<u32>,
-    /// Texts of all added tokens, longest first.
+    /// Texts of all added tokens of more than one character.
     added_texts: Vec<String>,
+    /// Their first characters.
+    added_starts: BTreeSet<char>,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -85,10 +87,20 @@ impl Tokenizer {
         let added = hf.get_added_tokens_decoder();
         let mut special_ids: Vec<u32> = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
         special_ids.sort_unstable();
-        let mut added_texts: Vec<String> =
+        let added_texts: Vec<String> =
             added.into_values().map(|token| token.content).filter(|text| text.chars().nth(1).is_some()).collect();
-        added_texts.sort_by(|left, right| right.len().cmp(&left.len()).then_with(|| left.cmp(right)));
-        Ok(Tokenizer { hf, ordinary: OnceLock::new(), config, decoder, bytes, starts, special_ids, added_texts })
+        let added_starts = added_texts.iter().filter_map(|text| text.chars().next()).collect();
+        Ok(Tokenizer {
+            hf,
+            ordinary: OnceLock::new(),
+            config,
+            decoder,
+            bytes,
+            starts,
+            special_ids,
+            added_texts,
+            added_starts,
+        })
     }
 
     /// The settings of `tokenizer_config.json`; all empty when there was none.
@@ -135,9 +147,11 @@ impl Tokenizer {
         let clean: String = text.chars().filter(|character| *character != CUT).collect();
         for (start, character) in clean.char_indices() {
             defused.push(character);
-            // The texts are longest first, but any hit is cut after its first character, so the first hit is enough;
-            // a token that begins inside of another one is met when its own first character is.
-            if self.added_texts.iter().any(|token| clean[start..].starts_with(token.as_str())) {
+            // Cut after the first character, so that a token inside of another one is met when its own first is.
+            // Nearly all characters begin no token: models have up to a thousand, which all begin with `<` or `[`.
+            if self.added_starts.contains(&character)
+                && self.added_texts.iter().any(|token| clean[start..].starts_with(token.as_str()))
+            {
                 defused.push(CUT);
             }
         }

@@ -1,6 +1,7 @@
 //! Broken and hostile templates: one clear error each, no panic, no runaway memory or time.
 
 use moellon_text::{ChatTemplate, Clock, Error, RenderInput, TemplateLimits};
+use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 
 const LIMITS: TemplateLimits = TemplateLimits {
@@ -43,6 +44,9 @@ fn bombs_hit_a_limit() {
         "{{ [1] | batch(999999999, 'x') | list | length }}",
         "{{ [1] | slice(999999999) | list | length }}",
         "{{ 'x'.center(18446744073709551615) }}",
+        // Plain text that is collected by a block: no expression says how much.
+        "{% set s %}{% for a in range(99999) %}some text that is written without an expression, and is longer than a line of code would be{% endfor %}{% endset %}",
+        "{% macro m() %}{% for a in range(99999) %}some text that is written without an expression, and is longer than a line of code would be{% endfor %}{% endmacro %}{% set s = m() %}",
         // Time.
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
         "{% for a in range(99999) %}{{ 'some text that is long enough to matter' }}{% endfor %}",
@@ -154,5 +158,73 @@ fn files_and_environment_are_out_of_reach() {
     for source in ["{% include 'x' %}", "{% extends 'chat_template' %}", "{% import 'x' as y %}", "{{ debug() }}"] {
         let outcome = render(source);
         assert!(outcome.is_err(), "{source}: {outcome:?}");
+    }
+}
+
+const SOURCES: [&str; 6] = [
+    include_str!("templates/glm.jinja"),
+    include_str!("templates/qwen3.jinja"),
+    include_str!("templates/qwen3_coder.jinja"),
+    include_str!("templates/deepseek.jinja"),
+    include_str!("templates/gpt_oss.jinja"),
+    include_str!("templates/generation.jinja"),
+];
+
+const SCRAPS: [&str; 24] = [
+    "{{",
+    "}}",
+    "{%",
+    "%}",
+    "{#",
+    "#}",
+    "-",
+    "~",
+    "+ x",
+    "* 3",
+    "(",
+    ")",
+    "[",
+    "]",
+    "'",
+    "\"",
+    "| trim",
+    " is not none",
+    "not ",
+    "= ",
+    ".a",
+    "if ",
+    "é",
+    "\n",
+];
+
+/// Whether minijinja itself takes the source, with the same syntax.
+fn is_valid(source: &str) -> bool {
+    let mut environment = minijinja::Environment::new();
+    let syntax = minijinja::syntax::SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().unwrap();
+    environment.set_syntax(syntax);
+    environment.add_template_owned("x", source.to_owned()).is_ok()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Damaged templates give an error or a text, never a panic; and what minijinja takes, its prepared form is too.
+    #[test]
+    fn damaged_templates_do_not_panic(index in 0..SOURCES.len(), at in 0..9000_usize, length in 0..12_usize, scrap in prop::sample::select(&SCRAPS[..])) {
+        let characters: Vec<char> = SOURCES[index].chars().collect();
+        let at = at % characters.len();
+        let end = (at + length).min(characters.len());
+        let source: String = characters[..at].iter().copied().chain(scrap.chars()).chain(characters[end..].iter().copied()).collect();
+        let compiled = ChatTemplate::with_settings(&source, &[], LIMITS, Clock::Fixed(0));
+        if index == 5 {
+            // minijinja does not know these blocks
+        } else if compiled.is_ok() {
+            prop_assert!(is_valid(&source));
+        } else if is_valid(&source) {
+            // minijinja takes `if` and `else` for variables where it expects an operand; we refuse that.
+            let message = compiled.err().map(|error| error.to_string()).unwrap_or_default();
+            prop_assert!(message.contains("without an operand") || scrap == "if ", "{}", message);
+        }
+        let _ = render(&source);
     }
 }

@@ -36,6 +36,9 @@ pub(super) fn install(environment: &mut Environment<'static>, limits: TemplateLi
     environment.add_function(rewrite::MODULO, move |state: &mut State<'_, '_>, left: &Value, right: &Value| {
         modulo(&limits, state, left, right)
     });
+    environment.add_function(rewrite::PLAIN_TEXT, move |state: &mut State<'_, '_>, size_bytes: u64| {
+        limits.charge(state, size_bytes).map(|()| "")
+    });
     environment.add_function(rewrite::SUM, move |state: &mut State<'_, '_>, value: &Value| limits.sum(state, value));
 
     environment.add_filter(

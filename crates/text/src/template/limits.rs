@@ -62,13 +62,18 @@ impl TemplateLimits {
     /// # Errors
     /// [`LimitReached`] when one value or the sum of all is too large.
     pub(super) fn charge(&self, state: &mut State<'_, '_>, size_bytes: u64) -> Result<(), Error> {
-        if size_bytes > self.max_output_bytes {
-            return Err(LimitReached { what: "bytes in one value", limit: self.max_output_bytes }.into_error());
-        }
+        self.check_size(size_bytes)?;
         let usage = state.get_or_insert_extension_with(Usage::default);
         usage.work_bytes = usage.work_bytes.saturating_add(size_bytes);
         if usage.work_bytes > self.max_work_bytes {
             return Err(LimitReached { what: "bytes of work", limit: self.max_work_bytes }.into_error());
+        }
+        Ok(())
+    }
+
+    fn check_size(&self, size_bytes: u64) -> Result<(), Error> {
+        if size_bytes > self.max_output_bytes {
+            return Err(LimitReached { what: "bytes in one value", limit: self.max_output_bytes }.into_error());
         }
         Ok(())
     }
@@ -118,6 +123,9 @@ impl TemplateLimits {
         } else {
             value.clone()
         };
+        if let Some(text) = value.as_str() {
+            self.check_size(text.len() as u64)?; // an assignment copies no text
+        }
         self.check_depth(state, &value, 0)?;
         Ok(value)
     }

@@ -91,10 +91,8 @@ impl ChatTemplate {
         functions::install(&mut environment, limits, clock);
         let prepared = rewrite::rewrite(source)
             .map_err(|refused| Error::Template { line: refused.line, message: refused.reason })?;
-        if let Err(error) = environment.add_template_owned(TEMPLATE_NAME, prepared) {
-            // The prepared source differs within its lines, so the message is made from the original.
-            let original = environment.add_template_owned(TEMPLATE_NAME, source.to_owned());
-            return Err(to_error(&original.err().unwrap_or(error)));
+        for source in [prepared.plain, prepared.guarded] {
+            environment.add_template_owned(TEMPLATE_NAME, source).map_err(|error| to_error(&error))?;
         }
         Ok(ChatTemplate { environment, special_tokens: special_tokens.to_vec(), limits })
     }

@@ -26,6 +26,15 @@ pub(super) const SUM: &str = "__moellon_sum";
 /// Function around an assigned value.
 pub(super) const VALUE: &str = "__moellon_value";
 
+/// Function that counts the plain text it stands in.
+pub(super) const PLAIN_TEXT: &str = "__moellon_plain_text";
+
+/// Plain text up to this many bytes is not counted: an instruction writes it, and instructions are.
+const SMALL_TEXT_BYTES: usize = 64;
+
+/// The most text in a raw block, where nothing can be inserted to count it.
+const MAX_RAW_BYTES: usize = 256;
+
 /// Brackets within brackets. minijinja refuses 150.
 const MAX_BRACKET_DEPTH: usize = 100;
 
@@ -70,17 +79,30 @@ pub(super) struct TooComplex {
     pub(super) reason: String,
 }
 
-/// The prepared source.
+/// A template in two forms.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Prepared {
+    /// With its own syntax, for minijinja to check: only tags and large numbers are replaced. Not to be run.
+    pub(super) plain: String,
+    /// With the functions around operands.
+    pub(super) guarded: String,
+}
+
+/// Prepares a source.
 ///
 /// # Errors
 /// When an expression is nested or chained beyond what any template needs.
-pub(super) fn rewrite(source: &str) -> Result<String, TooComplex> {
+pub(super) fn rewrite(source: &str) -> Result<Prepared, TooComplex> {
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let mut insertions: Vec<Insertion> = Vec::new();
+    let mut numbers: Vec<Insertion> = Vec::new();
     let mut words: Vec<Word> = Vec::new();
+    let mut operators: Vec<Word> = Vec::new();
     let mut num_branches = 0;
     let mut position = 0;
     while let Some((start, kind)) = next_tag(&source, position) {
+        let refuse = |reason: String| TooComplex { line: source[..start].matches('\n').count() + 1, reason };
+        count_plain_text(&source, position, start, &mut insertions);
         let body = start + 2;
         if kind == b'#' {
             let Some(length) = source[body..].find("#}") else { break };
@@ -98,6 +120,12 @@ pub(super) fn rewrite(source: &str) -> Result<String, TooComplex> {
             match &source[word.start..word.end] {
                 "raw" => {
                     position = end_of_raw(&source, end);
+                    if position - end > MAX_RAW_BYTES {
+                        let found = position - end;
+                        return Err(refuse(format!(
+                            "found a raw block of {found} bytes, expected at most {MAX_RAW_BYTES}"
+                        )));
+                    }
                     continue;
                 }
                 "generation" if rest.is_empty() => words.push((word.start, word.end, "with")),
@@ -107,24 +135,40 @@ pub(super) fn rewrite(source: &str) -> Result<String, TooComplex> {
                 _ => {}
             }
         }
-        let mut grouping =
-            Grouping { source: &source, tokens: expression, next: 0, insertions: &mut insertions, words: &mut words };
+        let mut grouping = Grouping {
+            source: &source,
+            tokens: expression,
+            next: 0,
+            insertions: &mut insertions,
+            numbers: &mut numbers,
+            operators: &mut operators,
+            has_lone_operator: false,
+        };
         let too_complex = if num_branches > MAX_BRANCHES {
             Some(format!("found more than {MAX_BRANCHES} elif branches, expected fewer"))
         } else {
             grouping.complexity()
         };
         if let Some(reason) = too_complex {
-            return Err(TooComplex { line: source[..start].matches('\n').count() + 1, reason });
+            return Err(refuse(reason));
         }
         if is_assignment {
             grouping.wrap_assigned_value();
         }
         grouping.group();
+        if grouping.has_lone_operator {
+            return Err(refuse("found an operator without an operand on both sides".to_owned()));
+        }
     }
+    count_plain_text(&source, position, source.len(), &mut insertions);
+    numbers.sort_by_key(|(position, _)| *position);
+    let plain = splice(&source, &numbers, &words);
+    // Stable, and every number is inside of whatever else begins where it does.
+    insertions.extend(numbers);
     insertions.sort_by_key(|(position, _)| *position);
+    words.extend(operators);
     words.sort_by_key(|(start, _, _)| *start);
-    Ok(splice(&source, &insertions, &words))
+    Ok(Prepared { plain, guarded: splice(&source, &insertions, &words) })
 }
 
 /// Where the next `{{`, `{%` or `{#` begins, and its second byte.
@@ -133,6 +177,20 @@ fn next_tag(source: &str, from: usize) -> Option<(usize, u8)> {
     (from..bytes.len().saturating_sub(1))
         .find(|start| bytes[*start] == b'{' && matches!(bytes[start + 1], b'{' | b'%' | b'#'))
         .map(|start| (start, bytes[start + 1]))
+}
+
+/// Inserts a call into a long plain text. It stands behind the first visible character, where it changes neither the
+/// white space that tags remove nor the line.
+fn count_plain_text(source: &str, start: usize, end: usize, insertions: &mut Vec<Insertion>) {
+    let text = &source[start..end];
+    if text.len() > SMALL_TEXT_BYTES
+        // Behind a `{` the inserted tag would begin one character early.
+        && let Some((index, character)) =
+            text.char_indices().find(|(_, character)| !character.is_whitespace() && *character != '{')
+    {
+        let position = start + index + character.len_utf8();
+        insertions.push((position, format!("{{{{ {PLAIN_TEXT}({}) }}}}", text.len())));
+    }
 }
 
 /// The position after the tag that ends a raw block.
@@ -176,15 +234,7 @@ fn tokenize(source: &str, from: usize, closing: &str) -> Option<(Vec<Token>, usi
                 Kind::Text
             }
             byte if byte.is_ascii_digit() => {
-                while bytes.get(position).is_some_and(|byte| byte.is_ascii_alphanumeric() || *byte == b'_') {
-                    position += 1;
-                }
-                if bytes.get(position) == Some(&b'.') && bytes.get(position + 1).is_some_and(u8::is_ascii_digit) {
-                    position += 1;
-                    while bytes.get(position).is_some_and(|byte| byte.is_ascii_alphanumeric() || *byte == b'_') {
-                        position += 1;
-                    }
-                }
+                position = end_of_number(bytes, start);
                 Kind::Number
             }
             byte if byte.is_ascii_alphabetic() || byte == b'_' || !byte.is_ascii() => {
@@ -217,6 +267,32 @@ fn tokenize(source: &str, from: usize, closing: &str) -> Option<(Vec<Token>, usi
     None
 }
 
+/// `12`, `1_000`, `0x1f`, `1.5e-7`; in `1.x` and `1if` the number is `1`.
+fn end_of_number(bytes: &[u8], start: usize) -> usize {
+    let skip_digits = |mut position: usize| {
+        while bytes.get(position).is_some_and(|byte| byte.is_ascii_digit() || *byte == b'_') {
+            position += 1;
+        }
+        position
+    };
+    let has_digit = |position: usize| bytes.get(position).is_some_and(u8::is_ascii_digit);
+    if bytes[start] == b'0' && matches!(bytes.get(start + 1), Some(b'x' | b'X' | b'o' | b'O' | b'b' | b'B')) {
+        let digits = bytes[start + 2..].iter().take_while(|byte| byte.is_ascii_hexdigit() || **byte == b'_');
+        return start + 2 + digits.count();
+    }
+    let mut position = skip_digits(start);
+    if bytes.get(position) == Some(&b'.') && has_digit(position + 1) {
+        position = skip_digits(position + 1);
+    }
+    if matches!(bytes.get(position), Some(b'e' | b'E')) {
+        let sign = usize::from(matches!(bytes.get(position + 1), Some(b'+' | b'-')));
+        if has_digit(position + 1 + sign) {
+            position = skip_digits(position + 1 + sign);
+        }
+    }
+    position
+}
+
 fn end_of_string(bytes: &[u8], start: usize, quote: u8) -> Option<usize> {
     let mut position = start + 1;
     while position < bytes.len() {
@@ -246,7 +322,13 @@ struct Grouping<'a> {
     tokens: &'a [Token],
     next: usize,
     insertions: &'a mut Vec<Insertion>,
-    words: &'a mut Vec<Word>,
+    /// Insertions around large numbers.
+    numbers: &'a mut Vec<Insertion>,
+    /// Operators that become commas.
+    operators: &'a mut Vec<Word>,
+    /// An operator lacks an operand: an error, or a variable that is named like a keyword, whose size would go
+    /// uncounted.
+    has_lone_operator: bool,
 }
 
 impl Grouping<'_> {
@@ -337,13 +419,18 @@ impl Grouping<'_> {
                         operators.push(operator.chars().next().unwrap_or(' '));
                         products.push(Product::default());
                     }
-                    "*" | "**" if products[last].tokens.is_empty() => {} // an argument list is unpacked
+                    "*" | "**" if products[last].tokens.is_empty() => {
+                        // At the beginning of an argument, a list is unpacked.
+                        let before = if index == 0 { "" } else { self.text(index - 1) };
+                        self.has_lone_operator |= !matches!(before, "(" | ",");
+                    }
+                    "~" | "+" => self.has_lone_operator = true,
                     operator @ ("*" | "/" | "//" | "%" | "**") => {
                         products[last].has_multiplication |= operator == "*";
                         products[last].operators.push(index);
                         products[last].tokens.push(index);
                     }
-                    "." | "|" | "-" | "+" => products[last].tokens.push(index),
+                    "." | "|" | "-" => products[last].tokens.push(index),
                     _ => self.end_chain(&mut products, &mut operators),
                 },
             }
@@ -375,8 +462,12 @@ impl Grouping<'_> {
     fn end_chain(&mut self, products: &mut Vec<Product>, operators: &mut Vec<char>) {
         let products = std::mem::replace(products, vec![Product::default()]);
         let operators = std::mem::take(operators);
-        if products.iter().any(|product| product.tokens.is_empty()) {
-            return; // nothing here, or a syntax error that minijinja will report
+        if products.len() == 1 && products[0].tokens.is_empty() {
+            return;
+        }
+        if products.iter().any(|product| self.expects_operand(product)) {
+            self.has_lone_operator = true;
+            return;
         }
         let start_of = |product: &Product| self.tokens[product.tokens[0]].start;
         let end_of = |product: &Product| self.tokens[*product.tokens.last().unwrap_or(&0)].end;
@@ -397,14 +488,16 @@ impl Grouping<'_> {
             }
             if let [operator] = product.operators[..]
                 && self.text(operator) == "%"
+                && product.tokens.last() != Some(&operator)
             {
                 wraps.push((start, end, MODULO));
-                self.words.push((self.tokens[operator].start, self.tokens[operator].end, ","));
+                self.operators.push((self.tokens[operator].start, self.tokens[operator].end, ","));
             }
             if product.has_multiplication {
                 wraps.push((start, end, PRODUCT));
                 for number in &product.large_numbers {
-                    wraps.push((self.tokens[*number].start, self.tokens[*number].end, OPERAND));
+                    self.numbers.push((self.tokens[*number].start, format!("{OPERAND}(")));
+                    self.numbers.push((self.tokens[*number].end, ")".to_owned()));
                 }
             }
         }
@@ -445,6 +538,7 @@ mod tests {
     fn short(source: &str) -> String {
         rewrite(source)
             .unwrap()
+            .guarded
             .replace(VALUE, "V")
             .replace(TEXT, "T")
             .replace(OPERAND, "O")
@@ -475,6 +569,7 @@ mod tests {
             ("{{ {'a': b ~ c, 'd': {}} }}", "{{ {'a': T(b) ~ T(c), 'd': {}} }}"),
             ("{% raw %}{{ a ~ b }}{% endraw %}{# {{ a ~ b }} #}", "{% raw %}{{ a ~ b }}{% endraw %}{# {{ a ~ b }} #}"),
             ("{{ a ~ ", "{{ a ~ "),
+            ("{% if a and not b ~ c or d %}", "{% if a and not T(b) ~ T(c) or d %}"),
         ] {
             assert_eq!(short(source), expected);
         }
@@ -483,8 +578,31 @@ mod tests {
     #[test]
     fn generation_blocks_keep_their_whitespace_control() {
         assert_eq!(
-            rewrite("a\r\n{%- generation -%}\rb{% endgeneration %}").unwrap(),
+            rewrite("a\r\n{%- generation -%}\rb{% endgeneration %}").unwrap().plain,
             "a\n{%- with -%}\nb{% endwith %}"
         );
+    }
+
+    #[test]
+    fn keywords_cannot_hide_an_operand() {
+        for source in [
+            "{{ a ~ }}",
+            "{{ ~ a }}",
+            "{{ and ~ a }}",
+            "{{ a ~ and }}",
+            "{{ and + a }}",
+            "{{ and * 9 }}",
+            "{{ a ~ -else }}",
+        ] {
+            assert!(rewrite(source).is_err(), "{source}");
+        }
+    }
+
+    #[test]
+    fn long_plain_text_is_counted() {
+        let text = "x".repeat(70);
+        let guarded = rewrite(&format!("{{% if a %}}\n  {text}\n{{% endif %}}é")).unwrap().guarded;
+        assert_eq!(guarded, format!("{{% if a %}}\n  x{{{{ {PLAIN_TEXT}(74) }}}}{}\n{{% endif %}}é", &text[1..]));
+        assert!(rewrite(&format!("{{% raw %}}{}{{% endraw %}}", "x".repeat(300))).is_err());
     }
 }
