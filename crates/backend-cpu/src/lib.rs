@@ -20,6 +20,7 @@ mod attend_gqa;
 mod attend_mla;
 mod attention;
 mod backend;
+pub mod bandwidth;
 mod disjoint;
 mod embed;
 mod expert_lists;

@@ -175,8 +175,8 @@ fn compare(actual: &Output, expected: &Output, bound: impl Fn(f32) -> f32) -> st
                 for (col, (a, e)) in actual.iter().zip(expected).enumerate() {
                     let allowed = bound(rms.max(e.abs()));
                     let excess = (a - e).abs() / allowed;
-                    // The negation catches NaN.
-                    if !(excess <= 1.0) && worst.as_ref().is_none_or(|(w, _)| excess.is_nan() || excess > *w) {
+                    let too_far = excess.is_nan() || excess > 1.0;
+                    if too_far && worst.as_ref().is_none_or(|(w, _)| excess.is_nan() || excess > *w) {
                         worst = Some((
                             excess,
                             format!(
