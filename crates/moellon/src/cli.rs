@@ -113,7 +113,7 @@ pub struct RunOptions {
     #[arg(long, env = "MOELLON_CONTEXT", value_name = "N")]
     pub context: Option<usize>,
     /// Temperature; 0 is greedy. By default what the model's generation_config.json says.
-    #[arg(long = "temp", value_name = "T")]
+    #[arg(long = "temp", value_name = "T", allow_negative_numbers = true)]
     pub temperature: Option<f32>,
     /// Keep the most likely tokens up to this probability.
     #[arg(long, value_name = "P")]
