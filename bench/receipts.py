@@ -1,0 +1,181 @@
+"""Measures this build and writes receipts, from which the tables of the documents are generated.
+
+    cargo build --release -p moellon
+    python3 bench/receipts.py golden            # worst difference from transformers, every fixture and CPU level
+    python3 bench/receipts.py open DIRECTORY    # opening and loading a large checkpoint (bench/large_checkpoint.py)
+    python3 bench/receipts.py tiny              # the bundled model: prompt and decode speed
+    python3 bench/receipts.py decode            # slices of published shapes: decode and prefill against bandwidth
+    cargo xtask docs --write
+
+A receipt holds the commit, the machine, the commands, every sample, and rows for tables. Needs nothing but Python.
+"""
+
+import datetime
+import hashlib
+import json
+import os
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BINARY = ROOT / "target/release/moellon"
+NAME = "target/release/moellon"
+
+
+def run(*arguments):
+    """Standard output, seconds and peak resident bytes of a run of the program."""
+    with tempfile.TemporaryFile() as out:
+        start = time.monotonic()
+        process = subprocess.Popen([BINARY, *map(str, arguments)], stdout=out, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        elapsed = time.monotonic() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != 0:
+            raise SystemExit(f"{NAME} {' '.join(map(str, arguments))}: exit status {process.returncode}")
+        out.seek(0)
+        return out.read(), elapsed, usage.ru_maxrss * 1024
+
+
+def steal_ticks():
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+    return int(fields[7]), sum(map(int, fields))
+
+
+def write(name, commands, samples, tables, stolen):
+    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    doctor = json.loads(run("doctor", "--json")[0])
+    after = steal_ticks()
+    receipt = {
+        "schema": 1,
+        "name": name,
+        "date": datetime.date.today().isoformat(),
+        "commit": git("rev-parse", "HEAD"),
+        "binary_sha256": hashlib.sha256(BINARY.read_bytes()).hexdigest(),
+        "machine": {key: doctor[key] for key in ("cpu", "cores", "cpu_level", "memory_bytes", "read_gb_s", "read_gb_s_1_thread")},
+        "steal_pct": round(100 * (after[0] - stolen[0]) / max(1, after[1] - stolen[1]), 2),
+        "load_average": os.getloadavg(),
+        "commands": commands,
+        "samples": samples,
+        "tables": tables,
+    }
+    path = ROOT / "receipts" / f"{receipt['date']}-{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(receipt, indent=1) + "\n")
+    temporary.rename(path)
+    print(path.relative_to(ROOT))
+
+
+def tensors(path):
+    """Name to a list of numbers (f32 and i32 tensors)."""
+    data = Path(path).read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__", None)
+    values = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        code = {"F32": "f", "I32": "i"}[entry["dtype"]]
+        values[name] = struct.unpack(f"<{(end - start) // 4}{code}", data[8 + length + start : 8 + length + end])
+    return values
+
+
+def golden(stolen):
+    levels = json.loads(run("doctor", "--json")[0])["cpu_levels"]
+    rows, samples, commands = [], [], []
+    for fixture in sorted(p for p in (ROOT / "fixtures/golden").iterdir() if p.is_dir()):
+        expected = tensors(fixture / "golden.safetensors")
+        worst = {}
+        for level in levels:
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder) / "out.safetensors"
+                ids = ",".join(map(str, expected["input_ids"]))
+                mtp = ["--mtp"] if "mtp_logits" in expected else []
+                run("logits", "-m", fixture, "--cpu-level", level, "--ids", ids, "--greedy", len(expected["greedy_ids"]), *mtp, "--out", out)
+                found = tensors(out)
+            assert found["greedy_ids"] == expected["greedy_ids"], f"{fixture.name} {level}: greedy ids differ"
+            difference = lambda key, golden_key: max(abs(a - b) for a, b in zip(found[key], expected[golden_key], strict=True))
+            deltas = {key: difference(key, "logits" if key == "decode_logits" else key) for key in ("logits", "decode_logits", "greedy_logits", "mtp_logits") if key in found}
+            samples.append({"fixture": fixture.name, "level": level, **deltas})
+            worst = {key: max(value, worst.get(key, 0)) for key, value in deltas.items()}
+        commands.append(f"{NAME} logits -m fixtures/golden/{fixture.name} --cpu-level LEVEL --ids .. --greedy .. --mtp --out ..")
+        show = lambda key: f"{worst[key]:.1e}" if key in worst else "-"
+        rows.append({"model": fixture.name, "prefill": show("logits"), "decode": show("decode_logits"), "greedy": show("greedy_logits"), "mtp": show("mtp_logits"), "greedy ids": "equal"})
+    write("golden", commands, samples, {"golden": rows}, stolen)
+
+
+def open_and_load(stolen, directory):
+    size = sum(p.stat().st_size for p in Path(directory).glob("*.safetensors"))
+    opens = [run("inspect", "-m", directory, "--bandwidth", 1)[1] for _ in range(7)]
+    with tempfile.TemporaryDirectory() as folder:
+        loads = [run("logits", "-m", directory, "--ids", "1,2,3", "--activations", "int8", "--cache", "bf16", "--out", Path(folder) / "out")[1:] for _ in range(3)]
+    row = {
+        "checkpoint": f"{size / 1e9:.2f} GB, affine-4",
+        "open and validate, s": f"{statistics.median(opens):.3f}",
+        "load and repack, s": f"{statistics.median(t for t, _ in loads):.1f}",
+        "peak resident, GB": f"{max(m for _, m in loads) / 1e9:.2f}",
+        "of the file": f"{max(m for _, m in loads) / size:.2f}x",
+    }
+    commands = ["python3 bench/large_checkpoint.py DIRECTORY", f"{NAME} inspect -m DIRECTORY --bandwidth 1", f"{NAME} logits -m DIRECTORY --ids 1,2,3 --activations int8 --cache bf16 --out .."]
+    write("open-and-load", commands, {"open_s": opens, "load_s_and_peak_bytes": loads, "file_bytes": size}, {"open-and-load": [row]}, stolen)
+
+
+def tiny(stolen):
+    command = ["run", "--json", "--temp", "0", "-n", "256", "--raw", "-p", (ROOT / "crates/engine/src/sampler.rs").read_text()[:1500]]
+    samples = [json.loads(run(*command)[0]) for _ in range(9)]
+    for sample in samples:
+        assert sample["token_ids"] == samples[0]["token_ids"], "greedy text changed between runs"
+    median = lambda key: statistics.median(s[key] for s in samples)
+    row = {
+        "model": samples[0]["model"],
+        "prompt tokens": samples[0]["prompt_tokens"],
+        "prompt tok/s": f"{median('prompt_tok_s'):.0f}",
+        "decode tok/s": f"{median('decode_tok_s'):.0f}",
+        "load, ms": f"{median('load_ms'):.0f}",
+    }
+    kept = [{k: v for k, v in s.items() if k not in ("text", "thinking", "token_ids")} for s in samples]
+    write("tiny", [f"{NAME} run --json --temp 0 -n 256 --raw -p (1500 characters of Rust)"], kept, {"tiny": [row]}, stolen)
+
+
+def decode(stolen):
+    plans = [("qwen3-30b-a3b:layers=8,vocab=32768", f) for f in ("affine-4", "nvfp4", "affine-3")]
+    plans += [("glm-5.2-77:layers=3,vocab=32768", f) for f in ("q3a4", "nvfp4")]
+    reports, rows, commands = [], [], []
+    for spec, plan in plans:
+        command = ["bench", "--synthetic", spec, "--format", plan, "--batch", "1,2,4,8", "--prompt", "512", "--json"]
+        report = json.loads(run(*command)[0])
+        reports.append(report)
+        commands.append(f"{NAME} {' '.join(command)}")
+        for result in report["results"]:
+            rows.append({
+                "shape": spec, "format": plan, "batch": result["batch"], "tok/s": f"{result['decode_tok_s']:.1f}",
+                "MB a step": f"{result['bytes_per_step'] / 1e6:.0f}", "GB/s": f"{result['bandwidth_gb_s']:.1f}",
+                "share of measured bandwidth": f"{100 * result['bandwidth_share']:.0f} %",
+                "distinct experts": f"{result['distinct_experts']:.1f}",
+                "prefill 512, tok/s": f"{report['prefill'][0]['tok_s']:.0f}",
+            })
+    write("decode-cpu", commands, reports, {"decode-cpu": rows}, stolen)
+
+
+def main():
+    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode"):
+        raise SystemExit(__doc__)
+    stolen = steal_ticks()
+    match sys.argv[1]:
+        case "golden":
+            golden(stolen)
+        case "open":
+            open_and_load(stolen, sys.argv[2])
+        case "tiny":
+            tiny(stolen)
+        case "decode":
+            decode(stolen)
+
+
+if __name__ == "__main__":
+    main()
