@@ -53,7 +53,13 @@ impl BlockRows {
     }
 
     /// Copies the first `num_slots` rows of a block to another.
-    pub(crate) fn copy(&mut self, from: BlockId, to: BlockId, num_slots: usize, backend: &mut dyn Backend) -> Result<()> {
+    pub(crate) fn copy(
+        &mut self,
+        from: BlockId,
+        to: BlockId,
+        num_slots: usize,
+        backend: &mut dyn Backend,
+    ) -> Result<()> {
         let first = |block: BlockId| block as usize * self.block_size;
         for cache in &self.caches {
             self.bytes.resize(num_slots * cache.row_bytes(), 0);

@@ -168,7 +168,15 @@ impl DiskCache {
         hasher.update(&options.model_identity);
         hasher.update(layout);
         let identity = hasher.finalize().into();
-        Ok(DiskCache { dir, identity, index, queued_bytes, messages: Some(messages), writer: Some(writer), _lock: lock })
+        Ok(DiskCache {
+            dir,
+            identity,
+            index,
+            queued_bytes,
+            messages: Some(messages),
+            writer: Some(writer),
+            _lock: lock,
+        })
     }
 
     /// Whether a file of that block is there. It may still turn out to be damaged.

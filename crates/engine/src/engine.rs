@@ -118,7 +118,11 @@ impl RequestLimits {
                 return setting("thinking budget", format!("end token {token}"), "token ids of the vocabulary");
             }
             if budget.end_token_ids.last() != Some(&budget.close_token_id) {
-                return setting("thinking budget", "another last end token".to_owned(), "the token that closes a thought");
+                return setting(
+                    "thinking budget",
+                    "another last end token".to_owned(),
+                    "the token that closes a thought",
+                );
             }
         }
         if waiting >= self.max_waiting {
@@ -524,7 +528,11 @@ impl Engine {
             row = end;
             self.score_prompt(share, first_logit_row..logit_row, logits)?;
             let due = self.is_due(share) && !self.running[share.sequence].is_full();
-            outcomes.push(if due { Some(self.next_token(share.sequence, logit_row - 1, logits, &chosen)?) } else { None });
+            outcomes.push(if due {
+                Some(self.next_token(share.sequence, logit_row - 1, logits, &chosen)?)
+            } else {
+                None
+            });
         }
         Ok(outcomes)
     }
@@ -561,12 +569,7 @@ impl Engine {
     }
 
     /// Log-probabilities of the prompt's tokens, where wanted: row `i` of a share predicts the token after its `i`-th.
-    fn score_prompt(
-        &mut self,
-        share: &Share,
-        rows: std::ops::Range<usize>,
-        logits: Tensor,
-    ) -> Result<(), EngineError> {
+    fn score_prompt(&mut self, share: &Share, rows: std::ops::Range<usize>, logits: Tensor) -> Result<(), EngineError> {
         let sequence = &mut self.running[share.sequence];
         if rows.len() != share.num_tokens {
             return Ok(());

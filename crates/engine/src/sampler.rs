@@ -65,7 +65,11 @@ impl SamplingParams {
     /// The first one outside, by name.
     pub fn validate(&self, vocab_size: usize) -> Result<(), SettingError> {
         let check = |name, value: f32, holds: bool, expected| {
-            if holds && value.is_finite() { Ok(()) } else { Err(SettingError { name, found: value.to_string(), expected }) }
+            if holds && value.is_finite() {
+                Ok(())
+            } else {
+                Err(SettingError { name, found: value.to_string(), expected })
+            }
         };
         check("temperature", self.temperature, self.temperature >= 0.0, "a number of at least 0")?;
         check("top_p", self.top_p, self.top_p > 0.0 && self.top_p <= 1.0, "above 0, at most 1")?;
@@ -76,7 +80,11 @@ impl SamplingParams {
         for (token, bias) in &self.logit_bias {
             check("logit_bias", *bias, bias.abs() <= 100.0, "-100 to 100")?;
             if *token as usize >= vocab_size {
-                return Err(SettingError { name: "logit_bias", found: format!("token {token}"), expected: "token ids of the vocabulary" });
+                return Err(SettingError {
+                    name: "logit_bias",
+                    found: format!("token {token}"),
+                    expected: "token ids of the vocabulary",
+                });
             }
         }
         Ok(())
@@ -129,7 +137,8 @@ impl Sampler {
     /// A sampler whose repetition penalty knows the prompt.
     pub fn new(params: SamplingParams, prompt: &[u32]) -> Self {
         let rng = SplitMix64::new(params.seed);
-        let seen = if params.has_penalties() { prompt.iter().map(|token| (*token, 0)).collect() } else { HashMap::new() };
+        let seen =
+            if params.has_penalties() { prompt.iter().map(|token| (*token, 0)).collect() } else { HashMap::new() };
         Sampler { params, rng, seen, logits: Vec::new(), candidates: Vec::new() }
     }
 
@@ -354,10 +363,16 @@ mod tests {
     fn settings_outside_their_range_are_named() {
         let error = |params: SamplingParams| params.validate(10).unwrap_err().to_string();
         let open = SamplingParams::default;
-        assert_eq!(error(SamplingParams { temperature: -1.0, ..open() }), "temperature is -1, expected a number of at least 0");
+        assert_eq!(
+            error(SamplingParams { temperature: -1.0, ..open() }),
+            "temperature is -1, expected a number of at least 0"
+        );
         assert_eq!(error(SamplingParams { top_p: 0.0, ..open() }), "top_p is 0, expected above 0, at most 1");
         assert_eq!(error(SamplingParams { min_p: f32::NAN, ..open() }), "min_p is NaN, expected 0 to 1");
-        assert_eq!(error(SamplingParams { logit_bias: vec![(10, 1.0)], ..open() }), "logit_bias is token 10, expected token ids of the vocabulary");
+        assert_eq!(
+            error(SamplingParams { logit_bias: vec![(10, 1.0)], ..open() }),
+            "logit_bias is token 10, expected token ids of the vocabulary"
+        );
     }
 
     #[test]

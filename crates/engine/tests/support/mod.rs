@@ -1,6 +1,8 @@
 //! Tiny random models for the engine's tests.
 #![allow(dead_code, reason = "every test file uses a part")]
 
+pub(crate) mod faulty;
+
 use moellon_backend_cpu::{ActivationMode, CpuBackend, CpuOptions};
 use moellon_checkpoint::Checkpoint;
 use moellon_engine::{Engine, EngineOptions, Event, EventReceiver, Request, SampledToken, SamplingParams};
