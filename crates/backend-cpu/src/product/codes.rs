@@ -28,7 +28,8 @@ pub(super) const E2M1_BIAS: i32 = 12;
 /// And what it multiplies with so that they are whole.
 pub(super) const E2M1_FACTOR: f32 = 2.0;
 
-const E2M1_OPERANDS: [u8; 16] = {
+/// The operand of each E2M1 code.
+pub(super) const E2M1_OPERANDS: [u8; 16] = {
     let mut table = [0; 16];
     let mut code = 0;
     while code < 16 {

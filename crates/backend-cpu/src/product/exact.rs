@@ -1,120 +1,109 @@
 //! Integer and E2M1 weights, dequantized to f32, times f32 activations: one fused multiply-add a column, in order.
-//! For references and golden tests, so it comes in few sizes.
+//! For references and golden tests, so all formats share one body that finds its bit planes at run time.
 // Loops run over arrays of registers, several at once; iterators would hide vectors in closures.
 #![allow(clippy::needless_range_loop)]
 
-use super::codes::{Codes, E2M1_BIAS, E2M1_FACTOR};
+use super::codes::{E2M1_BIAS, E2M1_FACTOR, E2M1_OPERANDS};
 use super::{TileArgs, TileKernel, finish, load_e4m3, load_e8m0, load_scales};
-use crate::layout::{BLOCK_COLS, LINE_BYTES, TILE_ROWS};
+use crate::layout::{BLOCK_COLS, Coding, LINE_BYTES, TILE_ROWS, TileLayout, bit_planes};
 use crate::simd::Simd;
-use std::marker::PhantomData;
 
-/// Rows of these kernels.
-pub(super) const MAX_ROWS: usize = 2;
+/// Sizes of this kernel.
+pub(super) const SIZES: [usize; 4] = [1, 1, 0, 0];
 
-/// Affine codes: weights are `code * scale + offset`, rounded twice, as decoding does.
-pub(super) struct Grouped<C>(PhantomData<C>);
-/// E2M1 codes with a scale per `GROUP` columns (32: E8M0, 16: E4M3).
-pub(super) struct Table<C, const GROUP: usize>(PhantomData<C>);
+/// Affine and E2M1 codes.
+pub(super) struct Exact;
 
-/// Adds columns `4 M .. 4 M + 4`: `weight` makes a weight of its code.
-macro_rules! add_columns {
-    ($s:ident, $m:literal, $codes:ty, $at:expr, $x:expr, $total:ident, |$code:ident| $weight:expr) => {{
-        let bytes = <$codes as Codes>::operand::<S, $m>($s, $at);
-        for j in 0..4 {
-            let $code = $s.and($s.shr(bytes, 8 * j as u32), $s.splat_i(0xff));
-            let weight = $weight;
-            for r in 0..R {
-                $total[r] = $s.mul_add(weight, $s.splat(*$x[r].add(4 * $m + j)), $total[r]);
-            }
-        }
-    }};
+/// Columns `4 m .. 4 m + 4` of the block at `block`, a byte each, from its bit planes.
+///
+/// # Safety
+/// `block` is valid for reads of all planes.
+#[inline(always)]
+unsafe fn operand<S: Simd>(s: S, block: *const u8, m: usize, planes: &[(usize, usize)]) -> S::I {
+    let mut codes = s.splat_i(0);
+    let mut first_line = 0;
+    for (width, lowest) in planes {
+        let per_line = 8 / width;
+        // SAFETY: the caller's promise.
+        let line = unsafe { s.load_i(block.add((first_line + m / per_line) * LINE_BYTES)) };
+        let mask = s.splat_i(0x0101_0101_i32.wrapping_mul((1 << width) - 1));
+        let bits = s.and(s.shr(line, (m % per_line * width) as u32), mask);
+        codes = s.or(codes, s.shl(bits, *lowest as u32));
+        first_line += width;
+    }
+    codes
 }
 
-/// All 32 columns of a block.
-macro_rules! add_block {
-    ($s:ident, $codes:ty, $at:expr, $x:expr, $total:ident, [$low:expr, $high:expr], |$code:ident, $scale:ident| $weight:expr) => {{
-        let $scale = $low;
-        add_columns!($s, 0, $codes, $at, $x, $total, |$code| $weight);
-        add_columns!($s, 1, $codes, $at, $x, $total, |$code| $weight);
-        add_columns!($s, 2, $codes, $at, $x, $total, |$code| $weight);
-        add_columns!($s, 3, $codes, $at, $x, $total, |$code| $weight);
-        let $scale = $high;
-        add_columns!($s, 4, $codes, $at, $x, $total, |$code| $weight);
-        add_columns!($s, 5, $codes, $at, $x, $total, |$code| $weight);
-        add_columns!($s, 6, $codes, $at, $x, $total, |$code| $weight);
-        add_columns!($s, 7, $codes, $at, $x, $total, |$code| $weight);
-    }};
-}
-
-impl<C: Codes> TileKernel for Grouped<C> {
-    const MAX_STREAMS: usize = 1;
-    const MAX_ROWS: usize = MAX_ROWS;
-
-    #[inline(always)]
-    unsafe fn run<S: Simd, const T: usize, const R: usize>(s: S, args: &TileArgs<'_>) {
-        let layout = args.layout;
-        let offsets_at = TILE_ROWS * layout.scale_dtype.size_bytes();
-        let mut totals = [[s.splat(0.0); R]; T];
-        // SAFETY: tiles are records of `record_blocks` blocks and their scales; rows hold `padded_cols` floats.
-        unsafe {
-            for t in 0..T {
-                let mut total = [s.splat(0.0); R];
-                for block in 0..layout.blocks {
-                    let at = args.tiles[t].add(layout.block_offset(block));
-                    let scales = args.tiles[t].add(layout.scale_offset(block));
-                    let factor = load_scales(s, layout.scale_dtype, scales);
-                    let offset = load_scales(s, layout.scale_dtype, scales.add(offsets_at));
-                    let mut x = [std::ptr::null::<f32>(); R];
-                    for r in 0..R {
-                        x[r] = args.rows[r].cast::<f32>().add(block * BLOCK_COLS);
-                    }
-                    add_block!(s, C, at, x, total, [factor, factor], |code, scale| s
-                        .add(s.mul(s.to_f(code), scale), offset));
-                }
-                totals[t] = total;
+/// Scales of the two halves of a block, and its offsets (zero where there are none).
+///
+/// # Safety
+/// `tile` is a tile of the layout, `block` one of its blocks.
+#[inline(always)]
+unsafe fn block_scales<S: Simd>(s: S, layout: &TileLayout, tile: *const u8, block: usize) -> ([S::F; 2], S::F) {
+    let within = block % layout.record_blocks;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let scales = tile.add(layout.scale_offset(block));
+        match layout.coding {
+            Coding::Affine { .. } => {
+                let offsets = scales.add(TILE_ROWS * layout.scale_dtype.size_bytes());
+                let scale = load_scales(s, layout.scale_dtype, scales);
+                ([scale, scale], load_scales(s, layout.scale_dtype, offsets))
             }
-            finish::<S, T, R>(s, args, 1.0, &totals);
+            Coding::Mxfp4 => {
+                let scale = load_e8m0(s, scales.add(within * TILE_ROWS));
+                ([scale, scale], s.splat(0.0))
+            }
+            Coding::Nvfp4 => {
+                let first = scales.add(within * 2 * TILE_ROWS);
+                ([load_e4m3(s, first), load_e4m3(s, first.add(TILE_ROWS))], s.splat(0.0))
+            }
+            Coding::F32 | Coding::F16 | Coding::Bf16 | Coding::Fp8Block | Coding::Mxfp8 => {
+                unreachable!("`Product::dispatch` sends these to other kernels")
+            }
         }
     }
 }
 
-impl<C: Codes, const GROUP: usize> TileKernel for Table<C, GROUP> {
-    const MAX_STREAMS: usize = 1;
-    const MAX_ROWS: usize = MAX_ROWS;
+impl TileKernel for Exact {
+    const STREAMS: [usize; 4] = SIZES;
 
     #[inline(always)]
     unsafe fn run<S: Simd, const T: usize, const R: usize>(s: S, args: &TileArgs<'_>) {
         let layout = args.layout;
+        let planes = bit_planes(layout.format.code_bits());
+        let is_affine = matches!(layout.coding, Coding::Affine { .. });
+        let (table, bias) = (s.load_table(&E2M1_OPERANDS), s.splat_i(E2M1_BIAS));
         let mut totals = [[s.splat(0.0); R]; T];
-        // SAFETY: tiles are records of up to `record_blocks` blocks and a line of scales; rows hold `padded_cols` floats.
+        // SAFETY: tiles are whole, rows hold `padded_cols` floats.
         unsafe {
             for t in 0..T {
-                let mut total = [s.splat(0.0); R];
                 for block in 0..layout.blocks {
-                    let at = args.tiles[t].add(layout.block_offset(block));
-                    let scales = args.tiles[t].add(layout.scale_offset(block));
-                    let within = block % layout.record_blocks;
-                    let (low, high) = if GROUP == 32 {
-                        let scale = load_e8m0(s, scales.add(within * TILE_ROWS));
-                        (scale, scale)
-                    } else {
-                        let first = scales.add(within * 2 * TILE_ROWS);
-                        (load_e4m3(s, first), load_e4m3(s, first.add(TILE_ROWS)))
-                    };
-                    let mut x = [std::ptr::null::<f32>(); R];
-                    for r in 0..R {
-                        x[r] = args.rows[r].cast::<f32>().add(block * BLOCK_COLS);
+                    let codes = args.tiles[t].add(layout.block_offset(block));
+                    let (scales, offset) = block_scales(s, layout, args.tiles[t], block);
+                    for m in 0..8 {
+                        let mut bytes = operand(s, codes, m, planes);
+                        if !is_affine {
+                            bytes = s.look_up(table, bytes);
+                        }
+                        for j in 0..4 {
+                            let code = s.and(s.shr(bytes, 8 * j as u32), s.splat_i(0xff));
+                            // Two roundings, as decoding has them.
+                            let weight = if is_affine {
+                                s.add(s.mul(s.to_f(code), scales[0]), offset)
+                            } else {
+                                s.mul(s.to_f(s.sub_i(code, bias)), scales[m / 4])
+                            };
+                            for r in 0..R {
+                                let x = args.rows[r].cast::<f32>().add(block * BLOCK_COLS + 4 * m + j);
+                                totals[t][r] = s.mul_add(weight, s.splat(*x), totals[t][r]);
+                            }
+                        }
                     }
-                    let bias = s.splat_i(E2M1_BIAS);
-                    add_block!(s, C, at, x, total, [low, high], |code, scale| s
-                        .mul(s.to_f(s.sub_i(code, bias)), scale));
                 }
-                totals[t] = total;
             }
-            finish::<S, T, R>(s, args, 1.0 / E2M1_FACTOR, &totals);
+            let factor = if is_affine { 1.0 } else { 1.0 / E2M1_FACTOR };
+            finish::<S, T, R>(s, args, factor, &totals);
         }
     }
 }
-
-const _: () = assert!(LINE_BYTES == 4 * TILE_ROWS, "a line is four bytes a row");

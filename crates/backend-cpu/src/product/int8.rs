@@ -128,6 +128,8 @@ unsafe fn row_parts<const R: usize>(args: &TileArgs<'_>, int8: &Int8Layout) -> R
 }
 
 impl<C: Codes> TileKernel for Grouped<C> {
+    const BYTE_DOTS: bool = true;
+
     #[inline(always)]
     unsafe fn run<S: Simd, const T: usize, const R: usize>(s: S, args: &TileArgs<'_>) {
         let layout = args.layout;
@@ -184,6 +186,8 @@ impl<C: Codes> TileKernel for Grouped<C> {
 }
 
 impl TileKernel for Mxfp4 {
+    const BYTE_DOTS: bool = true;
+
     #[inline(always)]
     unsafe fn run<S: Simd, const T: usize, const R: usize>(s: S, args: &TileArgs<'_>) {
         let layout = args.layout;
@@ -233,6 +237,8 @@ impl TileKernel for Mxfp4 {
 }
 
 impl TileKernel for Nvfp4 {
+    const BYTE_DOTS: bool = true;
+
     #[inline(always)]
     unsafe fn run<S: Simd, const T: usize, const R: usize>(s: S, args: &TileArgs<'_>) {
         let layout = args.layout;

@@ -25,7 +25,7 @@ use crate::activations::Int8Layout;
 use crate::layout::{Coding, TILE_ROWS, TileLayout};
 use crate::pack::TileMap;
 use crate::simd::{Kernel, Level, Simd};
-use codes::{Affine, E2m1};
+use codes::Affine;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -82,13 +82,26 @@ pub(crate) struct TileArgs<'a> {
     out: *mut f32,
 }
 
+/// Kernels in every size.
+const ALL_SIZES: [usize; 4] = [4, 2, 2, 1];
+
+/// The entry of a [`Simd::STREAMS`] for `rows` rows.
+const fn streams_for(streams: [usize; 4], rows: usize) -> usize {
+    match rows {
+        1 => streams[0],
+        2 => streams[1],
+        3 | 4 => streams[2],
+        _ => streams[3],
+    }
+}
+
 /// A kernel for `T` tiles and `R` rows.
 trait TileKernel {
-    /// Tiles and rows that a call may have. Kernels that are not made for speed come in fewer sizes: every size is
+    /// [`Simd::STREAMS`] of the kernel: one that is not made for speed comes in fewer sizes, because every size is
     /// compiled for every level.
-    const MAX_STREAMS: usize = MAX_STREAMS;
-    /// See above.
-    const MAX_ROWS: usize = MAX_ROWS;
+    const STREAMS: [usize; 4] = ALL_SIZES;
+    /// [`Kernel::BYTE_DOTS`]
+    const BYTE_DOTS: bool = false;
 
     /// # Safety
     /// `args` holds `T` whole tiles of the layout, `R` rows in the kernel's form and room for `T * R * 16` floats.
@@ -100,9 +113,11 @@ struct Sized<B, const T: usize, const R: usize>(PhantomData<B>);
 impl<B: TileKernel, const T: usize, const R: usize> Kernel for Sized<B, T, R> {
     type Args = TileArgs<'static>;
 
+    const BYTE_DOTS: bool = B::BYTE_DOTS;
+
     #[inline(always)]
     unsafe fn run<S: Simd>(s: S, args: &TileArgs<'static>) {
-        if const { T <= S::MAX_STREAMS && T <= B::MAX_STREAMS && R <= S::MAX_ROWS && R <= B::MAX_ROWS } {
+        if const { T <= streams_for(S::STREAMS, R) && T <= streams_for(B::STREAMS, R) } {
             // SAFETY: the caller's promise.
             unsafe { B::run::<S, T, R>(s, args) }
         } else {
@@ -262,7 +277,12 @@ impl<'a> Product<'a> {
         sink: &mut impl FnMut(usize, usize, &[f32; TILE_ROWS]),
     ) {
         let layout = &self.map.layout;
-        let (_, max_rows) = self.kernel_limits();
+        let max_rows = match self.streams() {
+            [_, 0, _, _] => 1,
+            [_, _, 0, _] => 2,
+            [_, _, _, 0] => 4,
+            _ => MAX_ROWS,
+        };
         let mut out = [[0.0f32; TILE_ROWS]; MAX_STREAMS * MAX_ROWS];
         let mut args = TileArgs {
             layout,
@@ -300,24 +320,20 @@ impl<'a> Product<'a> {
         }
     }
 
-    /// How many tiles to read at once when `num_rows` rows are multiplied: with more rows, registers go to these.
+    /// How many tiles to read at once when `num_rows` rows are multiplied.
     pub(crate) fn max_streams(&self, num_rows: usize) -> usize {
-        let wanted = match num_rows {
-            1 => 4,
-            2..=4 => 2,
-            _ => 1,
-        };
-        self.kernel_limits().0.min(wanted)
+        streams_for(self.streams(), num_rows).max(1)
     }
 
-    /// Streams and rows that the kernel of this coding takes at most at this level.
-    fn kernel_limits(&self) -> (usize, usize) {
-        let (streams, rows) = match (self.mode, self.map.layout.coding) {
-            (ActivationMode::Exact, Coding::Affine { .. } | Coding::Mxfp4 | Coding::Nvfp4) => (1, exact::MAX_ROWS),
+    /// Sizes in which the kernel of this coding exists at this level.
+    fn streams(&self) -> [usize; 4] {
+        let kernel = match (self.mode, self.map.layout.coding) {
+            (ActivationMode::Exact, Coding::Affine { .. } | Coding::Mxfp4 | Coding::Nvfp4) => exact::SIZES,
             (ActivationMode::Exact, Coding::F32 | Coding::F16 | Coding::Bf16 | Coding::Fp8Block | Coding::Mxfp8)
-            | (ActivationMode::Int8, _) => (MAX_STREAMS, MAX_ROWS),
+            | (ActivationMode::Int8, _) => ALL_SIZES,
         };
-        (streams.min(self.level.max_streams()), rows.min(self.level.max_rows()))
+        let level = self.level.streams();
+        std::array::from_fn(|i| kernel[i].min(level[i]))
     }
 
     /// # Safety
@@ -342,20 +358,8 @@ impl<'a> Product<'a> {
                 },
                 (Coding::Mxfp4, ActivationMode::Int8) => run_sized::<int8::Mxfp4>(level, streams, rows, args),
                 (Coding::Nvfp4, ActivationMode::Int8) => run_sized::<int8::Nvfp4>(level, streams, rows, args),
-                (Coding::Affine { bits }, ActivationMode::Exact) => match bits {
-                    2 => run_sized::<exact::Grouped<Affine<2>>>(level, streams, rows, args),
-                    3 => run_sized::<exact::Grouped<Affine<3>>>(level, streams, rows, args),
-                    4 => run_sized::<exact::Grouped<Affine<4>>>(level, streams, rows, args),
-                    5 => run_sized::<exact::Grouped<Affine<5>>>(level, streams, rows, args),
-                    6 => run_sized::<exact::Grouped<Affine<6>>>(level, streams, rows, args),
-                    8 => run_sized::<exact::Grouped<Affine<8>>>(level, streams, rows, args),
-                    other => unreachable!("affine codes of {other} bits: WeightFormat::validate"),
-                },
-                (Coding::Mxfp4, ActivationMode::Exact) => {
-                    run_sized::<exact::Table<E2m1, 32>>(level, streams, rows, args)
-                }
-                (Coding::Nvfp4, ActivationMode::Exact) => {
-                    run_sized::<exact::Table<E2m1, 16>>(level, streams, rows, args)
+                (Coding::Affine { .. } | Coding::Mxfp4 | Coding::Nvfp4, ActivationMode::Exact) => {
+                    run_sized::<exact::Exact>(level, streams, rows, args);
                 }
             }
         }

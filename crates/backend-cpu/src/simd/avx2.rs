@@ -43,8 +43,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     type F = F;
     type I = I;
 
-    const MAX_STREAMS: usize = 2;
-    const MAX_ROWS: usize = 4;
+    const STREAMS: [usize; 4] = [2, 2, 1, 0];
 
     #[inline(always)]
     fn splat(self, x: f32) -> F {

@@ -30,8 +30,7 @@ impl Simd for Avx512 {
     type F = __m512;
     type I = __m512i;
 
-    const MAX_STREAMS: usize = 4;
-    const MAX_ROWS: usize = 8;
+    const STREAMS: [usize; 4] = [4, 2, 2, 1];
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {

@@ -111,6 +111,10 @@ pub(crate) trait Kernel {
     /// What it works on.
     type Args: ?Sized;
 
+    /// Whether it multiplies bytes. Levels that differ only in how they do that share the other kernels: every kernel is
+    /// compiled for every level, and this crate is mostly kernels.
+    const BYTE_DOTS: bool = false;
+
     /// Runs it. Implementations are `#[inline(always)]`.
     ///
     /// # Safety
@@ -172,29 +176,16 @@ impl Level {
         self.name
     }
 
-    /// Weight streams that a kernel call may read at once ([`Simd::MAX_STREAMS`]).
-    pub(crate) fn max_streams(self) -> usize {
+    /// [`Simd::STREAMS`]
+    pub(crate) fn streams(self) -> [usize; 4] {
         match self.available {
-            Available::Portable => Portable::MAX_STREAMS,
+            Available::Portable => Portable::STREAMS,
             #[cfg(target_arch = "aarch64")]
-            Available::Neon | Available::NeonDotprod => Neon::<false>::MAX_STREAMS,
+            Available::Neon | Available::NeonDotprod => Neon::<false>::STREAMS,
             #[cfg(target_arch = "x86_64")]
-            Available::Avx2 | Available::Avx2Vnni => Avx2::<false>::MAX_STREAMS,
+            Available::Avx2 | Available::Avx2Vnni => Avx2::<false>::STREAMS,
             #[cfg(target_arch = "x86_64")]
-            Available::Avx512Vnni => Avx512::MAX_STREAMS,
-        }
-    }
-
-    /// Activation rows that a kernel call may take ([`Simd::MAX_ROWS`]).
-    pub(crate) fn max_rows(self) -> usize {
-        match self.available {
-            Available::Portable => Portable::MAX_ROWS,
-            #[cfg(target_arch = "aarch64")]
-            Available::Neon | Available::NeonDotprod => Neon::<false>::MAX_ROWS,
-            #[cfg(target_arch = "x86_64")]
-            Available::Avx2 | Available::Avx2Vnni => Avx2::<false>::MAX_ROWS,
-            #[cfg(target_arch = "x86_64")]
-            Available::Avx512Vnni => Avx512::MAX_ROWS,
+            Available::Avx512Vnni => Avx512::STREAMS,
         }
     }
 
@@ -210,11 +201,23 @@ impl Level {
                 #[cfg(target_arch = "aarch64")]
                 Available::Neon => run_neon::<K>(args),
                 #[cfg(target_arch = "aarch64")]
-                Available::NeonDotprod => run_neon_dotprod::<K>(args),
+                Available::NeonDotprod => {
+                    if const { K::BYTE_DOTS } {
+                        run_neon_dotprod::<K>(args);
+                    } else {
+                        run_neon::<K>(args);
+                    }
+                }
                 #[cfg(target_arch = "x86_64")]
                 Available::Avx2 => run_avx2::<K>(args),
                 #[cfg(target_arch = "x86_64")]
-                Available::Avx2Vnni => run_avx2_vnni::<K>(args),
+                Available::Avx2Vnni => {
+                    if const { K::BYTE_DOTS } {
+                        run_avx2_vnni::<K>(args);
+                    } else {
+                        run_avx2::<K>(args);
+                    }
+                }
                 #[cfg(target_arch = "x86_64")]
                 Available::Avx512Vnni => run_avx512_vnni::<K>(args),
             }

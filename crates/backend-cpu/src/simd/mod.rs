@@ -34,10 +34,9 @@ pub(crate) trait Simd: Copy {
     /// 16 i32, or 64 bytes.
     type I: Copy;
 
-    /// Weight streams that one kernel call may read at once: as many as its registers hold accumulators for.
-    const MAX_STREAMS: usize;
-    /// Activation rows that one kernel call may multiply a decoded line with.
-    const MAX_ROWS: usize;
+    /// Weight streams that one kernel call may read at once when it multiplies each line with 1, 2, up to 4, and 8
+    /// activation rows: as many as there are registers for accumulators. 0: not so many rows.
+    const STREAMS: [usize; 4];
 
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::F;

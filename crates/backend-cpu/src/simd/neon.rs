@@ -90,8 +90,7 @@ impl<const DOTPROD: bool> Simd for Neon<DOTPROD> {
     type F = F;
     type I = I;
 
-    const MAX_STREAMS: usize = 2;
-    const MAX_ROWS: usize = 4;
+    const STREAMS: [usize; 4] = [2, 2, 1, 0];
 
     #[inline(always)]
     fn splat(self, x: f32) -> F {

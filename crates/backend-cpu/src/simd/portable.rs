@@ -30,8 +30,7 @@ impl Simd for Portable {
     type F = F;
     type I = I;
 
-    const MAX_STREAMS: usize = 1;
-    const MAX_ROWS: usize = 2;
+    const STREAMS: [usize; 4] = [1, 0, 0, 0];
 
     #[inline(always)]
     fn splat(self, x: f32) -> F {

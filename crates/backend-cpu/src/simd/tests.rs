@@ -20,6 +20,8 @@ struct AllOperations {
 impl Kernel for AllOperations {
     type Args = Self;
 
+    const BYTE_DOTS: bool = true;
+
     #[inline(always)]
     unsafe fn run<S: Simd>(s: S, args: &Self) {
         // SAFETY: all arrays are 64 bytes.
