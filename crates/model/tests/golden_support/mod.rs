@@ -1,4 +1,5 @@
 //! Reads the golden fixtures.
+#![allow(dead_code, reason = "every test file uses a part of it")]
 
 use moellon_backend_cpu::{ActivationMode, CpuBackend, CpuLevel, CpuOptions};
 use moellon_checkpoint::Checkpoint;
@@ -58,15 +59,16 @@ impl Golden {
         Golden { name: name.to_owned(), ids: input, greedy_ids: greedy, config, checkpoint, golden }
     }
 
-    /// Loads the model with f32 caches.
+    /// Loads the model for one sequence, with f32 caches.
     pub(crate) fn decoder(&self, backend: &mut dyn Backend) -> Decoder {
+        let options = DecoderOptions::single_sequence(128, 64, CacheDtype::F32);
+        self.decoder_for(DecoderOptions { block_size: 8, num_blocks: 16, ..options }, backend)
+    }
+
+    /// Loads the model for `options`.
+    pub(crate) fn decoder_for(&self, options: DecoderOptions, backend: &mut dyn Backend) -> Decoder {
         let weights =
             Weights::load(&self.config, &self.checkpoint, backend, &mut |_| {}).expect("fixture's weights load");
-        let options = DecoderOptions {
-            block_size: 8,
-            num_blocks: 16,
-            ..DecoderOptions::single_sequence(128, 64, CacheDtype::F32)
-        };
         Decoder::new(self.config.clone(), weights, options, backend).expect("decoder fits")
     }
 
