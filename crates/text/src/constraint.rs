@@ -5,8 +5,10 @@
 //! [`Constraint::may_end`] says so.
 
 mod deferred;
+mod grammar;
 
 pub use deferred::Deferred;
+pub use grammar::{Grammar, GrammarCompiler};
 
 /// Decides which tokens may come next.
 pub trait Constraint: Send {
@@ -33,11 +35,6 @@ pub trait Constraint: Send {
 
     /// Whether it must: nothing can follow.
     fn is_complete(&mut self) -> bool;
-
-    /// Tokens that must follow whatever the model says, where that is known; they need no sampling. None by default.
-    fn forced(&mut self) -> Vec<u32> {
-        Vec::new()
-    }
 }
 
 /// Why a constraint cannot be used or cannot go on.

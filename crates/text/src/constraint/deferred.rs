@@ -53,10 +53,6 @@ impl Constraint for Deferred {
     fn is_complete(&mut self) -> bool {
         self.started_after.is_some() && self.inner.is_complete()
     }
-
-    fn forced(&mut self) -> Vec<u32> {
-        if self.started_after.is_some() { self.inner.forced() } else { Vec::new() }
-    }
 }
 
 #[cfg(test)]
