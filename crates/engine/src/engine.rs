@@ -592,8 +592,10 @@ impl Engine {
     ) -> Result<usize, EngineError> {
         let (mut ended, mut generated) = (Vec::new(), 0);
         for (share, outcome) in shares.iter().zip(outcomes) {
-            let is_prompt = self.running[share.sequence].computed < self.running[share.sequence].prompt_tokens;
-            self.running[share.sequence].computed += share.num_tokens;
+            let sequence = &mut self.running[share.sequence];
+            // A preempted request that computes its prompt again has said so before.
+            let is_prompt = sequence.computed < sequence.prompt_tokens && sequence.generated() == 0;
+            sequence.computed += share.num_tokens;
             if !matches!(outcome, Some(Err(_))) {
                 self.publish(share.sequence)?;
             }

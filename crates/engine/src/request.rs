@@ -55,7 +55,7 @@ pub enum Event {
     Started(Started),
     /// Prompt tokens computed so far.
     Prefill {
-        /// Computed or found cached.
+        /// Computed or found cached. Falls back when the request is preempted before its first token.
         done_tokens: usize,
         /// Tokens of the prompt.
         prompt_tokens: usize,

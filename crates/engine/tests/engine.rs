@@ -191,7 +191,7 @@ fn a_restart_finds_full_blocks_on_disk_and_damaged_files_are_misses() {
 
 #[test]
 fn a_failing_device_ends_what_runs_and_the_queue_goes_on() {
-    let (backend, fault) = FaultyBackend::new(cpu());
+    let (backend, fault) = FaultyBackend::wrap(cpu());
     let mut engine = Sizes { max_sequences: 1, ..Sizes::default() }.engine_on(backend);
     let mut first = engine.submit(request(prompt(1, 10), 10)).unwrap();
     let mut second = engine.submit(request(prompt(2, 10), 10)).unwrap();
@@ -210,7 +210,7 @@ fn a_failing_device_ends_what_runs_and_the_queue_goes_on() {
 #[test]
 fn unusable_logits_fail_one_request_by_name_and_leave_nothing_cached() {
     for logprobs in [None, Some(1)] {
-        let (backend, fault) = FaultyBackend::new(cpu());
+        let (backend, fault) = FaultyBackend::wrap(cpu());
         let mut engine = Sizes::default().engine_on(backend);
         let mut broken = engine.submit(Request { logprobs, ..request(prompt(1, 16), 10) }).unwrap();
         engine.step().unwrap();

@@ -49,7 +49,7 @@ fn many_threads_get_their_own_answers_and_nothing_is_left() {
 
 #[test]
 fn a_panic_fails_what_runs_and_the_engine_starts_anew() {
-    let (backend, fault) = FaultyBackend::new(cpu());
+    let (backend, fault) = FaultyBackend::wrap(cpu());
     let engine = EngineHandle::spawn(Sizes::default().engine_on(backend)).unwrap();
     let expected = ids_of(&collect(engine.submit(request(prompt(1, 20), 10)).unwrap()));
     fault.panic();

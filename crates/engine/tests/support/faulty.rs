@@ -40,7 +40,7 @@ pub(crate) struct FaultyBackend {
 }
 
 impl FaultyBackend {
-    pub(crate) fn new(inner: Box<dyn Backend>) -> (Box<dyn Backend>, Fault) {
+    pub(crate) fn wrap(inner: Box<dyn Backend>) -> (Box<dyn Backend>, Fault) {
         let fault = Fault::default();
         (Box::new(FaultyBackend { inner, fault: fault.clone() }), fault)
     }
