@@ -1,22 +1,25 @@
 //! The server's state, its routes, and what all protocols do alike: read, plan, submit, answer.
 
+use crate::anthropic::MessagesEncoder;
 use crate::body::read_object;
 use crate::chat_request::ChatRequest;
-use crate::error::{ApiError, ErrorKind, Protocol};
+use crate::error::{ApiError, ErrorKind, Protocol, json_response};
 use crate::fields::{Fields, shown};
 use crate::guard::{Keys, RequestId, guard};
 use crate::job::{Job, Plan, Workshop};
 use crate::openai_chat::{ChatEncoder, Envelope, stream_options};
+use crate::openai_completions::CompletionEncoder;
+use crate::openai_responses::{Echo, ResponsesEncoder};
 use crate::options::ServeOptions;
 use crate::stream::IsStuck;
-use crate::{openai_chat, prompt, stream};
+use crate::{anthropic, openai_chat, openai_completions, openai_responses, prompt, stream, tokenize};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::{HeaderValue, Request, Response};
+use axum::http::{HeaderValue, Request, Response, StatusCode};
 use axum::middleware::from_fn_with_state;
 use axum::routing::post;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
@@ -168,6 +171,85 @@ async fn chat_completions(State(app): State<Arc<App>>, request: Request<Body>) -
     .await
 }
 
+async fn messages(State(app): State<Arc<App>>, request: Request<Body>) -> Response<Body> {
+    handle(app, request, Protocol::Anthropic, |app, call| async move {
+        let chat = anthropic::parse(&call.body, &app, false)?;
+        let streaming = stream_options(Fields::of_body(&call.body))?;
+        let (job, warnings) = start_chat(&app, chat, &call.id, "messages").await?;
+        let envelope = Envelope::new("msg_", &app, &call.id);
+        let response = if streaming.stream {
+            let encoder = MessagesEncoder::new(envelope);
+            stream::respond(job, Box::new(encoder), &app.options, app.stuck_check())
+        } else {
+            anthropic::respond_at_once(job, &envelope).await?
+        };
+        Ok(with_warnings(response, &warnings))
+    })
+    .await
+}
+
+async fn count_tokens(State(app): State<Arc<App>>, request: Request<Body>) -> Response<Body> {
+    handle(app, request, Protocol::Anthropic, |app, call| async move {
+        let chat = anthropic::parse(&call.body, &app, true)?;
+        let plan = off_thread(move || prompt::plan_chat(&chat, &app.workshop.model, &app.options)).await?;
+        Ok(json_response(StatusCode::OK, &json!({"input_tokens": plan.prompt.len()})))
+    })
+    .await
+}
+
+async fn responses(State(app): State<Arc<App>>, request: Request<Body>) -> Response<Body> {
+    handle(app, request, Protocol::OpenAi, |app, call| async move {
+        let chat = openai_responses::parse(&call.body, &app)?;
+        let streaming = stream_options(Fields::of_body(&call.body))?;
+        let (job, warnings) = start_chat(&app, chat, &call.id, "responses").await?;
+        let envelope = Envelope::new("resp_", &app, &call.id);
+        let echo = Echo::new(&call.body);
+        let response = if streaming.stream {
+            let encoder = ResponsesEncoder::new(envelope, echo);
+            stream::respond(job, Box::new(encoder), &app.options, app.stuck_check())
+        } else {
+            openai_responses::respond_at_once(job, &envelope, &echo).await?
+        };
+        Ok(with_warnings(response, &warnings))
+    })
+    .await
+}
+
+async fn completions(State(app): State<Arc<App>>, request: Request<Body>) -> Response<Body> {
+    handle(app, request, Protocol::OpenAi, |app, call| async move {
+        let streaming = stream_options(Fields::of_body(&call.body))?;
+        let (for_parse, body) = (Arc::clone(&app), call.body);
+        let completion = off_thread(move || openai_completions::parse(&body, &for_parse)).await?;
+        if streaming.stream && (completion.prompts.len() > 1 || completion.settings.max_tokens == Some(0)) {
+            return Err(ApiError::unsupported("stream", "streaming several prompts or no tokens"));
+        }
+        let mut jobs = Vec::with_capacity(completion.prompts.len());
+        for prompt in &completion.prompts {
+            jobs.push(start(&app, openai_completions::plan(&completion, prompt), &call.id, "completions")?.0);
+        }
+        let envelope = Envelope::new("cmpl-", &app, &call.id);
+        match jobs.pop() {
+            Some(job) if streaming.stream => {
+                let encoder = CompletionEncoder::new(envelope, &completion, streaming.include_usage);
+                Ok(stream::respond(job, Box::new(encoder), &app.options, app.stuck_check()))
+            }
+            last => {
+                jobs.extend(last);
+                openai_completions::respond_at_once(jobs, &envelope, &completion).await
+            }
+        }
+    })
+    .await
+}
+
+async fn tokenize_text(State(app): State<Arc<App>>, request: Request<Body>) -> Response<Body> {
+    handle(app, request, Protocol::OpenAi, tokenize::tokenize).await
+}
+
+async fn detokenize_ids(State(app): State<Arc<App>>, request: Request<Body>) -> Response<Body> {
+    handle(app, request, Protocol::OpenAi, tokenize::detokenize).await
+}
+
 async fn not_found(request: Request<Body>) -> Response<Body> {
     let path = request.uri().path();
     let shown: String = path.chars().take(200).collect();
@@ -188,6 +270,13 @@ fn refuse(request: &Request<Body>, error: ApiError) -> Response<Body> {
 pub(crate) fn router(app: Arc<App>) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat_completions))
+        .route("/v1/completions", post(completions))
+        .route("/v1/responses", post(responses))
+        .route("/v1/messages", post(messages))
+        .route("/v1/messages/count_tokens", post(count_tokens))
+        .route("/tokenize", post(tokenize_text))
+        .route("/detokenize", post(detokenize_ids))
+        .merge(crate::page::routes())
         .merge(crate::status::routes())
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)

@@ -31,6 +31,7 @@ pub(crate) enum ErrorKind {
     MethodNotAllowed,
     Timeout,
     TooLarge,
+    HeadersTooLarge,
     UnsupportedMediaType,
     RateLimit,
     Unavailable,
@@ -47,6 +48,7 @@ impl ErrorKind {
             ErrorKind::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             ErrorKind::Timeout => StatusCode::REQUEST_TIMEOUT,
             ErrorKind::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            ErrorKind::HeadersTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             ErrorKind::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             ErrorKind::RateLimit => StatusCode::TOO_MANY_REQUESTS,
             ErrorKind::Unavailable => match protocol {
@@ -74,6 +76,7 @@ impl ErrorKind {
                 | ErrorKind::MethodNotAllowed
                 | ErrorKind::Timeout
                 | ErrorKind::TooLarge
+                | ErrorKind::HeadersTooLarge
                 | ErrorKind::UnsupportedMediaType,
                 _,
             ) => "invalid_request_error",

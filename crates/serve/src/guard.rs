@@ -106,6 +106,14 @@ fn is_allowed_origin(origin: &str, host: Option<&str>, options: &ServeOptions) -
 fn check(request: &Request<Body>, app: &App) -> Result<(), ApiError> {
     let headers = request.headers();
     let path = request.uri().path();
+    // hyper's own limit is that of its buffer, which may hold a head somewhat larger.
+    let head_bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
+    let limits = &app.options.http;
+    if head_bytes + path.len() > limits.max_header_bytes || headers.len() > limits.max_headers {
+        let (bytes, count) = (limits.max_header_bytes, limits.max_headers);
+        let message = format!("headers: found more than {bytes} bytes or {count} headers");
+        return Err(ApiError::new(ErrorKind::HeadersTooLarge, message).with_code("headers_too_large"));
+    }
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
     if app.options.address.ip().is_loopback() && host.is_some_and(|host| !is_local_host(host, &app.options)) {
         let message = format!("host: found {:?}, expected localhost or a loopback address", host.unwrap_or_default());

@@ -4,6 +4,7 @@
 //! `anthropic`), `prompt` renders and tokenizes it, [`Generator`] makes tokens, `pipeline` makes text, thoughts and tool
 //! calls of them, and the protocol's encoder writes frames or one body. Everything between the two ends is written once.
 
+mod anthropic;
 mod app;
 mod body;
 mod chat_request;
@@ -15,7 +16,11 @@ mod job;
 mod metrics;
 mod model;
 mod openai_chat;
+mod openai_completions;
+mod openai_responses;
+mod openapi;
 mod options;
+mod page;
 mod pipeline;
 mod prompt;
 mod registry;
@@ -24,6 +29,7 @@ mod server;
 mod settings;
 mod status;
 mod stream;
+mod tokenize;
 
 pub use generator::{
     ConstraintCompiler, EventSource, EventStream, Generator, GeneratorStats, Grammar, ToolCallGrammar,

@@ -162,7 +162,10 @@ async fn bad_fields_get_400_with_their_name() {
         (json!({"reasoning_effort": "extreme"}), "reasoning_effort"),
         (json!({"chat_template_kwargs": {"tokenize": true}}), "chat_template_kwargs.tokenize"),
         (json!({"chat_template_kwargs": {"messages": []}}), "chat_template_kwargs.messages"),
-        (json!({"chat_template_kwargs": {"bos_token": "x"}}), "chat_template_kwargs.bos_token"),
+        (
+            json!({"chat_template_kwargs": {"add_generation_prompt": false}}),
+            "chat_template_kwargs.add_generation_prompt",
+        ),
         (json!({"chat_template_kwargs": 3}), "chat_template_kwargs"),
         (json!({"response_format": {"type": "xml"}}), "response_format.type"),
         (json!({"response_format": {"type": "json_schema"}}), "response_format.json_schema.schema"),
@@ -304,15 +307,14 @@ async fn a_client_that_leaves_cancels_its_request() {
         ..ScriptedAnswer::text("</think>".to_owned() + &"word ".repeat(2000))
     })
     .await;
-    let mut cancelled = 0;
-    for (content, stream) in [("prefill", true), ("prefill", false), ("decode", true), ("decode", false)] {
+    let cases = [("prefill", true), ("prefill", false), ("decode", true), ("decode", false)];
+    for (cancelled, (content, stream)) in (1..).zip(cases) {
         let body = json!({"messages": [{"role": "user", "content": content}], "stream": stream}).to_string();
         let head = format!("POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{body}", body.len());
         let mut socket = TcpStream::connect(server.address).await.unwrap();
         socket.write_all(head.as_bytes()).await.unwrap();
         tokio::time::sleep(Duration::from_millis(100)).await;
         drop(socket);
-        cancelled += 1;
         wait_until(&format!("cancelling {content}, stream {stream}"), || server.generator.num_cancelled() == cancelled)
             .await;
     }

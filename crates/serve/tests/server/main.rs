@@ -1,5 +1,9 @@
 //! The protocols, over loopback, with a scripted generator and the bundled model's tokenizer and template.
 
+mod anthropic;
 mod chat;
 mod client;
+mod completions;
 mod hardening;
+mod responses;
+mod status;
