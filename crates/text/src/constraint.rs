@@ -6,6 +6,7 @@
 
 mod deferred;
 mod grammar;
+mod tool_calls;
 
 pub use deferred::Deferred;
 pub use grammar::{Grammar, GrammarCompiler};

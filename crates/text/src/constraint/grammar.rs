@@ -34,7 +34,7 @@ const COMPILE_STACK_BYTES: usize = 64 << 20;
 const MAX_TOKEN_BYTES: usize = 200;
 
 /// Whitespace between the parts of JSON: enough for deep indentation, not for a model that is stuck in it.
-const JSON_WHITESPACE: &str = r"[ \n\r\t]{0,48}";
+pub(super) const JSON_WHITESPACE: &str = r"[ \n\r\t]{0,48}";
 
 /// What an output must look like.
 #[derive(Debug, Clone, PartialEq)]
