@@ -8,6 +8,7 @@ mod anthropic;
 mod app;
 mod body;
 mod chat_request;
+mod constraints;
 mod error;
 mod fields;
 mod generator;
@@ -31,6 +32,7 @@ mod status;
 mod stream;
 mod tokenize;
 
+pub use constraints::GrammarConstraints;
 pub use generator::{
     ConstraintCompiler, EventSource, EventStream, Generator, GeneratorStats, Grammar, ToolCallGrammar,
 };

@@ -1,6 +1,6 @@
 //! From a conversation to prompt tokens, and to what must be known to read the answer.
 
-use crate::chat_request::{ChatRequest, ToolChoice, tool_name};
+use crate::chat_request::{ChatRequest, ToolChoice};
 use crate::error::{ApiError, ErrorKind};
 use crate::generator::{Grammar, ToolCallGrammar};
 use crate::job::Plan;
@@ -213,21 +213,19 @@ fn compile(
 /// The grammar of the calls that must come, or that must be well-formed if they come.
 fn tool_grammar(request: &ChatRequest, schemas: &[ToolSchema], model: &ServedModel) -> Option<ToolCallGrammar> {
     let format = model.tool_call_format?;
-    let is_strict = |name: &str| {
-        let strict = |tool: &&Value| tool_name(tool) == name && tool["function"]["strict"] == json!(true);
-        request.tools.iter().any(|tool| strict(&tool))
-    };
     let (tools, required) = match &request.tool_choice {
         ToolChoice::None => return None,
         ToolChoice::Named(name) => (schemas.iter().filter(|s| s.name() == name).cloned().collect(), true),
         ToolChoice::Required => (schemas.to_vec(), true),
-        // A free choice is constrained only where the client asks for it and nothing else is constrained.
-        ToolChoice::Auto if request.grammar.is_none() && schemas.iter().any(|s| is_strict(s.name())) => {
-            // Without a compiler a strict tool is parsed, not enforced: the choice is still the model's.
-            model.constraints.as_ref()?;
+        // A free choice is constrained only where a tool asks for it, nothing else is constrained and there is a
+        // compiler: without one the calls are parsed, and the choice was the model's anyway.
+        ToolChoice::Auto => {
+            let is_strict = request.tools.iter().any(|tool| tool["function"]["strict"] == json!(true));
+            if !is_strict || request.grammar.is_some() || model.constraints.is_none() {
+                return None;
+            }
             (schemas.to_vec(), false)
         }
-        ToolChoice::Auto => return None,
     };
     Some(ToolCallGrammar { format, tools, required, parallel: request.parallel_tool_calls })
 }

@@ -64,7 +64,14 @@ impl TestServer {
         options: ServeOptions,
         script: impl Fn(&str, &Request) -> ScriptedAnswer + Send + Sync + 'static,
     ) -> TestServer {
-        let model = served_model();
+        TestServer::start_with(served_model(), options, script).await
+    }
+
+    pub(crate) async fn start_with(
+        model: ServedModel,
+        options: ServeOptions,
+        script: impl Fn(&str, &Request) -> ScriptedAnswer + Send + Sync + 'static,
+    ) -> TestServer {
         let generator = Arc::new(ScriptedGenerator::new(Arc::clone(&model.tokenizer), script));
         let server = Server::bind(options, model, Arc::clone(&generator) as Arc<dyn Generator>).await.unwrap();
         let address = server.address().unwrap();

@@ -4,6 +4,7 @@ mod anthropic;
 mod chat;
 mod client;
 mod completions;
+mod constraints;
 mod hardening;
 mod responses;
 mod status;
