@@ -55,7 +55,7 @@ fn answer(prompt: &str, _request: &Request) -> ScriptedAnswer {
 
 /// Calls the first tool, with a value for every string or number that it takes.
 fn call_of_first_tool(prompt: &str) -> String {
-    let line = prompt.split("<tools>").nth(1).and_then(|tools| tools.lines().find(|line| line.starts_with('{')));
+    let line = prompt.lines().find(|line| line.starts_with("{\"name\""));
     let tool: serde_json::Value = line.and_then(|line| serde_json::from_str(line).ok()).unwrap_or_default();
     let mut call = format!("<tool_call>{}", tool["name"].as_str().unwrap_or("unknown"));
     for (name, property) in tool["parameters"]["properties"].as_object().into_iter().flatten() {
