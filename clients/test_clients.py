@@ -203,7 +203,8 @@ def test_instructor():
     weather = client.chat.completions.create(model="tiny", response_model=Weather, messages=HELLO, max_retries=0)
     assert isinstance(weather, Weather)
     if IS_SCRIPTED:
-        assert weather == Weather(city="Paris", days=7)
+        # The client makes a class of its own from ours: compare the fields.
+        assert (weather.city, weather.days) == ("Paris", 7)
 
 
 def main():
