@@ -6,7 +6,7 @@ use crate::prepare::PrepareSpace;
 use crate::product::ActivationMode;
 use crate::scratch::Scratch;
 use crate::simd::{CpuLevel, Level};
-use crate::weights::{LoadedExperts, LoadedWeight};
+use crate::weights::{LoadedExperts, LoadedWeight, out_of_memory};
 use crate::work::Item;
 use moellon_ops::backend::WeightFormatSet;
 use moellon_ops::{
@@ -85,7 +85,7 @@ impl CpuBackend {
                 ActivationMode::Int8 => ActivationPrecision::Int8,
             },
             formats: WeightFormatSet::ALL,
-            memory_bytes: None,
+            memory_bytes: moellon_tensor::arena::free_memory_bytes(),
         };
         Ok(CpuBackend {
             caps,
@@ -156,12 +156,7 @@ impl Backend for CpuBackend {
     }
 
     fn alloc(&mut self, what: &str, element: ElementType, len: usize) -> Result<Buffer> {
-        self.memory.alloc(element, len).map_err(|_| Error::OutOfMemory {
-            backend: "cpu",
-            what: what.to_owned(),
-            needed_bytes: len as u64 * 4,
-            free_bytes: 0,
-        })
+        self.memory.alloc(element, len).map_err(|_| out_of_memory(what, len as u64 * 4))
     }
 
     fn free(&mut self, buffer: Buffer) {
@@ -193,12 +188,8 @@ impl Backend for CpuBackend {
     }
 
     fn alloc_cache(&mut self, what: &str, dtype: CacheDtype, num_slots: usize, width: usize) -> Result<Cache> {
-        self.memory.alloc_cache(dtype, num_slots, width).map_err(|_| Error::OutOfMemory {
-            backend: "cpu",
-            what: what.to_owned(),
-            needed_bytes: (num_slots * width * dtype.size_bytes()) as u64,
-            free_bytes: 0,
-        })
+        let needed_bytes = (num_slots * width * dtype.size_bytes()) as u64;
+        self.memory.alloc_cache(dtype, num_slots, width).map_err(|_| out_of_memory(what, needed_bytes))
     }
 
     fn read_cache(&mut self, cache: Cache, first_slot: usize, dst: &mut [u8]) -> Result<()> {

@@ -3,6 +3,7 @@
 use crate::layout::TILE_ROWS;
 use crate::pack::{PackedMatrices, PackedPairs};
 use moellon_ops::{Error, Experts, ExpertsSource, Result, Weight, WeightSource};
+use moellon_tensor::arena::free_memory_bytes;
 use moellon_tensor::pool::Pool;
 use moellon_tensor::{MatrixView, WeightFormat};
 
@@ -82,13 +83,28 @@ fn check(name: &str, matrices: &[MatrixView<'_>]) -> Result<()> {
     Ok(())
 }
 
-fn out_of_memory(name: &str, needed_bytes: u64) -> Error {
-    Error::OutOfMemory { backend: "cpu", what: name.to_owned(), needed_bytes, free_bytes: 0 }
+/// Refuses what does not fit, before pages are touched: a system that overcommits would kill the process instead.
+fn check_memory(name: &str, needed_bytes: u64) -> Result<()> {
+    match free_memory_bytes() {
+        Some(free_bytes) if needed_bytes > free_bytes => Err(out_of_memory(name, needed_bytes)),
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// The error of memory that ran out.
+pub(crate) fn out_of_memory(what: &str, needed_bytes: u64) -> Error {
+    Error::OutOfMemory {
+        backend: "cpu",
+        what: what.to_owned(),
+        needed_bytes,
+        free_bytes: free_memory_bytes().unwrap_or(0),
+    }
 }
 
 impl LoadedWeight {
     pub(crate) fn load(pool: &Pool, source: &WeightSource<'_>, weight: &Weight) -> Result<Self> {
         check(source.name, source.matrices)?;
+        check_memory(source.name, weight.size_bytes())?;
         let packed =
             PackedMatrices::pack(pool, source.matrices).map_err(|_| out_of_memory(source.name, weight.size_bytes()))?;
         Ok(LoadedWeight { packed, bias: source.bias.map(|bias| Bias::new(bias, weight.rows)) })
@@ -101,6 +117,7 @@ impl LoadedExperts {
             check(&format!("{} {part}", source.name), matrices)?;
         }
         let bytes = experts.num_experts as u64 * (experts.gate_up_bytes() + experts.down_bytes());
+        check_memory(source.name, bytes)?;
         let no_memory = |_| out_of_memory(source.name, bytes);
         let rows = [experts.intermediate_size, experts.intermediate_size, experts.hidden_size];
         Ok(LoadedExperts {

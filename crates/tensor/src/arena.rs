@@ -105,6 +105,23 @@ impl<T> fmt::Debug for AlignedBuf<T> {
     }
 }
 
+/// Bytes that this process may still take: what the system has available, or its control group's limit if that is less.
+/// `None` where the system does not say.
+pub fn free_memory_bytes() -> Option<u64> {
+    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let available = line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024;
+    // Version 2 control groups; an unlimited one says `max`, which is no number. Cached files count as used there but
+    // make room, such as those of the checkpoint being loaded.
+    let limit = number("/sys/fs/cgroup/memory.max").zip(number("/sys/fs/cgroup/memory.current"));
+    let cached = std::fs::read_to_string("/sys/fs/cgroup/memory.stat")
+        .ok()
+        .and_then(|stat| stat.lines().find_map(|line| line.strip_prefix("file "))?.parse::<u64>().ok());
+    let left = limit.map(|(max, current)| max.saturating_sub(current.saturating_sub(cached.unwrap_or(0))));
+    Some(left.map_or(available, |left| left.min(available)))
+}
+
 /// Anonymous memory at a multiple of [`HUGE_PAGE_BYTES`]; `None` where the system refuses or has no such call.
 #[cfg(unix)]
 fn map_huge(size_bytes: usize) -> Option<NonNull<u8>> {
@@ -187,6 +204,13 @@ mod tests {
             }
             buffer.fill(2.0);
             assert!(buffer.iter().all(|x| *x == 2.0));
+        }
+    }
+
+    #[test]
+    fn free_memory_is_plausible_where_it_is_known() {
+        if let Some(free) = free_memory_bytes() {
+            assert!(free > 1 << 20 && free < 1 << 50, "{free} bytes");
         }
     }
 

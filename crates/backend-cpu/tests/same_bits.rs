@@ -1,0 +1,149 @@
+//! One step's worth of operations gives the same bits at every level and on any number of threads.
+
+use moellon_backend_cpu::{ActivationMode, CpuBackend, CpuLevel, CpuOptions};
+use moellon_ops::conformance::{random_matrices, views};
+use moellon_ops::{
+    Activation, AttendGqa, AttendMla, Backend, CacheDtype, ElementType, ExpertsSource, GateUp, KvStore, Linear,
+    LinearHeads, MoeDown, MoeGateUp, Paging, Result, RmsNorm, Tensor, Weight, WeightSource,
+};
+use moellon_tensor::rng::SplitMix64;
+use moellon_tensor::{ScaleDtype, WeightFormat};
+
+const TOKENS: usize = 5;
+const HIDDEN: usize = 256;
+const AFFINE: WeightFormat = WeightFormat::Affine { bits: 4, group: 64, scale: ScaleDtype::Bf16 };
+
+fn floats(backend: &mut CpuBackend, seed: u64, rows: usize, cols: usize) -> Result<Tensor> {
+    let tensor = backend.alloc("test", ElementType::F32, rows * cols)?.tensor(rows, cols);
+    backend.write_f32(tensor, &SplitMix64::new(seed).normals(rows * cols, 1.0))?;
+    Ok(tensor)
+}
+
+fn integers(backend: &mut CpuBackend, rows: usize, values: &[u32]) -> Result<Tensor> {
+    let tensor = backend.alloc("test", ElementType::U32, values.len())?.tensor(rows, values.len() / rows);
+    backend.write_u32(tensor, values)?;
+    Ok(tensor)
+}
+
+fn weight(
+    backend: &mut CpuBackend,
+    seed: u64,
+    format: WeightFormat,
+    [count, rows, cols]: [usize; 3],
+) -> Result<Weight> {
+    let matrices = random_matrices(seed, format, count, rows, cols);
+    backend.load_weight(&WeightSource { name: "test", matrices: &views(&matrices), bias: None })
+}
+
+/// Outputs of every kind of kernel, as bits.
+fn step(options: CpuOptions) -> Result<Vec<u32>> {
+    let backend = &mut CpuBackend::new(options)?;
+    let x = floats(backend, 1, TOKENS, HIDDEN)?;
+    let mut outputs = Vec::new();
+    // Norm with a residual, then products in several formats at once.
+    let (normed, delta, gain) =
+        (floats(backend, 0, TOKENS, HIDDEN)?, floats(backend, 2, TOKENS, HIDDEN)?, floats(backend, 3, 1, HIDDEN)?);
+    backend.rms_norm(&RmsNorm { x, delta: Some(delta), weight: gain, eps: 1e-5, out: normed })?;
+    outputs.push(normed);
+    let mut parts = Vec::new();
+    for (i, format) in [AFFINE, WeightFormat::Bf16, WeightFormat::Nvfp4, WeightFormat::Mxfp8].into_iter().enumerate() {
+        let rows = 100 + 70 * i;
+        parts.push((weight(backend, 10 + i as u64, format, [1, rows, HIDDEN])?, floats(backend, 0, TOKENS, rows)?));
+    }
+    backend.linear(&Linear { x: normed, parts: &parts })?;
+    outputs.extend(parts.iter().map(|(_, out)| *out));
+    let heads = weight(backend, 20, WeightFormat::Bf16, [4, 48, 64])?;
+    let out = floats(backend, 0, TOKENS, 4 * 48)?;
+    backend.linear_heads(&LinearHeads { x: normed, x_head_stride: 64, weight: heads, out })?;
+    outputs.push(out);
+    // Attention, both kinds, over one cache of 300 positions.
+    let (width, slots) = (2 * 2 * 40, 320);
+    let positions = [3, 17, 128, 200, 299];
+    let paging = Paging {
+        positions: integers(backend, 1, &positions)?,
+        sequences: integers(backend, 1, &[0; TOKENS])?,
+        block_table: integers(backend, 1, &[4, 2, 0, 1, 3])?,
+        block_size: 64,
+        max_context: 300,
+    };
+    let cache = backend.alloc_cache("test", CacheDtype::Bf16, slots, width)?;
+    let rows = floats(backend, 30, slots, width)?;
+    let all: Vec<u32> = (0..slots as u32).collect();
+    let slots = integers(backend, 1, &all)?;
+    backend.kv_store(&KvStore { parts: &[rows], slots, cache })?;
+    let (q, out) = (floats(backend, 31, TOKENS, 6 * 40)?, floats(backend, 0, TOKENS, 6 * 40)?);
+    let (num_heads, num_kv_heads, head_dim, scale) = (6, 2, 40, 0.16);
+    backend.attend_gqa(&AttendGqa {
+        q,
+        cache,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        scale,
+        window: Some(150),
+        sinks: None,
+        paging,
+        out,
+    })?;
+    outputs.push(out);
+    let (q_latent, q_rope) = (floats(backend, 32, TOKENS, 9 * 128)?, floats(backend, 33, TOKENS, 9 * 32)?);
+    let out = floats(backend, 0, TOKENS, 9 * 128)?;
+    backend.attend_mla(&AttendMla {
+        q_latent,
+        q_rope,
+        q_rope_head_stride: 32,
+        cache,
+        num_heads: 9,
+        kv_lora_rank: 128,
+        qk_rope_head_dim: 32,
+        scale: 0.08,
+        index: None,
+        paging,
+        out,
+    })?;
+    outputs.push(out);
+    // Experts and a dense feed-forward.
+    let (gate, up) =
+        (random_matrices(40, AFFINE, 6, 128, HIDDEN), random_matrices(41, WeightFormat::Nvfp4, 6, 128, HIDDEN));
+    let down = random_matrices(42, AFFINE, 6, HIDDEN, 128);
+    let experts = backend.load_experts(&ExpertsSource {
+        name: "test",
+        gate: &views(&gate),
+        up: &views(&up),
+        down: &views(&down),
+        biases: None,
+    })?;
+    let ids = integers(backend, TOKENS, &[0, 5, 1, 4, 3, 0, 5, 0, 2, 1])?;
+    let (h, weights) = (floats(backend, 0, TOKENS, 2 * 128)?, floats(backend, 43, TOKENS, 2)?);
+    let out = floats(backend, 44, TOKENS, HIDDEN)?;
+    backend.moe_gate_up(&MoeGateUp { x: normed, experts, ids, activation: Activation::SwiGlu, out: h })?;
+    backend.moe_down(&MoeDown { h, experts, ids, weights, plus: Some(out), out })?;
+    outputs.extend([h, out]);
+    let (gate, up) = (weight(backend, 50, AFFINE, [1, 130, HIDDEN])?, weight(backend, 51, AFFINE, [1, 130, HIDDEN])?);
+    let out = floats(backend, 0, TOKENS, 130)?;
+    let activation = Activation::ClampedSwiGlu { alpha: 1.702, limit: 7.0 };
+    backend.gate_up(&GateUp { x: normed, gate, up, activation, out })?;
+    outputs.push(out);
+    let mut bits = Vec::new();
+    for output in outputs {
+        let mut values = vec![0.0; output.rows * output.cols];
+        backend.read_f32(output, &mut values)?;
+        assert!(values.iter().all(|v| v.is_finite()));
+        bits.extend(values.iter().map(|v| v.to_bits()));
+    }
+    Ok(bits)
+}
+
+#[test]
+fn levels_and_threads_do_not_change_a_bit() {
+    for activation in [ActivationMode::Exact, ActivationMode::Int8] {
+        let options = CpuOptions { threads: Some(1), level: Some(CpuLevel::Portable), activation, pin: false };
+        let expected = step(options).unwrap();
+        for level in CpuLevel::available() {
+            for threads in [1, 2, 3, 8] {
+                let actual = step(CpuOptions { threads: Some(threads), level: Some(level), ..options }).unwrap();
+                assert!(actual == expected, "{activation:?} at {level} on {threads} threads");
+            }
+        }
+    }
+}
