@@ -1,6 +1,7 @@
 //! Flags. Every flag can also be given in the environment as `MOELLON_<FLAG>`; the flag wins.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 /// Runs very large Mixture-of-Experts language models on one box, at memory speed.
@@ -9,9 +10,9 @@ use std::path::PathBuf;
 pub struct Arguments {
     #[command(subcommand)]
     pub command: Command,
-    /// What is logged to standard error, e.g. `info` or `moellon=debug`.
-    #[arg(long, global = true, env = "MOELLON_LOG", default_value = "warn", value_name = "FILTER")]
-    pub log: String,
+    /// What is logged to standard error, e.g. `info` or `moellon=debug`; by default `info` for serve, else `warn`.
+    #[arg(long, global = true, env = "MOELLON_LOG", value_name = "FILTER")]
+    pub log: Option<String>,
     /// How it is logged.
     #[arg(long, global = true, env = "MOELLON_LOG_FORMAT", default_value = "human")]
     pub log_format: LogFormat,
@@ -29,6 +30,8 @@ pub enum LogFormat {
 pub enum Command {
     /// Generate text: one prompt, standard input, or a chat.
     Run(RunOptions),
+    /// Serve a model to OpenAI and Anthropic clients.
+    Serve(ServeOptions),
     /// Say what a model is made of and how fast it can be: parameters, formats, bytes per token, ceilings.
     Inspect(InspectOptions),
     /// Compute logits for token ids, for conformance with other implementations.
@@ -144,6 +147,84 @@ pub struct RunOptions {
     pub json: bool,
 }
 
+/// Whether the model thinks where a request does not say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ThinkingChoice {
+    /// What the chat template does by itself.
+    Template,
+    /// Always.
+    On,
+    /// Never.
+    Off,
+    /// As the template does, but not right after a tool's result.
+    Auto,
+}
+
+#[derive(Debug, Args)]
+pub struct ServeOptions {
+    #[command(flatten)]
+    pub model: ModelOptions,
+    #[command(flatten)]
+    pub device: DeviceOptions,
+    /// Address to listen on. Others than loopback should have a key.
+    #[arg(long, env = "MOELLON_HOST", default_value = "127.0.0.1", value_name = "IP")]
+    pub host: IpAddr,
+    /// Port; 0 lets the system choose.
+    #[arg(long, env = "MOELLON_PORT", default_value_t = 8080, value_name = "N")]
+    pub port: u16,
+    /// Key that clients must show; may be given several times.
+    #[arg(long, env = "MOELLON_API_KEY", hide_env_values = true, value_name = "KEY")]
+    pub api_key: Vec<String>,
+    /// File with a key a line.
+    #[arg(long, env = "MOELLON_API_KEY_FILE", value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+    /// Further name that a Host header may carry.
+    #[arg(long, value_name = "NAME")]
+    pub allowed_host: Vec<String>,
+    /// Origin whose pages may use the server.
+    #[arg(long, value_name = "URL")]
+    pub allowed_origin: Vec<String>,
+    /// Name of the model in the APIs.
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Further name that clients may use; one that ends in * stands for all names that begin so.
+    #[arg(long, value_name = "NAME")]
+    pub alias: Vec<String>,
+    /// Tokens of a prompt and its answer together; by default what the model was made for, at most 32768.
+    #[arg(long, env = "MOELLON_CONTEXT", value_name = "N")]
+    pub context: Option<usize>,
+    /// Sequences that run at once.
+    #[arg(long, default_value_t = 16, value_name = "N")]
+    pub max_sequences: usize,
+    /// Tokens of a step: the size of prefill chunks.
+    #[arg(long, default_value_t = 512, value_name = "N")]
+    pub max_batch_tokens: usize,
+    /// Requests that may wait.
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    pub max_waiting: usize,
+    /// Memory for cached keys and values; by default room for four full contexts.
+    #[arg(long, value_name = "GB")]
+    pub cache_gb: Option<f64>,
+    /// Folder where cached prefixes survive a restart.
+    #[arg(long, env = "MOELLON_DISK_CACHE", value_name = "DIR")]
+    pub disk_cache: Option<PathBuf>,
+    /// Bytes that this folder may take.
+    #[arg(long, default_value_t = 20, value_name = "GB")]
+    pub disk_cache_gb: u64,
+    /// Whether the model thinks where a request does not say.
+    #[arg(long, default_value = "template")]
+    pub thinking: ThinkingChoice,
+    /// Seconds that running requests get after a stop signal.
+    #[arg(long, default_value_t = 30, value_name = "S")]
+    pub drain: u64,
+    /// How activations meet quantized weights.
+    #[arg(long, default_value = "int8")]
+    pub activations: ActivationsChoice,
+    /// Type of cached keys and values.
+    #[arg(long, default_value = "bf16")]
+    pub cache: CacheChoice,
+}
+
 #[derive(Debug, Args)]
 pub struct InspectOptions {
     #[command(flatten)]
@@ -239,8 +320,11 @@ pub struct DoctorOptions {
 
 /// Sends logs of the libraries to standard error.
 pub fn init_logging(arguments: &Arguments) {
-    let filter = tracing_subscriber::EnvFilter::try_new(&arguments.log)
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    use tracing_subscriber::EnvFilter;
+    // A server's one line a request is at `info`.
+    let default = if matches!(arguments.command, Command::Serve(_)) { "info" } else { "warn" };
+    let wanted = arguments.log.as_deref().unwrap_or(default);
+    let filter = EnvFilter::try_new(wanted).unwrap_or_else(|_| EnvFilter::new(default));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match arguments.log_format {
         LogFormat::Human => builder.with_target(false).init(),

@@ -69,8 +69,12 @@ impl ModelSource {
         Ok(Arc::new(tokenizer))
     }
 
-    /// Its chat template: `chat_template.jinja`, else the one in `tokenizer_config.json`.
-    pub fn chat_template(&self, directory: Option<&Path>, tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>> {
+    /// Its chat template and the template's source: `chat_template.jinja`, else the one in `tokenizer_config.json`.
+    pub fn chat_template(
+        &self,
+        directory: Option<&Path>,
+        tokenizer: &Tokenizer,
+    ) -> Result<Option<(ChatTemplate, String)>> {
         let source = match directory {
             Some(directory) => match std::fs::read_to_string(directory.join("chat_template.jinja")) {
                 Ok(source) => Some(source),
@@ -85,8 +89,8 @@ impl ModelSource {
                 Some(std::str::from_utf8(bundled::CHAT_TEMPLATE).context("bundled chat_template.jinja")?.to_owned())
             }
         };
-        let compile = |source: String| ChatTemplate::new(&source, tokenizer.config().special_tokens());
-        Ok(source.map(compile).transpose()?)
+        let Some(source) = source else { return Ok(None) };
+        Ok(Some((ChatTemplate::new(&source, tokenizer.config().special_tokens())?, source)))
     }
 
     /// Tokens that end a generation: what `generation_config.json`, `config.json` and the tokenizer say, together.
@@ -103,6 +107,12 @@ impl ModelSource {
         ids.sort_unstable();
         ids.dedup();
         ids
+    }
+
+    /// The name that clients use: the directory's last part.
+    pub fn api_name(&self) -> String {
+        let last = Path::new(&self.name).file_name().map_or(self.name.clone(), |n| n.to_string_lossy().into_owned());
+        last.split_whitespace().next().unwrap_or("model").to_owned()
     }
 
     /// A number of `generation_config.json`.

@@ -22,7 +22,8 @@ pub fn run(options: &RunOptions) -> Result<()> {
     let source = ModelSource::open(directory)?;
     let tokenizer = source.tokenizer(directory)?;
     let sampling = sampling(options, &source)?;
-    let template = if options.raw { None } else { source.chat_template(directory, &tokenizer)? };
+    let template =
+        if options.raw { None } else { source.chat_template(directory, &tokenizer)?.map(|(template, _)| template) };
     anyhow::ensure!(
         options.raw || template.is_some(),
         "{}: no chat_template.jinja; use --raw for plain continuation",
@@ -166,22 +167,35 @@ impl Run<'_> {
     }
 }
 
-/// Flags over `generation_config.json` over greedy.
+/// Flags over [`default_sampling`].
 fn sampling(options: &RunOptions, source: &ModelSource) -> Result<SamplingParams> {
-    let samples = source.generation_config.get("do_sample").and_then(serde_json::Value::as_bool).unwrap_or(true);
-    let configured = |key: &str| source.generation_number(key).filter(|_| samples).map(|x| x as f32);
+    let default = default_sampling(source);
     let params = SamplingParams {
-        temperature: options.temperature.or(configured("temperature")).unwrap_or(0.0),
-        top_p: options.top_p.or(configured("top_p")).unwrap_or(1.0),
-        top_k: options.top_k.or(configured("top_k").map(|k| k as usize)).unwrap_or(0),
-        min_p: options.min_p.or(configured("min_p")).unwrap_or(0.0),
-        repetition_penalty: options.repetition_penalty.or(configured("repetition_penalty")).unwrap_or(1.0),
+        temperature: options.temperature.unwrap_or(default.temperature),
+        top_p: options.top_p.unwrap_or(default.top_p),
+        top_k: options.top_k.unwrap_or(default.top_k),
+        min_p: options.min_p.unwrap_or(default.min_p),
+        repetition_penalty: options.repetition_penalty.unwrap_or(default.repetition_penalty),
         seed: options.seed.unwrap_or_else(|| {
             let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
             now.map_or(0, |d| d.as_nanos() as u64)
         }),
-        ..SamplingParams::default()
+        ..default
     };
     params.validate(source.config.vocab_size)?;
     Ok(params)
+}
+
+/// What `generation_config.json` says, over greedy.
+pub fn default_sampling(source: &ModelSource) -> SamplingParams {
+    let samples = source.generation_config.get("do_sample").and_then(serde_json::Value::as_bool).unwrap_or(true);
+    let configured = |key: &str| source.generation_number(key).filter(|_| samples).map(|x| x as f32);
+    SamplingParams {
+        temperature: configured("temperature").unwrap_or(0.0),
+        top_p: configured("top_p").unwrap_or(1.0),
+        top_k: configured("top_k").map_or(0, |k| k as usize),
+        min_p: configured("min_p").unwrap_or(0.0),
+        repetition_penalty: configured("repetition_penalty").unwrap_or(1.0),
+        ..SamplingParams::default()
+    }
 }
