@@ -25,7 +25,12 @@ const LINEAR: [usize; 2] = [2048, 4096];
 /// Qwen3-30B-A3B: experts, width, hidden size, experts a token.
 const EXPERTS: [usize; 4] = [128, 768, 2048, 8];
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> Result<(), String> {
+    // Not on the main thread, which is never pinned.
+    std::thread::spawn(|| run().map_err(|e| e.to_string())).join().map_err(|_| "the bench panicked".to_owned())?
+}
+
+fn run() -> Result<(), Box<dyn std::error::Error>> {
     let filters: Vec<String> = std::env::args().skip(1).collect();
     let mut backend = CpuBackend::new(CpuOptions { pin: true, ..CpuOptions::default() })?;
     println!("{}, barrier {:?}", backend.caps().device, backend.pool().barrier_latency());

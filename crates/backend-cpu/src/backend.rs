@@ -25,7 +25,8 @@ const PARALLEL_ELEMENTS: usize = 16 * 1024;
 pub struct CpuOptions {
     /// Threads, the caller included; `None` for one per available core.
     pub threads: Option<usize>,
-    /// Whether threads stay on their cores. The thread that runs operations is pinned at its first one.
+    /// Whether threads stay on their cores. The thread that runs operations is pinned at its first one, unless it is the
+    /// process's main thread.
     pub pin: bool,
     /// Vector instructions; `None` for the best that the machine has.
     pub level: Option<CpuLevel>,
@@ -145,6 +146,7 @@ macro_rules! operations {
     ($($method:ident: $op:ty => $run:path),* $(,)?) => {
         $(fn $method(&mut self, op: &$op) -> Result<()> {
             op.validate()?;
+            self.pool.pin_caller();
             $run(self, op)
         })*
     };

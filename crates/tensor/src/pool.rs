@@ -76,7 +76,7 @@ unsafe impl Sync for Shared {}
 pub struct PoolOptions {
     /// Threads, the caller included; `None` for one per available core.
     pub threads: Option<usize>,
-    /// Whether each thread stays on one core. The thread that calls [`Pool::run`] is pinned at its first call.
+    /// Whether each worker stays on one core, and [`Pool::pin_caller`] does something.
     pub pin: bool,
 }
 
@@ -95,7 +95,7 @@ pub struct Pool {
 thread_local! {
     /// Whether this thread is inside a region: a nested one could never start.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
-    /// Whether this thread was pinned already.
+    /// Whether this thread was asked to stay on a core before.
     static PINNED: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -171,9 +171,6 @@ impl Pool {
 
     fn run_dyn(&self, region: Region<'_>) {
         assert!(!INSIDE.get(), "a region of the pool cannot start another: use Pool::barrier");
-        if self.pin && !PINNED.replace(true) {
-            pin_current_thread(self.cpus[0]);
-        }
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &*self.shared;
         // SAFETY: only the lifetime changes. This function does not return or unwind before every worker has set its
@@ -222,6 +219,15 @@ impl Pool {
         while shared.generation.0.load(Ordering::Acquire) == generation {
             assert!(!shared.poisoned.load(Ordering::Relaxed), "another thread of this region panicked");
             spin.once(shared);
+        }
+    }
+
+    /// Keeps the current thread on the core that the workers leave free, if the pool pins. For the thread that runs
+    /// steps; calling it again costs nothing. The main thread stays free: threads that it starts later (a server's)
+    /// would inherit its one core.
+    pub fn pin_caller(&self) {
+        if self.pin && !PINNED.replace(true) && !is_main_thread() {
+            pin_current_thread(self.cpus[0]);
         }
     }
 
@@ -422,6 +428,18 @@ fn pin_current_thread(cpu: usize) {
 
 #[cfg(not(target_os = "linux"))]
 fn pin_current_thread(_cpu: usize) {}
+
+/// Whether this is the thread that the process started with.
+#[cfg(target_os = "linux")]
+fn is_main_thread() -> bool {
+    // SAFETY: no preconditions.
+    unsafe { libc::gettid() == libc::getpid() }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn is_main_thread() -> bool {
+    false
+}
 
 #[cfg(test)]
 mod tests;

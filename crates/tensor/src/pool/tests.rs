@@ -153,3 +153,20 @@ fn cores_are_few_and_distinct() {
     cores.dedup();
     assert_eq!(cores.len(), available_cores().len());
 }
+
+#[test]
+#[cfg(target_os = "linux")]
+fn pinning_the_caller_leaves_it_one_core() {
+    let pool = Pool::new(PoolOptions { threads: Some(1), pin: true });
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            pool.pin_caller();
+            pool.pin_caller();
+            assert_eq!(allowed_cpus().map(|cpus| cpus.len()), Some(1));
+        });
+    });
+    // Regions alone pin nobody.
+    let before = allowed_cpus();
+    pool.run(|_, _| {});
+    assert_eq!(allowed_cpus(), before);
+}
