@@ -19,7 +19,7 @@ fn model_dir() -> PathBuf {
 
 fn engine() -> Engine {
     let mut backend = support::cpu();
-    let checkpoint = Checkpoint::open(&model_dir()).expect("the bundled model opens");
+    let checkpoint = Checkpoint::open(model_dir()).expect("the bundled model opens");
     let config = arch::parse(&checkpoint.config).expect("its config is legal");
     let weights = Weights::load(&config, &checkpoint, backend.as_mut(), &mut |_| {}).expect("its weights load");
     let options = DecoderOptions {

@@ -89,10 +89,7 @@ pub(crate) fn cases() -> Vec<Case> {
             },
         )
     };
-    [CacheDtype::F32, CacheDtype::Bf16]
-        .into_iter()
-        .flat_map(|dtype| [case(dtype, false), case(dtype, true)])
-        .collect()
+    [CacheDtype::F32, CacheDtype::Bf16].into_iter().flat_map(|dtype| [case(dtype, false), case(dtype, true)]).collect()
 }
 
 /// Another cache with the same rows: the first three read and written in one piece, the others one by one.
