@@ -22,6 +22,9 @@ pub(crate) const CHUNK: usize = 128;
 const HEADS: usize = 4;
 /// Lanes.
 const LANES: usize = 16;
+/// Rows whose keys and values are fetched ahead of the scores: cache rows are a stride apart or anywhere, so hardware
+/// finds no stream.
+const PREFETCH_ROWS: usize = 8;
 
 /// What heads of one token share.
 #[derive(Clone, Copy)]
@@ -229,7 +232,24 @@ unsafe fn dots<S: Simd, const BF16: bool, const H: usize, const P: usize>(
     out
 }
 
-/// `scores[h][i]` for `H` heads and all rows of a chunk.
+/// Fetches keys and values of row `i` of a chunk, if there is one.
+#[inline(always)]
+fn prefetch_row<S: Simd, const BF16: bool>(s: S, shared: &KeysAndValues, rows: &[*const u8], i: usize) {
+    let size_bytes = if BF16 { 2 } else { 4 };
+    let Some(row) = rows.get(i) else { return };
+    let key_end = shared.key_at + shared.key_dim;
+    for byte in (shared.key_at * size_bytes..key_end * size_bytes).step_by(64) {
+        s.prefetch(row.wrapping_add(byte));
+    }
+    // Latent values are a part of their keys.
+    if shared.value_at >= key_end {
+        for byte in (shared.value_at * size_bytes..(shared.value_at + shared.value_dim) * size_bytes).step_by(64) {
+            s.prefetch(row.wrapping_add(byte));
+        }
+    }
+}
+
+/// `scores[h][i]` for `H` heads and all rows of a chunk. The first heads of a chunk fetch rows ahead for all.
 ///
 /// # Safety
 /// As [`dots`].
@@ -238,12 +258,23 @@ unsafe fn score_heads<S: Simd, const BF16: bool, const H: usize>(
     s: S,
     queries: *const f32,
     rows: &[*const u8],
-    [at, dim]: [usize; 2],
+    shared: &KeysAndValues,
+    is_first: bool,
     scale: f32,
     scores: &mut [[f32; CHUNK]; HEADS],
 ) {
+    let (at, dim) = (shared.key_at, shared.key_dim);
+    if is_first {
+        for i in 0..PREFETCH_ROWS {
+            prefetch_row::<S, BF16>(s, shared, rows, i);
+        }
+    }
     let mut i = 0;
     while i + 2 <= rows.len() {
+        if is_first {
+            prefetch_row::<S, BF16>(s, shared, rows, i + PREFETCH_ROWS);
+            prefetch_row::<S, BF16>(s, shared, rows, i + PREFETCH_ROWS + 1);
+        }
         // SAFETY: the caller's promise.
         let pair = unsafe { dots::<S, BF16, H, 2>(s, queries, &[rows[i], rows[i + 1]], at, dim) };
         for h in 0..H {
@@ -322,7 +353,7 @@ unsafe fn attend_heads<S: Simd, const BF16: bool, const H: usize>(s: S, args: &C
     // SAFETY: the caller's promise; scores are whole vectors.
     unsafe {
         let queries = args.queries.add(head * key_stride);
-        score_heads::<S, BF16, H>(s, queries, args.rows, [shared.key_at, shared.key_dim], args.scale, &mut scores);
+        score_heads::<S, BF16, H>(s, queries, args.rows, shared, head == 0, args.scale, &mut scores);
         for h in 0..H {
             let scores = scores[h].as_mut_ptr();
             let mut largest = s.load(scores);
@@ -442,7 +473,7 @@ unsafe fn index_heads<S: Simd, const BF16: bool, const H: usize>(s: S, args: &In
     // SAFETY: the caller's promise; scores and outputs are whole vectors.
     unsafe {
         let queries = args.queries.as_ptr().add(head * stride);
-        score_heads::<S, BF16, H>(s, queries, args.rows, [shared.key_at, shared.key_dim], args.scale, &mut scores);
+        score_heads::<S, BF16, H>(s, queries, args.rows, shared, head == 0, args.scale, &mut scores);
         for first in (0..args.rows.len()).step_by(LANES) {
             let mut total = s.load(args.out.add(first));
             for h in 0..H {
