@@ -66,7 +66,7 @@ fn assert_independent(name: &str, lengths: [usize; 3], mut decoder: Decoder, bac
 }
 
 fn cpu(level: CpuLevel, activation: ActivationMode) -> CpuBackend {
-    CpuBackend::new(CpuOptions { threads: Some(2), level: Some(level), activation, pin: false })
+    CpuBackend::new(CpuOptions { threads: Some(1), level: Some(level), activation, pin: false })
         .expect("an available level starts")
 }
 

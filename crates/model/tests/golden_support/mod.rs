@@ -37,8 +37,10 @@ pub(crate) fn fixtures() -> Vec<String> {
 /// Every back end of this machine, exact.
 pub(crate) fn all_backends() -> Vec<Box<dyn Backend>> {
     let cpu = CpuLevel::available().map(|level| {
+        // Teams of two only once: tests run side by side, and spinning teams would fight for the cores.
+        let threads = if level == CpuLevel::detect() { 2 } else { 1 };
         let options =
-            CpuOptions { threads: Some(2), level: Some(level), activation: ActivationMode::Exact, pin: false };
+            CpuOptions { threads: Some(threads), level: Some(level), activation: ActivationMode::Exact, pin: false };
         Box::new(CpuBackend::new(options).expect("an available level starts")) as Box<dyn Backend>
     });
     std::iter::once(Box::new(ReferenceBackend::new()) as Box<dyn Backend>).chain(cpu).collect()
