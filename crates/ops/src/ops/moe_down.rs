@@ -9,7 +9,8 @@ use crate::reference::Memory;
 use crate::weight::Experts;
 use moellon_tensor::WeightFormat;
 
-/// `out[t] = plus[t] + Σ_i weights[t, i] * (h[t, i] down[ids[t, i]]ᵀ + bias)`, summed in the order of `i`. Each *distinct*
+/// `out[t] = plus[t] + Σ_i weights[t, i] * (h[t, i] down[ids[t, i]]ᵀ + bias)`, summed in an order
+/// that depends on the row alone. Each *distinct*
 /// expert of the batch is read once.
 #[derive(Debug, Clone, Copy)]
 pub struct MoeDown {
