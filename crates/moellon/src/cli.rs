@@ -272,7 +272,7 @@ pub struct BenchOptions {
     pub model: ModelOptions,
     #[command(flatten)]
     pub device: DeviceOptions,
-    /// Random weights of a published model's exact shapes: PRESET[:layers=N][,vocab=N], with PRESET one of
+    /// Random weights of a published model's exact shapes: PRESET:layers=N,vocab=N (both optional), with PRESET one of
     /// qwen3-30b-a3b, glm-5.2-77, glm-5.2-59, deepseek-v3, gpt-oss-120b, gpt-oss-20b.
     #[arg(long, value_name = "PRESET", conflicts_with = "model")]
     pub synthetic: Option<String>,
