@@ -5,10 +5,11 @@ use crate::buffer::Tensor;
 use crate::conformance::{Case, Tolerance, ids, normal_rows, upload, zero_ids};
 use crate::reference::Memory;
 
-/// The column of the largest value of each row; the lowest such column where several are equal.
+/// The column of the largest value of each row; the lowest such column where several are equal. A row with a NaN gives the
+/// column of its first NaN, so that whoever looks at the chosen value sees that the row went wrong.
 #[derive(Debug, Clone, Copy)]
 pub struct Argmax {
-    /// `[num_rows, vocab_size]`, no NaN.
+    /// `[num_rows, vocab_size]`.
     pub logits: Tensor,
     /// `[num_rows, 1]` u32.
     pub out: Tensor,
@@ -31,6 +32,9 @@ impl Argmax {
 
     pub(crate) fn reference(&self, memory: &mut Memory) {
         let pick = |row: Vec<f32>| {
+            if let Some(column) = row.iter().position(|x| x.is_nan()) {
+                return vec![column as u32];
+            }
             let best = row.iter().enumerate().fold(0, |best, (i, x)| if *x > row[best] { i } else { best });
             vec![best as u32]
         };
@@ -51,9 +55,18 @@ pub(crate) fn cases() -> Vec<Case> {
     let mut tie = vec![-1.0; 70];
     tie[69] = 2.0;
     tie[33] = 2.0;
+    let with_nan = |columns: &[usize]| {
+        let mut row = normal_rows(5, 1, 70).remove(0);
+        columns.iter().for_each(|column| row[*column] = f32::NAN);
+        row
+    };
     vec![
         case("random", normal_rows(3, 4, 1000)),
         case("one column", normal_rows(4, 2, 1)),
+        case(
+            "a NaN is chosen, the first one",
+            vec![with_nan(&[37]), with_nan(&[3, 69]), with_nan(&[69]), with_nan(&[])],
+        ),
         case(
             "tie takes the lowest, all negative infinity but one",
             vec![tie, {
