@@ -8,20 +8,24 @@ use crate::disk_cache::{DiskCache, DiskCacheError, DiskCacheOptions};
 use crate::events::{EventReceiver, channel};
 use crate::kv_pool::{BlockId, KvPool};
 use crate::prefix_cache::PrefixCache;
-use crate::request::{Event, FinishReason, Request, RequestError, SampledToken};
+use crate::request::{Event, FinishReason, PromptScore, Request, RequestError, SampledToken};
 use crate::sampler::{PickError, SettingError, log_probabilities};
 use crate::scheduler::{ChunkGovernor, Demand, Share, StepLimits, plan};
 use crate::sequence::{QueueTicket, Sequence};
-use crate::stats::{EngineStats, Rate};
+use crate::stats::{CountedStep, EngineStats, Rate};
 use moellon_model::batch::{Batch, LogitRows};
 use moellon_model::session::greedy;
 use moellon_model::{Decoder, Error as ModelError};
+use moellon_ops::profile::{Profile, Profiler};
 use moellon_ops::{Backend, ElementType, Tensor};
 use moellon_text::constraint::TokenMask;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How often the bytes of a decode step are counted. Counting waits for the device after every operation.
+const COUNT_INTERVAL: Duration = Duration::from_secs(2);
 
 /// How an engine shares its decoder.
 #[derive(Debug, Clone)]
@@ -159,6 +163,8 @@ pub struct Engine {
     stats: EngineStats,
     prefill_rate: Rate,
     generated_rate: Rate,
+    /// When a decode step is counted next; `None` for the first that comes.
+    next_count: Option<Instant>,
 }
 
 impl Engine {
@@ -209,6 +215,7 @@ impl Engine {
             stats: EngineStats { total_blocks: sizes.num_blocks, block_bytes, ..EngineStats::default() },
             prefill_rate: Rate::new(),
             generated_rate: Rate::new(),
+            next_count: None,
             decoder,
             backend,
         })
@@ -247,8 +254,11 @@ impl Engine {
         let started = Instant::now();
         let decode_rows = shares.iter().filter(|share| self.running[share.sequence].is_decoding()).count();
         let batch = self.batch(&shares);
-        let logits = self.decoder.forward(&batch, self.backend.as_mut())?;
+        let (logits, profile) = self.forward(&batch, decode_rows, started)?;
         let outcomes = self.choose(&shares, &batch, logits)?;
+        if let Some(profile) = profile {
+            self.count(&profile, decode_rows, started);
+        }
         let generated = self.commit(&shares, outcomes)?;
         self.observe(batch.num_tokens(), decode_rows, generated, started);
         Ok(true)
@@ -486,6 +496,33 @@ impl Engine {
         self.waiting.push_front(sequence);
     }
 
+    /// Computes a step; one in a while that only decodes is counted.
+    fn forward(
+        &mut self,
+        batch: &Batch,
+        decode_rows: usize,
+        now: Instant,
+    ) -> Result<(Tensor, Option<Profile>), EngineError> {
+        let is_due = self.next_count.is_none_or(|next| now >= next);
+        if !is_due || decode_rows != batch.num_tokens() {
+            return Ok((self.decoder.forward(batch, self.backend.as_mut())?, None));
+        }
+        self.next_count = Some(now + COUNT_INTERVAL);
+        let mut profiler = Profiler::new(self.backend.as_mut());
+        let logits = self.decoder.forward(batch, &mut profiler)?;
+        Ok((logits, Some(profiler.profile().clone())))
+    }
+
+    fn count(&mut self, profile: &Profile, rows: usize, started: Instant) {
+        let distinct = |_| profile.distinct_experts as f64 / profile.moe_layers as f64;
+        self.stats.counted_step = Some(CountedStep {
+            rows,
+            bytes: profile.total_bytes(),
+            elapsed: started.elapsed(),
+            distinct_experts: (profile.moe_layers > 0).then_some(()).map(distinct),
+        });
+    }
+
     fn batch(&mut self, shares: &[Share]) -> Batch {
         let mut batch = Batch::default();
         for share in shares {
@@ -554,7 +591,7 @@ impl Engine {
         let sequence = &mut self.running[sequence];
         if sequence.takes_argmax() {
             let token = chosen[row];
-            // A row that went wrong on its way is NaN all over, so the chosen logit tells.
+            // A row with a NaN anywhere gives the column of a NaN: the chosen logit tells.
             let mut logit = [f32::NAN];
             if (token as usize) < logits.cols {
                 self.backend.read_f32(logits.row_range(row, 1).columns(token as usize, 1), &mut logit)?;
@@ -574,11 +611,13 @@ impl Engine {
         if rows.len() != share.num_tokens {
             return Ok(());
         }
+        let count = sequence.num_alternatives();
         let Some(scores) = &mut sequence.prompt_logprobs else { return Ok(()) };
         for (row, position) in rows.zip(sequence.computed + 1..) {
             let Some(score) = scores.get_mut(position) else { break };
             self.backend.read_f32(logits.row_range(row, 1), &mut self.logits)?;
-            *score = Some(log_probabilities(&self.logits, sequence.tokens[position], 0).0);
+            let (logprob, top_logprobs) = log_probabilities(&self.logits, sequence.tokens[position], count);
+            *score = Some(PromptScore { logprob, top_logprobs });
         }
         Ok(())
     }

@@ -29,8 +29,8 @@ pub use disk_cache::{DiskCacheError, DiskCacheOptions, DiskCacheStats};
 pub use engine::{Engine, EngineError, EngineOptions, RequestLimits};
 pub use events::{CancelHandle, EventReceiver};
 pub use request::{
-    CacheMiss, Event, FinishReason, Finished, Request, RequestError, SampledToken, Started, ThinkingBudget,
+    CacheMiss, Event, FinishReason, Finished, PromptScore, Request, RequestError, SampledToken, Started, ThinkingBudget,
 };
 pub use sampler::{PickError, Sampler, SamplingParams, SettingError};
-pub use stats::EngineStats;
+pub use stats::{CountedStep, EngineStats};
 pub use thread::EngineHandle;

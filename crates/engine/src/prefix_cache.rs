@@ -71,7 +71,8 @@ pub struct PrefixCache {
     unused: Vec<NodeId>,
     num_nodes: usize,
     roots: HashMap<String, HashMap<Box<[u32]>, NodeId>>,
-    /// `(last_used, node)`: the least recently used first. A parent is always used after its children.
+    /// `(last_used, leaf)`: the least recently used first. Nodes with children are not in it: a path is used whenever its
+    /// end is, so only ends need a time, and using a path of any length costs one entry.
     order: BTreeSet<(u64, NodeId)>,
     clock: u64,
 }
@@ -202,10 +203,9 @@ impl PrefixCache {
 
     /// Gives up the least recently used block that only the cache holds; `false` if there is none.
     pub fn evict(&mut self, pool: &mut KvPool) -> bool {
-        let oldest = self.order.iter().map(|(_, node)| *node).find(|node| {
-            let node = self.node(*node);
-            node.children.is_empty() && pool.is_evictable(node.block)
-        });
+        // Leaves in use are skipped: as many as there are running sequences.
+        let mut leaves = self.order.iter().map(|(_, node)| *node);
+        let oldest = leaves.find(|node| pool.is_evictable(self.node(*node).block));
         oldest.inspect(|node| self.remove(*node, pool)).is_some()
     }
 
@@ -249,7 +249,9 @@ impl PrefixCache {
         let siblings = match &parent {
             Parent::Salt(salt) => self.roots.entry(salt.clone()).or_default(),
             Parent::Node(node) => {
-                &mut self.nodes[*node].as_mut().expect("a cursor's node is in use, so it stays").children
+                let parent = self.nodes[*node].as_mut().expect("a cursor's node is in use, so it stays");
+                self.order.remove(&(parent.last_used, *node));
+                &mut parent.children
             }
         };
         siblings.insert(tokens.into(), id);
@@ -275,8 +277,12 @@ impl PrefixCache {
                 }
             }
             Parent::Node(parent) => {
-                if let Some(parent) = &mut self.nodes[*parent] {
-                    parent.children.remove(&node.tokens);
+                if let Some(found) = &mut self.nodes[*parent] {
+                    found.children.remove(&node.tokens);
+                    found.last_used = found.last_used.max(node.last_used);
+                    if found.children.is_empty() {
+                        self.order.insert((found.last_used, *parent));
+                    }
                 }
             }
         }
@@ -286,19 +292,15 @@ impl PrefixCache {
         pool.release_cached(node.block);
     }
 
-    /// Marks a node and its ancestors as used, ancestors last.
+    /// Marks a node as used, and with it the path to it.
     fn touch(&mut self, node: Option<NodeId>) {
-        let mut next = node;
-        while let Some(id) = next {
-            self.clock += 1;
-            let node = self.nodes[id].as_mut().expect("a node in use");
-            self.order.remove(&(node.last_used, id));
-            node.last_used = self.clock;
+        let Some(id) = node else { return };
+        self.clock += 1;
+        let node = self.nodes[id].as_mut().expect("a node in use");
+        let was_leaf = self.order.remove(&(node.last_used, id));
+        node.last_used = self.clock;
+        if was_leaf {
             self.order.insert((self.clock, id));
-            next = match &node.parent {
-                Parent::Salt(_) => None,
-                Parent::Node(parent) => Some(*parent),
-            };
         }
     }
 

@@ -21,8 +21,8 @@ pub struct Request {
     pub stop_token_ids: Vec<u32>,
     /// Alternatives to report with each token: `None` for no log-probabilities, `Some(0)` for the chosen token's only.
     pub logprobs: Option<usize>,
-    /// Whether the prompt's own log-probabilities are wanted (legacy completions with `echo`). Such a prompt is computed
-    /// in full: what is cached has no logits.
+    /// Whether the prompt's own log-probabilities are wanted (legacy completions with `echo`), with as many alternatives as
+    /// `logprobs` says. Such a prompt is computed in full: what is cached has no logits.
     pub prompt_logprobs: bool,
     /// Which tokens are allowed at each step; fails closed.
     pub constraint: Option<Box<dyn Constraint>>,
@@ -105,6 +105,15 @@ pub struct SampledToken {
     pub forced: bool,
 }
 
+/// What the model thought of a token of the prompt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PromptScore {
+    /// Natural logarithm of its probability.
+    pub logprob: f32,
+    /// The most likely tokens in its place with theirs, best first.
+    pub top_logprobs: Vec<(u32, f32)>,
+}
+
 /// Why and how a generation ended.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Finished {
@@ -117,7 +126,7 @@ pub struct Finished {
     /// How often the request gave its blocks to older ones and was computed again.
     pub preemptions: usize,
     /// Log-probabilities of the prompt's tokens, the first `None`, where asked for.
-    pub prompt_logprobs: Option<Vec<Option<f32>>>,
+    pub prompt_logprobs: Option<Vec<Option<PromptScore>>>,
     /// From `Started` to the first token.
     pub prefill: Duration,
     /// From the first token to the last.

@@ -3,7 +3,9 @@
 use crate::events::EventSender;
 use crate::kv_pool::{BlockId, KvPool};
 use crate::prefix_cache::{BlockHash, Cursor, PrefixCache};
-use crate::request::{CacheMiss, Event, FinishReason, Finished, Request, RequestError, SampledToken, Started};
+use crate::request::{
+    CacheMiss, Event, FinishReason, Finished, PromptScore, Request, RequestError, SampledToken, Started,
+};
 use crate::sampler::{PickError, Sampler, log_probabilities};
 use crate::scheduler::Demand;
 use crate::thinking::ThinkingState;
@@ -47,7 +49,7 @@ pub(crate) struct Sequence {
     pub(crate) miss: Option<CacheMiss>,
     pub(crate) started: Option<Instant>,
     pub(crate) preemptions: usize,
-    pub(crate) prompt_logprobs: Option<Vec<Option<f32>>>,
+    pub(crate) prompt_logprobs: Option<Vec<Option<PromptScore>>>,
     pub(crate) events: EventSender,
     pub(crate) ticket: Option<QueueTicket>,
     salt: Option<String>,
@@ -102,6 +104,11 @@ impl Sequence {
     /// Tokens generated so far.
     pub(crate) fn generated(&self) -> usize {
         self.tokens.len() - self.prompt_tokens
+    }
+
+    /// Alternatives to report with each token.
+    pub(crate) fn num_alternatives(&self) -> usize {
+        self.logprobs.unwrap_or(0)
     }
 
     /// Tokens whose rows may come from the prefix cache: all but the last, whose logits are wanted.

@@ -7,6 +7,26 @@ use std::time::{Duration, Instant};
 /// Rates are averages over this long.
 const RATE_WINDOW: Duration = Duration::from_secs(5);
 
+/// A decode step whose bytes were counted: each distinct expert of the batch once.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct CountedStep {
+    /// Sequences in it.
+    pub rows: usize,
+    /// Bytes that it must move.
+    pub bytes: u64,
+    /// Its time, the choice of tokens included.
+    pub elapsed: Duration,
+    /// Mean number of different experts of a layer; `None` without experts.
+    pub distinct_experts: Option<f64>,
+}
+
+impl CountedStep {
+    /// Bytes over time.
+    pub fn bytes_per_s(&self) -> f64 {
+        self.bytes as f64 / self.elapsed.as_secs_f64().max(1e-9)
+    }
+}
+
 /// A snapshot of the engine.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct EngineStats {
@@ -36,6 +56,8 @@ pub struct EngineStats {
     pub last_step_tokens: usize,
     /// Time of the last step.
     pub last_step: Duration,
+    /// The last decode step whose bytes were counted: one in a few seconds, because counting waits for the device.
+    pub counted_step: Option<CountedStep>,
     /// Time since the last step ended or the engine became busy; zero while there is nothing to do.
     pub since_progress: Duration,
     /// Prompt tokens computed.

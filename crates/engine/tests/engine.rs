@@ -232,14 +232,15 @@ fn log_probabilities_of_a_prompt_are_those_of_generating_it() {
     let tokens = tokens_of(&generated);
     let mut text = prompt(1, 21);
     text.extend(ids_of(&generated));
-    let scored = Request { prompt_logprobs: true, ..request(text, 0) };
+    let scored = Request { prompt_logprobs: true, logprobs: Some(3), ..request(text, 0) };
     let events = run_one(&mut engine, scored);
     let Some(Event::Finished(finished)) = events.last() else { panic!("{events:?}") };
     let scores = finished.prompt_logprobs.as_ref().unwrap();
-    assert_eq!((scores.len(), scores[0], finished.completion_tokens), (30, None, 0));
-    assert!(scores[1..].iter().all(|score| score.is_some_and(|s| s <= 0.0)));
-    for (token, score) in tokens.iter().zip(&scores[21..]) {
-        assert_eq!(token.logprob, *score);
+    assert_eq!((scores.len(), &scores[0], finished.completion_tokens), (30, &None, 0));
+    assert!(scores[1..].iter().all(|score| score.as_ref().is_some_and(|score| score.logprob <= 0.0)));
+    for (token, score) in tokens.iter().zip(scores[21..].iter().flatten()) {
+        assert_eq!(token.logprob, Some(score.logprob));
+        assert_eq!(token.top_logprobs, score.top_logprobs);
         assert_eq!(token.top_logprobs[0], (token.id, token.logprob.unwrap()), "greedy takes the likeliest");
         assert_eq!(token.top_logprobs.len(), 3);
     }

@@ -4,10 +4,9 @@ use crate::cli::{BenchOptions, CacheChoice};
 use crate::load::LoadTime;
 use crate::model_source::ModelSource;
 use crate::{backend, doctor, load, table};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use moellon_lab::bench::{Bench, BenchPlan, BenchReport};
-use moellon_model::synthetic::{FormatPlan, Synthetic, preset};
-use moellon_model::weights::Weights;
+use moellon_model::synthetic::preset;
 use moellon_model::{Decoder, DecoderOptions};
 use moellon_ops::{Backend, CacheDtype};
 
@@ -72,21 +71,8 @@ fn open(options: &BenchOptions, backend: &mut dyn Backend) -> Result<(Decoder, S
         let (decoder, time) = load::load_sized(&source, sizes, backend)?;
         return Ok((decoder, source.name, "as stored".to_owned(), time));
     };
-    let config = preset(spec)?;
-    let plan = FormatPlan::parse(&options.format)
-        .with_context(|| format!("--format is {}, expected {}", options.format, FormatPlan::NAMES))?;
-    let started = std::time::Instant::now();
-    let mut bytes = 0;
-    let bar = load::progress_bar(0);
-    let synthetic = Synthetic::new(&config, plan, options.seed);
-    let weights = Weights::load(&config, &synthetic, backend, &mut |progress| {
-        bytes = progress.done_bytes;
-        bar.set_message(format!("making {} ({})", progress.name, table::bytes(bytes as f64)));
-        bar.tick();
-    })?;
-    bar.finish_and_clear();
-    let decoder = Decoder::new(config, weights, sizes, backend)?;
-    Ok((decoder, format!("synthetic {spec}"), options.format.clone(), LoadTime { bytes, elapsed: started.elapsed() }))
+    let (decoder, time) = load::load_synthetic(&preset(spec)?, &options.format, options.seed, sizes, backend)?;
+    Ok((decoder, format!("synthetic {spec}"), options.format.clone(), time))
 }
 
 fn print(report: &BenchReport, stages: bool) {

@@ -166,6 +166,13 @@ pub struct ServeOptions {
     pub model: ModelOptions,
     #[command(flatten)]
     pub device: DeviceOptions,
+    /// Random weights of a published model's exact shapes instead of a checkpoint, to measure scheduling and caches: as in
+    /// `bench`, with the bundled model's tokenizer and template.
+    #[arg(long, value_name = "PRESET", conflicts_with = "model")]
+    pub synthetic: Option<String>,
+    /// Format of the random weights, as in `bench`.
+    #[arg(long, default_value = "affine-4", value_name = "FORMAT")]
+    pub format: String,
     /// Address to listen on. Others than loopback should have a key.
     #[arg(long, env = "MOELLON_HOST", default_value = "127.0.0.1", value_name = "IP")]
     pub host: IpAddr,
@@ -214,6 +221,9 @@ pub struct ServeOptions {
     /// Whether the model thinks where a request does not say.
     #[arg(long, default_value = "template")]
     pub thinking: ThinkingChoice,
+    /// How many times as long a step that decodes may take when a prompt is computed beside it.
+    #[arg(long, default_value_t = 2.5, value_name = "X")]
+    pub max_decode_slowdown: f64,
     /// Seconds that running requests get after a stop signal.
     #[arg(long, default_value_t = 30, value_name = "S")]
     pub drain: u64,

@@ -2,10 +2,12 @@
 
 use crate::cli::CacheChoice;
 use crate::model_source::ModelSource;
+use crate::table;
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use moellon_model::synthetic::{FormatPlan, Synthetic};
 use moellon_model::weights::Weights;
-use moellon_model::{Decoder, DecoderOptions};
+use moellon_model::{Decoder, DecoderOptions, ModelConfig};
 use moellon_ops::{Backend, CacheDtype};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -59,6 +61,29 @@ pub fn load_sized(
     let decoder = Decoder::new(source.config.clone(), weights, sizes, backend)?;
     bar.finish_and_clear();
     Ok((decoder, LoadTime { bytes: done, elapsed: started.elapsed() }))
+}
+
+/// Makes random weights of a preset's shapes, in the format of that name, and allocates what `sizes` says.
+pub fn load_synthetic(
+    config: &ModelConfig,
+    format: &str,
+    seed: u64,
+    sizes: DecoderOptions,
+    backend: &mut dyn Backend,
+) -> Result<(Decoder, LoadTime)> {
+    let plan =
+        FormatPlan::parse(format).with_context(|| format!("--format is {format}, expected {}", FormatPlan::NAMES))?;
+    let started = Instant::now();
+    let mut bytes = 0;
+    let bar = progress_bar(0);
+    let weights = Weights::load(config, &Synthetic::new(config, plan, seed), backend, &mut |progress| {
+        bytes = progress.done_bytes;
+        bar.set_message(format!("making {} ({})", progress.name, table::bytes(bytes as f64)));
+        bar.tick();
+    })?;
+    bar.finish_and_clear();
+    let decoder = Decoder::new(config.clone(), weights, sizes, backend)?;
+    Ok((decoder, LoadTime { bytes, elapsed: started.elapsed() }))
 }
 
 /// A bar on a terminal: of bytes, or only a line where the total is not known (0).

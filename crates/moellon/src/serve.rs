@@ -2,19 +2,20 @@
 
 use crate::cli::{CacheChoice, ServeOptions, ThinkingChoice};
 use crate::model_source::ModelSource;
-use crate::{backend, load, run, table};
+use crate::{backend, doctor, load, run, table};
 use anyhow::{Context as _, Result};
 use moellon_engine::{
     DiskCacheOptions, Engine, EngineHandle, EngineOptions, Event, EventReceiver, Request, RequestError,
 };
-use moellon_model::DecoderOptions;
 use moellon_model::account::cache_bytes_per_token;
-use moellon_ops::CacheDtype;
+use moellon_model::synthetic::preset;
+use moellon_model::{Decoder, DecoderOptions, ModelConfig};
+use moellon_ops::{Backend, CacheDtype};
 use moellon_serve::{
     EventSource, EventStream, Generator, GeneratorStats, GrammarConstraints, ServedModel, ThinkingPolicy,
     detect_tool_call_format,
 };
-use moellon_text::{ChatTemplate, ThinkingFormat};
+use moellon_text::{ChatTemplate, ThinkingFormat, Tokenizer};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -23,45 +24,95 @@ use std::time::Duration;
 /// Slots of a cache block.
 const BLOCK_SIZE: usize = 32;
 
+/// What is served, before its weights are on a device.
+struct Source {
+    model: ModelSource,
+    /// What the decoder is made of: the checkpoint's numbers, or a preset's.
+    config: ModelConfig,
+    tokenizer: Arc<Tokenizer>,
+    template: Option<(ChatTemplate, String)>,
+    name: String,
+    /// Names the weights: cached prefixes of others are of no use.
+    identity: String,
+}
+
+impl Source {
+    fn open(options: &ServeOptions) -> Result<Self> {
+        let directory = options.model.model.as_deref();
+        let model = ModelSource::open(directory)?;
+        let tokenizer = model.tokenizer(directory)?;
+        let template = model.chat_template(directory, &tokenizer)?;
+        let (config, name, identity) = match &options.synthetic {
+            None => (model.config.clone(), model.api_name(), model.checkpoint.identity()),
+            Some(spec) => {
+                let config = preset(spec)?;
+                tokenizer.check_vocab(config.vocab_size).with_context(|| format!("--synthetic {spec}"))?;
+                (config, "synthetic".to_owned(), format!("synthetic {spec} {}", options.format))
+            }
+        };
+        let name = options.name.clone().unwrap_or(name);
+        Ok(Source { model, config, tokenizer, template, name, identity })
+    }
+
+    fn load(&self, options: &ServeOptions, sizes: DecoderOptions, backend: &mut dyn Backend) -> Result<Decoder> {
+        /// Of random weights: the same at every start, so that cached prefixes stay usable.
+        const SEED: u64 = 1;
+        let (decoder, _) = match &options.synthetic {
+            None => load::load_sized(&self.model, sizes, backend)?,
+            Some(_) => load::load_synthetic(&self.config, &options.format, SEED, sizes, backend)?,
+        };
+        Ok(decoder)
+    }
+}
+
 /// Runs the command.
 pub fn run(options: &ServeOptions) -> Result<()> {
-    let directory = options.model.model.as_deref();
-    let source = ModelSource::open(directory)?;
-    let tokenizer = source.tokenizer(directory)?;
-    let template = source.chat_template(directory, &tokenizer)?;
-    let sizes = sizes(options, &source)?;
+    let source = Source::open(options)?;
+    let sizes = sizes(options, &source.config)?;
+    anyhow::ensure!(
+        options.max_decode_slowdown >= 1.0 && options.max_decode_slowdown.is_finite(),
+        "--max-decode-slowdown is {}, expected a number of at least 1",
+        options.max_decode_slowdown
+    );
     let mut backend = backend::create(&options.device, options.activations)?;
     let device = backend.caps().device.clone();
-    let (decoder, _) = load::load_sized(&source, sizes, backend.as_mut())?;
+    // Before the weights are there: it takes half a gigabyte for half a second.
+    let read_bandwidth = doctor::measure_bandwidth(options.device.threads)?.gb_per_s * 1e9;
+    let decoder = source.load(options, sizes, backend.as_mut())?;
     let trunk = decoder.weights().account.trunk();
     let (weights_bytes, bytes_per_token) = (trunk.size_bytes, trunk.bytes_per_token);
-    let disk_cache = match &options.disk_cache {
-        None => None,
-        Some(dir) => Some(DiskCacheOptions {
-            dir: dir.clone(),
-            max_bytes: options.disk_cache_gb.saturating_mul(1_000_000_000),
-            model_identity: source.checkpoint.identity(),
-        }),
+    let disk_cache = options.disk_cache.as_ref().map(|dir| DiskCacheOptions {
+        dir: dir.clone(),
+        max_bytes: options.disk_cache_gb.saturating_mul(1_000_000_000),
+        model_identity: source.identity.clone(),
+    });
+    let engine_options = EngineOptions {
+        max_waiting: options.max_waiting,
+        max_decode_slowdown: options.max_decode_slowdown,
+        disk_cache,
+        ..EngineOptions::default()
     };
-    let engine_options = EngineOptions { max_waiting: options.max_waiting, disk_cache, ..EngineOptions::default() };
     let handle = EngineHandle::spawn(Engine::new(decoder, backend, engine_options)?)?;
-    let constraints = GrammarConstraints::new(Arc::clone(&tokenizer), source.config.vocab_size)
+    let constraints = GrammarConstraints::new(Arc::clone(&source.tokenizer), source.config.vocab_size)
         .map_err(|reason| anyhow::anyhow!("constraints: {reason}"))?;
-    let name = options.name.clone().unwrap_or_else(|| source.api_name());
+    let name = source.name.clone();
+    let stop_token_ids = source.model.stop_ids(&source.tokenizer);
+    let default_sampling = run::default_sampling(&source.model);
+    let cache_bytes = cache_bytes_per_token(&source.config, sizes.cache_dtype) * (sizes.num_blocks * BLOCK_SIZE) as u64;
     let model = ServedModel {
         name: name.clone(),
         aliases: options.alias.clone(),
-        tool_call_format: template.as_ref().and_then(|(_, text)| detect_tool_call_format(text)),
-        template: template.map(|(template, _): (ChatTemplate, String)| Arc::new(template)),
+        tool_call_format: source.template.as_ref().and_then(|(_, text)| detect_tool_call_format(text)),
+        template: source.template.map(|(template, _): (ChatTemplate, String)| Arc::new(template)),
         thinking_format: ThinkingFormat::default(),
-        stop_token_ids: source.stop_ids(&tokenizer),
+        stop_token_ids,
         context_length: sizes.max_context,
         vocab_size: source.config.vocab_size,
-        default_sampling: run::default_sampling(&source),
+        default_sampling,
         constraints: Some(Arc::new(constraints)),
-        source: source.name.clone(),
+        source: source.model.name,
         device,
-        tokenizer,
+        tokenizer: source.tokenizer,
     };
     let serve_options = moellon_serve::ServeOptions {
         address: SocketAddr::new(options.host, options.port),
@@ -77,7 +128,6 @@ pub fn run(options: &ServeOptions) -> Result<()> {
         },
         ..moellon_serve::ServeOptions::default()
     };
-    let cache_bytes = cache_bytes_per_token(&source.config, sizes.cache_dtype) * (sizes.num_blocks * BLOCK_SIZE) as u64;
     eprintln!(
         "{name} on http://{}, context {}, cache {} for {} tokens",
         serve_options.address,
@@ -86,14 +136,14 @@ pub fn run(options: &ServeOptions) -> Result<()> {
         sizes.num_blocks * BLOCK_SIZE
     );
     let drain = serve_options.drain;
-    let generator = EngineGenerator { handle: handle.clone(), weights_bytes, bytes_per_token };
+    let generator = EngineGenerator { handle: handle.clone(), weights_bytes, bytes_per_token, read_bandwidth };
     let served = moellon_serve::run(serve_options, model, Arc::new(generator));
     handle.shutdown(drain);
     Ok(served?)
 }
 
-fn sizes(options: &ServeOptions, source: &ModelSource) -> Result<DecoderOptions> {
-    let longest = source.config.max_position_embeddings;
+fn sizes(options: &ServeOptions, config: &ModelConfig) -> Result<DecoderOptions> {
+    let longest = config.max_position_embeddings;
     let max_context = options.context.unwrap_or(longest.min(32_768));
     anyhow::ensure!(
         (2..=longest).contains(&max_context),
@@ -113,7 +163,7 @@ fn sizes(options: &ServeOptions, source: &ModelSource) -> Result<DecoderOptions>
     let num_blocks = match options.cache_gb {
         None => 4 * blocks_of_context,
         Some(gb) => {
-            let block_bytes = cache_bytes_per_token(&source.config, cache_dtype) as f64 * BLOCK_SIZE as f64;
+            let block_bytes = cache_bytes_per_token(config, cache_dtype) as f64 * BLOCK_SIZE as f64;
             let blocks = (gb * 1e9 / block_bytes) as usize;
             anyhow::ensure!(
                 blocks >= blocks_of_context,
@@ -149,6 +199,8 @@ struct EngineGenerator {
     weights_bytes: u64,
     /// Bytes of weights that one token reads at batch 1.
     bytes_per_token: f64,
+    /// Bytes a second that all threads together read, measured at the start.
+    read_bandwidth: f64,
 }
 
 impl Generator for EngineGenerator {
@@ -174,6 +226,8 @@ impl Generator for EngineGenerator {
             admission_rejects: stats.rejected,
             weights_bytes: self.weights_bytes,
             bytes_read_per_token: Some(self.bytes_per_token),
+            bandwidth_fraction: stats.counted_step.map(|step| step.bytes_per_s() / self.read_bandwidth),
+            experts_unique_per_step: stats.counted_step.and_then(|step| step.distinct_experts),
             ..GeneratorStats::default()
         }
     }

@@ -1,11 +1,13 @@
 //! A server that replays answers: what the client tests run against. `scripted_server ADDRESS MODEL_FOLDER`.
 //!
-//! It calls the first offered tool until a tool's result is there, and otherwise says a few words.
+//! Until a tool's result is there it calls a tool: the first that runs commands, with the command that MOELLON_SCRIPT names,
+//! else the first of all. Otherwise it says a few words, or many, slowly, when a long story is asked for.
 
 use moellon_engine::{Request, SamplingParams};
 use moellon_serve::scripted::{ScriptedAnswer, ScriptedGenerator};
 use moellon_serve::{GrammarConstraints, ServeOptions, ServedModel, detect_tool_call_format, run};
 use moellon_text::{ChatTemplate, ThinkingFormat, Tokenizer};
+use serde_json::Value;
 use std::error::Error;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -45,25 +47,49 @@ fn main() -> Result<(), Box<dyn Error>> {
 fn answer(prompt: &str, _request: &Request) -> ScriptedAnswer {
     let thought = if prompt.ends_with("<think>") { "Let me think.</think>" } else { "" };
     let asked = prompt.rsplit("<|user|>").next().unwrap_or_default();
+    if asked.contains("a long story") {
+        let token_time = Duration::from_millis(15);
+        return ScriptedAnswer {
+            token_time,
+            ..ScriptedAnswer::text(format!("{thought}{}", "Once upon a time. ".repeat(500)))
+        };
+    }
     let text = match (prompt.contains("<tools>"), asked.contains("<tool_response>")) {
-        (true, false) => call_of_first_tool(prompt),
+        (true, false) => call(prompt),
         (true, true) => "The tool said so.".to_owned(),
         (false, _) => "Hello from the script.".to_owned(),
     };
     ScriptedAnswer { token_time: Duration::from_millis(2), ..ScriptedAnswer::text(format!("{thought}{text}")) }
 }
 
-/// Calls the first tool, with a value for every string or number that it takes.
-fn call_of_first_tool(prompt: &str) -> String {
-    let line = prompt.lines().find(|line| line.starts_with("{\"name\""));
-    let tool: serde_json::Value = line.and_then(|line| serde_json::from_str(line).ok()).unwrap_or_default();
+/// What a tool that runs commands calls its argument, in the agents that are tested.
+const COMMAND_NAMES: [&str; 2] = ["command", "cmd"];
+
+/// A call in GLM's form: of the first tool that takes a command, if there is one to run, else of the first tool.
+fn call(prompt: &str) -> String {
+    let lines = prompt.lines().filter(|line| line.starts_with("{\"name\""));
+    let tools: Vec<Value> = lines.filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let command = std::env::var("MOELLON_SCRIPT").ok();
+    let takes_command =
+        |tool: &&Value| COMMAND_NAMES.iter().any(|name| tool["parameters"]["properties"][name].is_object());
+    let found = command.as_ref().and_then(|_| tools.iter().find(takes_command));
+    let Some(tool) = found.or(tools.first()) else { return "No tool.".to_owned() };
     let mut call = format!("<tool_call>{}", tool["name"].as_str().unwrap_or("unknown"));
+    let is_required =
+        |name: &str| tool["parameters"]["required"].as_array().is_some_and(|r| r.iter().any(|n| n == name));
     for (name, property) in tool["parameters"]["properties"].as_object().into_iter().flatten() {
-        let value = match property["type"].as_str() {
-            Some("integer" | "number") => "7",
-            Some("boolean") => "true",
-            Some("array") => "[]",
-            _ => "Paris",
+        let kind = property["type"].as_str();
+        let value = match (&command, kind) {
+            (Some(command), Some("array")) if COMMAND_NAMES.contains(&name.as_str()) => {
+                serde_json::json!(["bash", "-lc", command]).to_string()
+            }
+            (Some(command), _) if COMMAND_NAMES.contains(&name.as_str()) => command.clone(),
+            // An agent's optional arguments change what it does; a test's tool gets all of them.
+            (Some(_), _) if !is_required(name) => continue,
+            (_, Some("integer" | "number")) => "7".to_owned(),
+            (_, Some("boolean")) => "false".to_owned(),
+            (_, Some("array")) => "[]".to_owned(),
+            _ => "Paris".to_owned(),
         };
         call.push_str(&format!("<arg_key>{name}</arg_key><arg_value>{value}</arg_value>"));
     }

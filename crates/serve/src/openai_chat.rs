@@ -329,11 +329,13 @@ pub(crate) struct ChatEncoder {
     include_usage: bool,
     /// Calls of each answer so far: one index space an answer, from 0.
     num_calls: Vec<usize>,
+    /// The end of a choice, if no other choice has ended since.
+    last: Option<Value>,
 }
 
 impl ChatEncoder {
     pub(crate) fn new(envelope: Envelope, num_choices: usize, include_usage: bool) -> ChatEncoder {
-        ChatEncoder { envelope, num_choices, include_usage, num_calls: vec![0; num_choices] }
+        ChatEncoder { envelope, num_choices, include_usage, num_calls: vec![0; num_choices], last: None }
     }
 
     fn chunk(&self, choices: Value) -> Value {
@@ -389,10 +391,21 @@ impl StreamEncoder for ChatEncoder {
     }
 
     fn ended(&mut self, choice: usize, ending: &Ending, _: Option<&Finished>, _: &Usage, out: &mut String) {
-        self.frame(choice, json!({}), Value::Null, json!(finish_reason(ending)), out);
+        let choice = json!({"index": choice, "delta": {}, "logprobs": null, "finish_reason": finish_reason(ending)});
+        let frame = self.chunk(json!([choice]));
+        if let Some(before) = self.last.replace(frame) {
+            data_frame(out, &before);
+        }
     }
 
     fn done(&mut self, usage: &Usage, timings: &Timings, out: &mut String) {
+        // The last choice's end was held back for them: a chunk without choices comes only where it is asked for.
+        if let Some(mut last) = self.last.take() {
+            if !self.include_usage {
+                last["timings"] = timings_json(usage, timings);
+            }
+            data_frame(out, &last);
+        }
         if self.include_usage {
             let mut chunk = self.chunk(json!([]));
             chunk["usage"] = usage_json(usage);
@@ -403,6 +416,9 @@ impl StreamEncoder for ChatEncoder {
     }
 
     fn failed(&mut self, error: &ApiError, out: &mut String) {
+        if let Some(last) = self.last.take() {
+            data_frame(out, &last);
+        }
         data_frame(out, &error.body(Protocol::OpenAi, &self.envelope.request_id));
     }
 }

@@ -11,7 +11,7 @@ use crate::settings::{Settings, token_id};
 use crate::stream::{Answer, StreamEncoder, collect, data_frame};
 use axum::body::Body;
 use axum::http::{Response, StatusCode};
-use moellon_engine::{Finished, SampledToken};
+use moellon_engine::{Finished, PromptScore, SampledToken};
 use moellon_text::Tokenizer;
 use serde_json::{Map, Value, json};
 
@@ -124,8 +124,9 @@ impl Scores {
         let text = String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned();
         let number = |x: f32| if x.is_finite() { json!(x) } else { json!(-9999.0) };
         let mut best = Map::new();
-        for (id, logprob) in top {
-            best.insert(String::from_utf8_lossy(tokenizer.token_bytes(*id)).into_owned(), number(*logprob));
+        // The protocol lists the token itself in any case.
+        for (id, logprob) in top.iter().copied().chain(logprob.map(|logprob| (id, logprob))) {
+            best.insert(String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned(), number(logprob));
         }
         self.text_offset.push(json!(self.offset));
         self.offset += text.chars().count();
@@ -156,7 +157,7 @@ fn choice_json(
     answer: &Answer,
     request: &CompletionRequest,
     prompt: &[u32],
-    prompt_scores: Option<&[Option<f32>]>,
+    prompt_scores: Option<&[Option<PromptScore>]>,
     tokenizer: &Tokenizer,
 ) -> Value {
     let is_scoring_only = request.settings.max_tokens == Some(0);
@@ -165,10 +166,9 @@ fn choice_json(
     if request.echo {
         text.push_str(&tokenizer.decode(prompt, false));
         for (position, id) in prompt.iter().enumerate() {
-            let logprob = prompt_scores.and_then(|scores| scores.get(position).copied().flatten());
-            // The engine scores the prompt's own tokens only: they are the best that is known.
-            let top: Vec<(u32, f32)> = logprob.map(|logprob| (*id, logprob)).into_iter().collect();
-            scores.push(*id, logprob, &top, tokenizer);
+            let score = prompt_scores.and_then(|scores| scores.get(position)?.as_ref());
+            let top = score.map_or(&[][..], |score| &score.top_logprobs);
+            scores.push(*id, score.map(|score| score.logprob), top, tokenizer);
         }
     }
     if !is_scoring_only {

@@ -60,6 +60,7 @@ async fn status(State(app): State<Arc<App>>) -> Response<Body> {
         "prefix_queried_tokens": stats.prefix_queried_tokens,
         "prefix_hit_tokens": stats.prefix_hit_tokens,
         "bandwidth_fraction": stats.bandwidth_fraction,
+        "bytes_read_per_token": stats.bytes_read_per_token,
         "requests": app.workshop.registry.list(),
     });
     json_response(StatusCode::OK, &body)

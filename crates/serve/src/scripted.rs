@@ -1,7 +1,7 @@
 //! A generator that replays answers instead of computing them: for tests of the protocols, with real clients or without.
 
 use crate::generator::{EventStream, Generator, GeneratorStats};
-use moellon_engine::{Event, FinishReason, Finished, Request, RequestError, SampledToken, Started};
+use moellon_engine::{Event, FinishReason, Finished, PromptScore, Request, RequestError, SampledToken, Started};
 use moellon_text::Tokenizer;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -172,8 +172,15 @@ async fn play(
         }
     }
     let prompt_logprobs = request.prompt_logprobs.then(|| {
-        let scores = (0..prompt_tokens).map(|position| (position > 0).then_some(-0.5 * position as f32));
-        scores.collect()
+        let top_logprobs = |logprob: f32| {
+            let ranks = 0..request.logprobs.unwrap_or(0);
+            ranks.map(|rank| (rank as u32, logprob - rank as f32)).collect()
+        };
+        let score = |position: usize| {
+            let logprob = -0.5 * position as f32;
+            (position > 0).then(|| PromptScore { logprob, top_logprobs: top_logprobs(logprob) })
+        };
+        (0..prompt_tokens).map(score).collect()
     });
     let finished = Finished {
         reason,

@@ -149,3 +149,32 @@ proptest! {
         prop_assert_eq!(fixture.pool.num_free(), num_blocks);
     }
 }
+
+#[test]
+fn the_least_recently_used_leaf_goes_first_and_a_used_path_stays_whole() {
+    let mut fixture = Fixture::new(16, 16);
+    let long = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12];
+    let other = [1, 2, 3, 4, 21, 22, 23, 24];
+    fixture.add(None, &long);
+    fixture.add(None, &other);
+    fixture.add(None, &[31, 32, 33, 34]);
+    // The long path is used again, so the branch beside it is the oldest, then the stranger, then the path from its end.
+    fixture.find(None, &long);
+    assert_eq!(fixture.cache.order.len(), 3, "only leaves have a place in the order");
+    for expected in [[3, 1, 1], [3, 1, 0], [2, 1, 0], [1, 1, 0], [0, 0, 0]] {
+        assert!(fixture.cache.evict(&mut fixture.pool));
+        fixture.check();
+        let paths = [&long[..], &other, &[31, 32, 33, 34]].map(|tokens| {
+            let mut cursor = Cursor::start(None);
+            tokens
+                .chunks(BLOCK)
+                .take_while(|chunk| {
+                    cursor.node = fixture.cache.child(&cursor, chunk);
+                    cursor.node.is_some()
+                })
+                .count()
+        });
+        assert_eq!(paths, expected);
+    }
+    assert_eq!(fixture.cache.num_blocks(), 0);
+}

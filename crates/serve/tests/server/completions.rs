@@ -33,6 +33,9 @@ async fn echo_scores_the_prompt() {
         assert_eq!(scores["token_logprobs"].as_array().unwrap().len() as u64, count + max_tokens);
         assert!(scores["token_logprobs"][0].is_null());
         assert_eq!(scores["token_logprobs"][1], -0.5);
+        // The script's alternative is token 0, and the token itself is listed as well.
+        assert!(scores["top_logprobs"][0].is_null());
+        assert_eq!(scores["top_logprobs"][1].as_object().unwrap().len(), 2, "{scores}");
         assert_eq!(scores["text_offset"][0], 0);
         let joined: String = scores["tokens"].as_array().unwrap().iter().map(|t| t.as_str().unwrap()).collect();
         assert_eq!(joined, choice["text"].as_str().unwrap());
