@@ -1,10 +1,22 @@
-"""Stops the server that test_clients.py started."""
+"""Fixtures: each client test runs against both servers, `server`; pages and tool loops against the scripted one."""
 
-import sys
+import pytest
+
+from servers import running
 
 
-def pytest_sessionfinish():
-    module = sys.modules.get("test_clients")
-    if module is not None and module.SERVER is not None:
-        module.SERVER.terminate()
-        module.SERVER.wait(timeout=40)
+@pytest.fixture(scope="session")
+def scripted():
+    with running("scripted") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def bundled():
+    with running("bundled") as server:
+        yield server
+
+
+@pytest.fixture(params=["scripted", "bundled"])
+def server(request):
+    return request.getfixturevalue(request.param)

@@ -1,7 +1,7 @@
 //! Everything that CI runs, in stages with names and times. All stages run even when one fails; a stage that cannot run
 //! here is skipped in words and counted.
 
-use crate::{docs, fixtures, kernels, readme, tidy, workspace};
+use crate::{clients, docs, fixtures, kernels, readme, tidy, workspace};
 use anyhow::{Context, Result, bail, ensure};
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
@@ -26,13 +26,20 @@ enum Outcome {
 
 type Stage = (&'static str, fn() -> Result<Outcome>);
 
-const STAGES: [Stage; 14] = [
+const STAGES: [Stage; 15] = [
     ("fmt", || cargo(&["fmt", "--all", "--check"])),
     ("tidy", || passed(tidy::run())),
     ("fixtures", || passed(fixtures::run(fixtures::Mode::Verify))),
     ("docs tables", || passed(docs::run(docs::Mode::Verify))),
     ("kernels", || passed(kernels::run())),
     ("test", readme_test),
+    // After the tests: they have built the programs that the clients talk to.
+    ("clients", || {
+        Ok(match clients::run()? {
+            clients::Verdict::Passed(detail) => Outcome::Passed(detail),
+            clients::Verdict::Skipped(reason) => Outcome::Skipped(reason),
+        })
+    }),
     ("clippy", || cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])),
     ("fuzz targets", fuzz_targets),
     ("doc", || run_command(cargo_command(&["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))),
@@ -128,7 +135,7 @@ fn in_words(command: &Command) -> String {
 }
 
 /// Runs a command, shows its standard output while it comes, and returns it.
-fn tee(command: &mut Command) -> Result<String> {
+pub(crate) fn tee(command: &mut Command) -> Result<String> {
     let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| in_words(command))?;
     let mut output = BufReader::new(child.stdout.take().expect("stdout is piped"));
     let mut all = Vec::new();

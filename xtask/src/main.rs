@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)] // A command-line tool prints.
 
 mod check;
+mod clients;
 mod docs;
 mod fixtures;
 mod kernels;
@@ -15,6 +16,7 @@ const USAGE: &str = "\
 usage: cargo xtask <command>
 
   check [--fast]       everything that CI runs, stage by stage; --fast: formatting, clippy and tidy only
+  agents               coding agents from npm completing a tool loop against our server; writes a receipt
   tidy                 the rules that compilers and clippy do not know
   fixtures [--update]  compare fixtures and bundled models with SHA256SUMS; --update rewrites the lists
   kernels              compile every .cu for every supported GPU, check every .wgsl
@@ -26,6 +28,7 @@ fn main() -> ExitCode {
     let result = match args[..] {
         ["check"] => check::run(check::Scope::All),
         ["check", "--fast"] => check::run(check::Scope::Fast),
+        ["agents"] => clients::agents(),
         ["tidy"] => tidy::run(),
         ["fixtures"] => fixtures::run(fixtures::Mode::Verify),
         ["fixtures", "--update"] => fixtures::run(fixtures::Mode::Update),
