@@ -2,8 +2,8 @@
 //!
 //! A file holds, little-endian: magic, version, block size, the identity of model, back end and cache layout, the block's
 //! hash (which covers all tokens before it), its tokens, the length of the rows, the rows, and the SHA-256 of all that.
-//! Files are written to a temporary name, synced and renamed by a thread of their own, so that no step waits for a disk.
-//! Anything unexpected in a file is a miss, and the file is removed.
+//! Files are written to a temporary name, synced and renamed by a thread of their own, and read and checked by another, so
+//! that no step waits for a disk. Anything unexpected in a file is a miss, and the file is removed.
 
 use crate::prefix_cache::BlockHash;
 use sha2::{Digest, Sha256};
@@ -12,7 +12,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::SystemTime;
@@ -20,6 +20,9 @@ use std::time::SystemTime;
 const MAGIC: &[u8; 8] = b"MOELLNKV";
 const VERSION: u32 = 1;
 const CHECKSUM_BYTES: usize = 32;
+
+/// Blocks that were read ahead of whoever wants them may take this much memory.
+const MAX_READ_AHEAD_BYTES: usize = 64 << 20;
 
 /// Blocks that wait to be written may take this much memory; more are not written.
 const MAX_QUEUED_BYTES: u64 = 256 << 20;
@@ -117,14 +120,38 @@ enum Message {
     Flush(Sender<()>),
 }
 
-/// An open folder.
-pub struct DiskCache {
+/// Blocks to read, in order.
+struct ReadJob {
+    blocks: Vec<WantedBlock>,
+    row_bytes: usize,
+    rows: SyncSender<Vec<u8>>,
+}
+
+/// A block that somebody wants.
+#[derive(Debug, Clone)]
+pub struct WantedBlock {
+    /// Its name.
+    pub hash: BlockHash,
+    /// Its tokens.
+    pub tokens: Vec<u32>,
+}
+
+/// The files of a folder, as both threads and the engine see them.
+#[derive(Clone)]
+struct Store {
     dir: PathBuf,
     identity: Key,
     index: Arc<Mutex<Index>>,
+}
+
+/// An open folder.
+pub struct DiskCache {
+    store: Store,
     queued_bytes: Arc<AtomicU64>,
     messages: Option<Sender<Message>>,
     writer: Option<JoinHandle<()>>,
+    reads: Option<Sender<ReadJob>>,
+    reader: Option<JoinHandle<()>>,
     /// Held while the folder is in use.
     _lock: File,
 }
@@ -167,25 +194,87 @@ impl DiskCache {
         hasher.update((options.model_identity.len() as u64).to_le_bytes());
         hasher.update(&options.model_identity);
         hasher.update(layout);
-        let identity = hasher.finalize().into();
+        let store = Store { dir, identity: hasher.finalize().into(), index };
+        let (reads, read_inbox) = mpsc::channel::<ReadJob>();
+        let for_reader = store.clone();
+        let reader = std::thread::Builder::new()
+            .name("cache-reader".to_owned())
+            .spawn(move || read_inbox.into_iter().for_each(|job| for_reader.read_all(job)))
+            .map_err(fail(&store.dir))?;
         Ok(DiskCache {
-            dir,
-            identity,
-            index,
+            store,
             queued_bytes,
             messages: Some(messages),
             writer: Some(writer),
+            reads: Some(reads),
+            reader: Some(reader),
             _lock: lock,
         })
     }
 
     /// Whether a file of that block is there. It may still turn out to be damaged.
     pub fn contains(&self, hash: &BlockHash) -> bool {
+        self.store.contains(hash)
+    }
+
+    /// Begins to read blocks, in order. Their rows come one by one; the receiver's end is the end of what could be read, and
+    /// dropping it ends the reading.
+    pub fn read(&self, blocks: Vec<WantedBlock>, row_bytes: usize) -> Receiver<Vec<u8>> {
+        let ahead = (MAX_READ_AHEAD_BYTES / row_bytes.max(1)).max(1);
+        let (rows, receiver) = mpsc::sync_channel(ahead);
+        let reads = self.reads.as_ref().expect("the sender is there until the cache is dropped");
+        // A reader that is gone reads nothing: the receiver ends at once.
+        let _ = reads.send(ReadJob { blocks, row_bytes, rows });
+        receiver
+    }
+
+    /// Queues a block to be written, unless it is there or too many are waiting.
+    pub fn write(&self, hash: &BlockHash, tokens: &[u32], rows: &[u8]) {
+        let mut content = self.store.header(hash, tokens, rows.len());
+        content.extend_from_slice(rows);
+        let size_bytes = content.len() as u64;
+        if self.queued_bytes.load(Ordering::Relaxed) + size_bytes > MAX_QUEUED_BYTES {
+            lock(&self.store.index).stats.dropped += 1;
+            return;
+        }
+        self.queued_bytes.fetch_add(size_bytes, Ordering::Relaxed);
+        let messages = self.messages.as_ref().expect("the sender is there until the cache is dropped");
+        if messages.send(Message::Write(Job { key: self.store.key(hash), content })).is_err() {
+            lock(&self.store.index).stats.dropped += 1;
+        }
+    }
+
+    /// Waits until everything queued so far is on disk.
+    pub fn flush(&self) {
+        let (done, wait) = mpsc::channel();
+        if self.messages.as_ref().is_some_and(|messages| messages.send(Message::Flush(done)).is_ok()) {
+            // An error means that the writer is gone: nothing is left to wait for.
+            let _ = wait.recv();
+        }
+    }
+
+    /// Counts since the start.
+    pub fn stats(&self) -> DiskCacheStats {
+        lock(&self.store.index).stats
+    }
+}
+
+impl Store {
+    fn contains(&self, hash: &BlockHash) -> bool {
         lock(&self.index).files.contains_key(&self.key(hash))
     }
 
+    fn read_all(&self, job: ReadJob) {
+        for block in &job.blocks {
+            let Some(rows) = self.read(&block.hash, &block.tokens, job.row_bytes) else { return };
+            if job.rows.send(rows).is_err() {
+                return;
+            }
+        }
+    }
+
     /// The rows of a block of `tokens`; `None` if there is none or its file is not what it should be.
-    pub fn read(&self, hash: &BlockHash, tokens: &[u32], row_bytes: usize) -> Option<Vec<u8>> {
+    fn read(&self, hash: &BlockHash, tokens: &[u32], row_bytes: usize) -> Option<Vec<u8>> {
         let key = self.key(hash);
         let (size_bytes, _) = lock(&self.index).files.get(&key).copied()?;
         let path = path_of(&self.dir, &key);
@@ -211,36 +300,6 @@ impl DiskCache {
         }
     }
 
-    /// Queues a block to be written, unless it is there or too many are waiting.
-    pub fn write(&self, hash: &BlockHash, tokens: &[u32], rows: &[u8]) {
-        let mut content = self.header(hash, tokens, rows.len());
-        content.extend_from_slice(rows);
-        let size_bytes = content.len() as u64;
-        if self.queued_bytes.load(Ordering::Relaxed) + size_bytes > MAX_QUEUED_BYTES {
-            lock(&self.index).stats.dropped += 1;
-            return;
-        }
-        self.queued_bytes.fetch_add(size_bytes, Ordering::Relaxed);
-        let messages = self.messages.as_ref().expect("the sender is there until the cache is dropped");
-        if messages.send(Message::Write(Job { key: self.key(hash), content })).is_err() {
-            lock(&self.index).stats.dropped += 1;
-        }
-    }
-
-    /// Waits until everything queued so far is on disk.
-    pub fn flush(&self) {
-        let (done, wait) = mpsc::channel();
-        if self.messages.as_ref().is_some_and(|messages| messages.send(Message::Flush(done)).is_ok()) {
-            // An error means that the writer is gone: nothing is left to wait for.
-            let _ = wait.recv();
-        }
-    }
-
-    /// Counts since the start.
-    pub fn stats(&self) -> DiskCacheStats {
-        lock(&self.index).stats
-    }
-
     fn key(&self, hash: &BlockHash) -> Key {
         Sha256::new().chain_update(self.identity).chain_update(hash).finalize().into()
     }
@@ -262,9 +321,10 @@ impl Drop for DiskCache {
     /// Writes what is queued.
     fn drop(&mut self) {
         drop(self.messages.take());
-        if let Some(writer) = self.writer.take() {
+        drop(self.reads.take());
+        for thread in [self.writer.take(), self.reader.take()].into_iter().flatten() {
             // A panic of the writer has lost only files that a restart would have missed.
-            let _ = writer.join();
+            let _ = thread.join();
         }
     }
 }
@@ -408,7 +468,7 @@ mod tests {
         assert!(cache.contains(&hash));
         drop(cache);
         let cache = DiskCache::open(&options(folder.path(), 10_000), "f32").unwrap();
-        assert_eq!(cache.read(&hash, &tokens, 100).unwrap(), rows);
+        assert_eq!(cache.store.read(&hash, &tokens, 100).unwrap(), rows);
         assert_eq!(cache.stats().hits, 1);
         drop(cache);
         let other = DiskCache::open(&options(folder.path(), 10_000), "bf16").unwrap();
@@ -431,14 +491,33 @@ mod tests {
             let mut damaged = sound.clone();
             damaged[position] ^= 1;
             fs::write(&path, &damaged).unwrap();
-            assert_eq!(cache.read(&hash, &tokens, 8), None, "byte {position}");
+            assert_eq!(cache.store.read(&hash, &tokens, 8), None, "byte {position}");
             assert!(!path.exists() && !cache.contains(&hash));
             cache.write(&hash, &tokens, &rows);
             cache.flush();
         }
         fs::write(&path, &sound[..sound.len() - 1]).unwrap();
-        assert_eq!(cache.read(&hash, &tokens, 8), None);
+        assert_eq!(cache.store.read(&hash, &tokens, 8), None);
         assert_eq!(cache.stats().corrupt, sound.len() as u64 + 1);
+    }
+
+    #[test]
+    fn blocks_are_read_in_order_as_far_as_they_are_sound() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = DiskCache::open(&options(folder.path(), 1 << 20), "f32").unwrap();
+        let wanted: Vec<WantedBlock> =
+            (0..4).map(|i| WantedBlock { hash: [i; 32], tokens: vec![u32::from(i)] }).collect();
+        for block in &wanted {
+            cache.write(&block.hash, &block.tokens, &[block.hash[0]; 64]);
+        }
+        cache.flush();
+        let found: Vec<Vec<u8>> = cache.read(wanted.clone(), 64).into_iter().collect();
+        assert_eq!(found, (0..4).map(|i| vec![i; 64]).collect::<Vec<_>>());
+        // A reader that nobody listens to, then one that meets a damaged file.
+        drop(cache.read(wanted.clone(), 64));
+        fs::write(path_of(folder.path(), &cache.store.key(&wanted[2].hash)), b"damaged").unwrap();
+        assert_eq!(cache.read(wanted, 64).into_iter().count(), 2);
+        assert_eq!(cache.stats().corrupt, 1);
     }
 
     #[test]
@@ -453,7 +532,7 @@ mod tests {
             cache.flush();
             std::thread::sleep(std::time::Duration::from_millis(20));
         }
-        assert!(cache.read(&hash(0), &tokens, 1000).is_some());
+        assert!(cache.store.read(&hash(0), &tokens, 1000).is_some());
         cache.write(&hash(3), &tokens, &rows);
         cache.flush();
         assert_eq!([0, 1, 2, 3].map(|i| cache.contains(&hash(i))), [true, false, true, true]);

@@ -4,14 +4,14 @@
 //! An engine belongs to one thread ([`crate::thread`]); tests and batch programs may call [`Engine::step`] themselves.
 
 use crate::block_rows::BlockRows;
-use crate::disk_cache::{DiskCache, DiskCacheError, DiskCacheOptions};
+use crate::disk_cache::{DiskCache, DiskCacheError, DiskCacheOptions, WantedBlock};
 use crate::events::{EventReceiver, channel};
 use crate::kv_pool::{BlockId, KvPool};
 use crate::prefix_cache::PrefixCache;
 use crate::request::{Event, FinishReason, PromptScore, Request, RequestError, SampledToken};
 use crate::sampler::{PickError, SettingError, log_probabilities};
 use crate::scheduler::{ChunkGovernor, Demand, Share, StepLimits, plan};
-use crate::sequence::{QueueTicket, Sequence};
+use crate::sequence::{QueueTicket, Restore, Sequence};
 use crate::stats::{CountedStep, EngineStats, Rate};
 use moellon_model::batch::{Batch, LogitRows};
 use moellon_model::session::greedy;
@@ -22,10 +22,14 @@ use moellon_text::constraint::TokenMask;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
 /// How often the bytes of a decode step are counted. Counting waits for the device after every operation.
 const COUNT_INTERVAL: Duration = Duration::from_secs(2);
+
+/// How long a step waits for a block from disk, at least: the time of a few copies.
+const RESTORE_WAIT: Duration = Duration::from_millis(2);
 
 /// How an engine shares its decoder.
 #[derive(Debug, Clone)]
@@ -245,11 +249,12 @@ impl Engine {
     /// A failing device or a broken invariant: no request in flight can go on, see [`Engine::restart`].
     pub fn step(&mut self) -> Result<bool, EngineError> {
         self.drop_cancelled();
+        let restored = self.restore()?;
         self.admit()?;
         self.reuse_what_others_published();
         let shares = self.plan()?;
         if shares.is_empty() {
-            return Ok(false);
+            return Ok(restored);
         }
         let started = Instant::now();
         let decode_rows = shares.iter().filter(|share| self.running[share.sequence].is_decoding()).count();
@@ -276,6 +281,7 @@ impl Engine {
             sequence.events.send(Event::Failed(RequestError::Engine(reason.to_owned())));
             self.stats.failed += 1;
         }
+        self.waiting.iter_mut().for_each(Sequence::lose_blocks);
         self.pool = KvPool::new(self.limits.num_blocks, self.limits.block_size, self.limits.block_bytes);
         self.prefix_cache = PrefixCache::new(self.max_prefix_blocks);
         self.stats.restarts += 1;
@@ -353,26 +359,105 @@ impl Engine {
         self.waiting.retain_mut(stays);
     }
 
-    /// Moves requests from the queue into the cache, first come first served, while there is room for their prompts.
+    /// Moves requests from the queue into the cache, first come first served, while there is room for their prompts. Those
+    /// that wait for a disk are passed by.
     fn admit(&mut self) -> Result<(), EngineError> {
+        let mut index = 0;
         while self.running.len() < self.max_sequences {
-            let Some(mut sequence) = self.waiting.pop_front() else { return Ok(()) };
-            if !self.reserve_prompt(&mut sequence)? {
-                self.waiting.push_front(sequence);
+            let Some(mut sequence) = self.waiting.remove(index) else { return Ok(()) };
+            self.look_on_disk(&mut sequence);
+            if matches!(sequence.restore, Restore::Reading(_)) {
+                self.waiting.insert(index, sequence);
+                index += 1;
+            } else if self.reserve_prompt(&mut sequence)? {
+                sequence.ticket = None;
+                self.running.push(sequence);
+            } else {
+                self.waiting.insert(index, sequence);
                 return Ok(());
             }
-            sequence.ticket = None;
-            self.running.push(sequence);
         }
         Ok(())
+    }
+
+    /// Begins to read what memory does not have of a sequence's prompt and the disk does.
+    fn look_on_disk(&mut self, sequence: &mut Sequence) {
+        if !matches!(sequence.restore, Restore::Untried) {
+            return;
+        }
+        sequence.restore = Restore::Done;
+        let Some(disk_cache) = &self.disk_cache else { return };
+        let reusable = sequence.reusable_tokens();
+        let tokens = &sequence.tokens[..reusable];
+        let mut found = self.prefix_cache.lookup(&mut sequence.cursor, tokens, 0, &mut self.pool);
+        found.tail.iter().for_each(|(block, _)| self.pool.release(*block));
+        sequence.blocks.append(&mut found.blocks);
+        let block_size = self.limits.block_size;
+        let rest = &tokens[sequence.blocks.len() * block_size..];
+        let names = self.prefix_cache.hashes_after(&sequence.cursor, rest, block_size);
+        let on_disk = names.take_while(|(hash, _)| disk_cache.contains(hash));
+        let wanted: Vec<WantedBlock> =
+            on_disk.map(|(hash, tokens)| WantedBlock { hash, tokens: tokens.to_vec() }).collect();
+        if !wanted.is_empty() {
+            sequence.restore = Restore::Reading(disk_cache.read(wanted, self.block_rows.block_bytes()));
+        }
+    }
+
+    /// Takes blocks that have come from disk: for a part of a step's time while others run, else as they come. `false` if
+    /// there were none.
+    fn restore(&mut self) -> Result<bool, EngineError> {
+        let started = Instant::now();
+        let limit = match self.running.is_empty() {
+            true => RESTORE_WAIT * 8,
+            false => (self.stats.last_step / 2).max(RESTORE_WAIT),
+        };
+        let mut any = false;
+        for index in 0..self.waiting.len() {
+            while let Restore::Reading(rows) = &self.waiting[index].restore {
+                let left = limit.saturating_sub(started.elapsed());
+                let next = match self.running.is_empty() {
+                    true => rows.recv_timeout(left.min(RESTORE_WAIT)),
+                    false if left.is_zero() => return Ok(any),
+                    false => rows.try_recv().map_err(|error| match error {
+                        TryRecvError::Empty => RecvTimeoutError::Timeout,
+                        TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
+                    }),
+                };
+                match next {
+                    Ok(rows) => any |= self.take_restored(index, &rows)?,
+                    Err(RecvTimeoutError::Timeout) => break,
+                    Err(RecvTimeoutError::Disconnected) => self.waiting[index].restore = Restore::Done,
+                }
+            }
+        }
+        Ok(any)
+    }
+
+    /// Puts a block from disk behind those that a waiting sequence holds; `false` if there is no room for it.
+    fn take_restored(&mut self, index: usize, rows: &[u8]) -> Result<bool, EngineError> {
+        let Some(block) = self.alloc() else {
+            self.waiting[index].restore = Restore::Done;
+            return Ok(false);
+        };
+        self.block_rows.write(block, rows, self.backend.as_mut())?;
+        let block_size = self.limits.block_size;
+        let sequence = &mut self.waiting[index];
+        let done = sequence.blocks.len() * block_size;
+        let tokens = &sequence.tokens[done..done + block_size];
+        let kept = self.prefix_cache.publish(&mut sequence.cursor, tokens, block, &mut self.pool);
+        sequence.blocks.push(kept);
+        self.stats.disk_hit_tokens += block_size as u64;
+        Ok(true)
     }
 
     /// Finds what is cached of a sequence's tokens and reserves blocks for the rest; `false` if there are not enough.
     fn reserve_prompt(&mut self, sequence: &mut Sequence) -> Result<bool, EngineError> {
         let block_size = self.limits.block_size;
         let reusable = sequence.reusable_tokens();
-        let tokens = sequence.tokens[..reusable].to_vec();
-        let mut found = self.prefix_cache.lookup(&mut sequence.cursor, &tokens, 0, &mut self.pool);
+        // What came from disk is held already.
+        let done = sequence.blocks.len() * block_size;
+        let tokens = &sequence.tokens[done..reusable.max(done)];
+        let mut found = self.prefix_cache.lookup(&mut sequence.cursor, tokens, done, &mut self.pool);
         // Held again below: until then it may be what makes room.
         found.tail.iter().for_each(|(block, _)| self.pool.release(*block));
         sequence.blocks.append(&mut found.blocks);
@@ -382,12 +467,6 @@ impl Engine {
         if room < wanted - sequence.blocks.len() + self.running.len() {
             sequence.release(&mut self.prefix_cache, &mut self.pool);
             return Ok(false);
-        }
-        while self.restore_from_disk(sequence, &tokens)? {
-            let done = sequence.blocks.len() * block_size;
-            found = self.prefix_cache.lookup(&mut sequence.cursor, &tokens[done..], done, &mut self.pool);
-            found.tail.iter().for_each(|(block, _)| self.pool.release(*block));
-            sequence.blocks.append(&mut found.blocks);
         }
         sequence.published = sequence.blocks.len();
         sequence.computed = sequence.published * block_size;
@@ -406,25 +485,6 @@ impl Engine {
             let block = self.alloc().ok_or(EngineError::NoBlock { num_blocks: self.limits.num_blocks })?;
             sequence.blocks.push(block);
         }
-        Ok(true)
-    }
-
-    /// Reads the block after the sequence's last from disk, if it is there.
-    fn restore_from_disk(&mut self, sequence: &mut Sequence, tokens: &[u32]) -> Result<bool, EngineError> {
-        let block_size = self.limits.block_size;
-        let Some(disk_cache) = &self.disk_cache else { return Ok(false) };
-        let done = sequence.blocks.len() * block_size;
-        let Some(tokens) = tokens.get(done..done + block_size) else { return Ok(false) };
-        let hash = self.prefix_cache.hash_after(&sequence.cursor, tokens);
-        if !disk_cache.contains(&hash) {
-            return Ok(false);
-        }
-        let Some(rows) = disk_cache.read(&hash, tokens, self.block_rows.block_bytes()) else { return Ok(false) };
-        let Some(block) = self.alloc() else { return Ok(false) };
-        self.block_rows.write(block, &rows, self.backend.as_mut())?;
-        let block = self.prefix_cache.publish(&mut sequence.cursor, tokens, block, &mut self.pool);
-        sequence.blocks.push(block);
-        self.stats.disk_hit_tokens += block_size as u64;
         Ok(true)
     }
 
@@ -602,7 +662,11 @@ impl Engine {
             });
         }
         self.backend.read_f32(logits.row_range(row, 1), &mut self.logits)?;
-        Ok(sequence.choose(&self.logits, &mut self.mask))
+        let chosen = sequence.choose(&self.logits, &mut self.mask);
+        let (masks, mask_time) = sequence.take_masks();
+        self.stats.masks += masks;
+        self.stats.mask_time += mask_time;
+        Ok(chosen)
     }
 
     /// Log-probabilities of the prompt's tokens, where wanted: row `i` of a share predicts the token after its `i`-th.

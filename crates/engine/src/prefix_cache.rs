@@ -51,6 +51,14 @@ impl Cursor {
     }
 }
 
+/// The name of a block with these tokens behind one of that name.
+fn chain(before: &BlockHash, tokens: &[u32]) -> BlockHash {
+    let mut hasher = Sha256::new();
+    hasher.update(before);
+    tokens.iter().for_each(|token| hasher.update(token.to_le_bytes()));
+    hasher.finalize().into()
+}
+
 /// What [`PrefixCache::lookup`] found.
 #[derive(Debug)]
 pub struct PrefixMatch {
@@ -169,15 +177,26 @@ impl PrefixCache {
         self.shrink(pool);
     }
 
-    /// The name of the block that follows `cursor` with these tokens.
-    pub fn hash_after(&self, cursor: &Cursor, tokens: &[u32]) -> BlockHash {
-        let mut hasher = Sha256::new();
+    /// The names of the full blocks that follow `cursor` with these tokens.
+    pub fn hashes_after<'a>(
+        &self,
+        cursor: &Cursor,
+        tokens: &'a [u32],
+        block_size: usize,
+    ) -> impl Iterator<Item = (BlockHash, &'a [u32])> + use<'a> {
+        let mut hash = self.hash_at(cursor);
+        tokens.chunks_exact(block_size).map(move |tokens| {
+            hash = chain(&hash, tokens);
+            (hash, tokens)
+        })
+    }
+
+    /// What names of blocks after a cursor begin with.
+    fn hash_at(&self, cursor: &Cursor) -> BlockHash {
         match cursor.node {
-            Some(node) => hasher.update(self.node(node).hash),
-            None => hasher.update(Sha256::digest(cursor.salt.as_bytes())),
+            Some(node) => self.node(node).hash,
+            None => Sha256::digest(cursor.salt.as_bytes()).into(),
         }
-        tokens.iter().for_each(|token| hasher.update(token.to_le_bytes()));
-        hasher.finalize().into()
     }
 
     /// The name of the block at a cursor; `None` at the start.
@@ -240,7 +259,7 @@ impl PrefixCache {
             .filter(|id| tokens.starts_with(&self.node(*id).tokens))
             .collect();
         contained.into_iter().for_each(|id| self.remove(id, pool));
-        let hash = self.hash_after(cursor, tokens);
+        let hash = chain(&self.hash_at(cursor), tokens);
         let parent = cursor.parent();
         let id = self.unused.pop().unwrap_or_else(|| {
             self.nodes.push(None);

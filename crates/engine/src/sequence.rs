@@ -12,6 +12,7 @@ use crate::thinking::ThinkingState;
 use moellon_text::constraint::{Constraint, TokenMask};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 /// Counts a request as waiting until it is dropped.
@@ -29,6 +30,17 @@ impl Drop for QueueTicket {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
+}
+
+/// Blocks that come from disk while a request waits.
+#[derive(Debug)]
+pub(crate) enum Restore {
+    /// Nobody has looked.
+    Untried,
+    /// Rows of one block after the other.
+    Reading(Receiver<Vec<u8>>),
+    /// All that could be read is there.
+    Done,
 }
 
 /// A request, waiting or running.
@@ -52,6 +64,9 @@ pub(crate) struct Sequence {
     pub(crate) prompt_logprobs: Option<Vec<Option<PromptScore>>>,
     pub(crate) events: EventSender,
     pub(crate) ticket: Option<QueueTicket>,
+    pub(crate) restore: Restore,
+    /// Masks computed since the engine asked last, and their time.
+    masks: (u64, Duration),
     salt: Option<String>,
     sampler: Sampler,
     max_tokens: usize,
@@ -85,6 +100,8 @@ impl Sequence {
             prompt_logprobs: request.prompt_logprobs.then(|| vec![None; prompt_tokens]),
             events,
             ticket: Some(ticket),
+            restore: Restore::Untried,
+            masks: (0, Duration::ZERO),
             salt: request.cache_salt,
             sampler: Sampler::new(request.sampling, &request.prompt),
             tokens: request.prompt,
@@ -185,6 +202,11 @@ impl Sequence {
         Ok(SampledToken { id, logprob, top_logprobs, forced: forced.is_some() })
     }
 
+    /// Masks computed since the last call, and their time.
+    pub(crate) fn take_masks(&mut self) -> (u64, Duration) {
+        std::mem::take(&mut self.masks)
+    }
+
     /// The error of logits that no token can be chosen from.
     pub(crate) fn bad_logits(&self, reason: &dyn std::fmt::Display) -> RequestError {
         RequestError::Logits { position: self.tokens.len(), reason: reason.to_string() }
@@ -200,7 +222,10 @@ impl Sequence {
         mask.set_all();
         let mut may_end = !too_short;
         if let Some(constraint) = &mut self.constraint {
+            let started = Instant::now();
             constraint.allow(mask).map_err(|error| RequestError::Constraint(error.to_string()))?;
+            self.masks.0 += 1;
+            self.masks.1 += started.elapsed();
             // Where the grammar allows nothing more, ending is better than failing for want of tokens.
             may_end = constraint.may_end() && (may_end || mask.is_empty());
             let change = if may_end { TokenMask::set } else { TokenMask::clear };
@@ -276,8 +301,15 @@ impl Sequence {
 
     fn let_go(&mut self, pool: &mut KvPool) {
         self.blocks.drain(..).for_each(|block| pool.release(block));
+        self.lose_blocks();
+    }
+
+    /// Begins anew: the blocks are gone with their pool.
+    pub(crate) fn lose_blocks(&mut self) {
+        self.blocks.clear();
         self.computed = 0;
         self.published = 0;
+        self.restore = Restore::Untried;
         self.cursor = Cursor::start(self.salt.as_deref());
     }
 

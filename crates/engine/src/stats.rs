@@ -70,6 +70,10 @@ pub struct EngineStats {
     pub generated_tokens_per_s: f64,
     /// Prompt tokens that may ride in a step that decodes.
     pub prefill_chunk: usize,
+    /// Masks of constraints computed.
+    pub masks: u64,
+    /// Their time.
+    pub mask_time: Duration,
     /// Requests put back into the queue for want of blocks.
     pub preemptions: u64,
     /// Requests refused by `submit`.

@@ -226,6 +226,55 @@ fn unusable_logits_fail_one_request_by_name_and_leave_nothing_cached() {
 }
 
 #[test]
+fn a_prompt_that_comes_from_disk_holds_nobody_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let sizes = disk_sizes(folder.path());
+    let mut engine = sizes.engine();
+    let expected = ids_of(&run_one(&mut engine, request(prompt(1, 60), 6)));
+    engine.flush();
+    drop(engine);
+    let mut engine = sizes.engine();
+    let mut beside = engine.submit(request(prompt(2, 10), 80)).unwrap();
+    engine.step().unwrap();
+    let mut restored = engine.submit(request(prompt(1, 60), 6)).unwrap();
+    let gone = engine.submit(request(prompt(1, 60), 6)).unwrap();
+    let mut third = engine.submit(request(prompt(3, 10), 6)).unwrap();
+    let mut before = drain(&mut beside).len();
+    let mut gone = Some(gone);
+    for _ in 0..60 {
+        engine.step().unwrap();
+        engine.check().unwrap();
+        gone.take();
+        let now = drain(&mut beside).len();
+        assert!(now > 0, "the running request has a token in every step");
+        before += now;
+    }
+    assert!(before > 60);
+    run(&mut engine);
+    let events = drain(&mut restored);
+    assert_eq!((started(&events).cached_tokens, ids_of(&events)), (56, expected));
+    assert_eq!(ids_of(&drain(&mut third)), ids_of(&run_one(&mut engine, request(prompt(3, 10), 6))));
+    assert_eq!(engine.stats().cancelled, 1);
+}
+
+#[test]
+fn a_failure_while_a_prompt_comes_from_disk_loses_nothing_but_the_cache() {
+    let folder = tempfile::tempdir().unwrap();
+    let sizes = disk_sizes(folder.path());
+    let mut engine = sizes.engine();
+    let expected = ids_of(&run_one(&mut engine, request(prompt(1, 60), 6)));
+    engine.flush();
+    drop(engine);
+    let mut engine = sizes.engine();
+    let _beside = engine.submit(request(prompt(2, 10), 80)).unwrap();
+    let mut restored = engine.submit(request(prompt(1, 60), 6)).unwrap();
+    engine.step().unwrap();
+    engine.restart("on purpose");
+    run(&mut engine);
+    assert_eq!(ids_of(&drain(&mut restored)), expected);
+}
+
+#[test]
 fn log_probabilities_of_a_prompt_are_those_of_generating_it() {
     let mut engine = Sizes::default().engine();
     let generated = run_one(&mut engine, Request { logprobs: Some(3), ..request(prompt(1, 21), 9) });

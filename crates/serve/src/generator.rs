@@ -62,6 +62,12 @@ pub struct GeneratorStats {
     pub prefix_queried_tokens: u64,
     /// Of them found.
     pub prefix_hit_tokens: u64,
+    /// Of them read from disk.
+    pub disk_hit_tokens: u64,
+    /// Masks of constraints computed.
+    pub masks: u64,
+    /// Their time.
+    pub mask_time: Duration,
     /// Requests put back into the queue for want of cache.
     pub preemptions: u64,
     /// Requests refused for want of memory.

@@ -172,7 +172,9 @@ impl Metrics {
             ("vllm:spec_decode_num_drafts_total", stats.drafts),
             ("vllm:spec_decode_num_draft_tokens_total", stats.draft_tokens),
             ("vllm:spec_decode_num_accepted_tokens_total", stats.accepted_draft_tokens),
+            ("moellon:prefix_cache_disk_hits_total", stats.disk_hit_tokens),
             ("moellon:steps_total", stats.steps),
+            ("moellon:masks_total", stats.masks),
             ("moellon:engine_restarts_total", stats.restarts),
             ("moellon:memory_admission_rejects_total", stats.admission_rejects),
             ("moellon:requests_refused_total", count(&self.refused)),
@@ -180,6 +182,11 @@ impl Metrics {
         for (name, value) in counters {
             let _ = writeln!(out, "# TYPE {name} counter\n{name}{{{labels}}} {value}");
         }
+        let seconds = stats.mask_time.as_secs_f64();
+        let _ = writeln!(
+            out,
+            "# TYPE moellon:mask_seconds_total counter\nmoellon:mask_seconds_total{{{labels}}} {seconds}"
+        );
         let _ = writeln!(out, "# TYPE vllm:request_success_total counter");
         let reasons =
             [("stop", &self.stop), ("length", &self.length), ("tool_calls", &self.tool_calls), ("abort", &self.abort)];
