@@ -117,6 +117,12 @@ impl EngineHandle {
         }
     }
 
+    /// Whether the engine's thread is there. It ends at a shutdown; a panic outside of a step, which is a bug, ends it too.
+    pub fn is_running(&self) -> bool {
+        let thread = self.shared.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
     /// Takes no more requests, lets those in flight finish for at most `drain`, fails the rest with
     /// [`RequestError::ShuttingDown`], writes cached blocks to disk and ends the thread.
     pub fn shutdown(&self, drain: Duration) {

@@ -67,7 +67,9 @@ fn a_panic_fails_what_runs_and_the_engine_starts_anew() {
 fn shutdown_lets_requests_finish_and_takes_no_more() {
     let engine = EngineHandle::spawn(Sizes::default().engine()).unwrap();
     let receivers: Vec<_> = (0..6).map(|i| engine.submit(request(prompt(i, 12), 20)).unwrap()).collect();
+    assert!(engine.is_running());
     engine.shutdown(Duration::from_secs(60));
+    assert!(!engine.is_running());
     for receiver in receivers {
         let events = collect(receiver);
         let Some(Event::Finished(finished)) = events.last() else { panic!("{events:?}") };

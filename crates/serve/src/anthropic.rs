@@ -278,6 +278,7 @@ fn stop_reason(ending: &Ending) -> (&'static str, Value) {
 enum Block {
     Thinking,
     Text,
+    ToolUse,
 }
 
 /// Frames of a message stream.
@@ -323,6 +324,7 @@ impl MessagesEncoder {
         let content = match block {
             Block::Thinking => json!({"type": "thinking", "thinking": "", "signature": ""}),
             Block::Text => json!({"type": "text", "text": ""}),
+            Block::ToolUse => unreachable!("a call's block is opened where its name is known"),
         };
         self.start_block(content, out);
         self.block = Some(block);
@@ -361,13 +363,15 @@ impl StreamEncoder for MessagesEncoder {
                 self.open(Block::Text, out);
                 self.block_delta(json!({"type": "text_delta", "text": text}), out);
             }
-            Delta::Call(call) => {
-                let content = json!({"type": "tool_use", "id": call_id("toolu_"), "name": call.name, "input": {}});
+            Delta::CallStart { name, .. } => {
+                let content = json!({"type": "tool_use", "id": call_id("toolu_"), "name": name, "input": {}});
                 self.start_block(content, out);
-                let delta = json!({"type": "input_json_delta", "partial_json": call.arguments_json()});
-                self.block_delta(delta, out);
-                event_frame(out, &json!({"type": "content_block_stop", "index": self.index()}));
+                self.block = Some(Block::ToolUse);
             }
+            Delta::CallArguments { text, .. } => {
+                self.block_delta(json!({"type": "input_json_delta", "partial_json": text}), out);
+            }
+            Delta::Call(_) => self.close(out),
         }
     }
 

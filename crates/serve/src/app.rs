@@ -70,7 +70,7 @@ impl App {
     /// Whether there is work and the engine does not get on with it.
     pub(crate) fn is_stuck(&self) -> bool {
         let stats = self.workshop.generator.stats();
-        stats.running > 0 && stats.since_last_step > self.options.stall
+        stats.running + stats.waiting > 0 && stats.since_last_step > self.options.stall
     }
 
     /// [`Self::is_stuck`] for streams.
@@ -124,9 +124,11 @@ pub(crate) async fn start_chat(
     request: ChatRequest,
     id: &str,
     protocol: &'static str,
+    is_streaming: bool,
 ) -> Result<(Job, Vec<String>), ApiError> {
     let for_plan = Arc::clone(app);
-    let plan = off_thread(move || prompt::plan_chat(&request, &for_plan.workshop.model, &for_plan.options)).await?;
+    let mut plan = off_thread(move || prompt::plan_chat(&request, &for_plan.workshop.model, &for_plan.options)).await?;
+    plan.pipeline.stream_calls = is_streaming;
     start(app, plan, id, protocol)
 }
 
@@ -158,7 +160,7 @@ async fn chat_completions(State(app): State<Arc<App>>, request: Request<Body>) -
         let chat = openai_chat::parse(&call.body, &app)?;
         let streaming = stream_options(Fields::of_body(&call.body))?;
         let (num_choices, wants_logprobs) = (chat.settings.n, chat.settings.logprobs.is_some());
-        let (job, warnings) = start_chat(&app, chat, &call.id, "chat").await?;
+        let (job, warnings) = start_chat(&app, chat, &call.id, "chat", streaming.stream).await?;
         let envelope = Envelope::new("chatcmpl-", &app, &call.id);
         let response = if streaming.stream {
             let encoder = ChatEncoder::new(envelope, num_choices, streaming.include_usage);
@@ -175,7 +177,7 @@ async fn messages(State(app): State<Arc<App>>, request: Request<Body>) -> Respon
     handle(app, request, Protocol::Anthropic, |app, call| async move {
         let chat = anthropic::parse(&call.body, &app, false)?;
         let streaming = stream_options(Fields::of_body(&call.body))?;
-        let (job, warnings) = start_chat(&app, chat, &call.id, "messages").await?;
+        let (job, warnings) = start_chat(&app, chat, &call.id, "messages", streaming.stream).await?;
         let envelope = Envelope::new("msg_", &app, &call.id);
         let response = if streaming.stream {
             let encoder = MessagesEncoder::new(envelope);
@@ -201,7 +203,7 @@ async fn responses(State(app): State<Arc<App>>, request: Request<Body>) -> Respo
     handle(app, request, Protocol::OpenAi, |app, call| async move {
         let chat = openai_responses::parse(&call.body, &app)?;
         let streaming = stream_options(Fields::of_body(&call.body))?;
-        let (job, warnings) = start_chat(&app, chat, &call.id, "responses").await?;
+        let (job, warnings) = start_chat(&app, chat, &call.id, "responses", streaming.stream).await?;
         let envelope = Envelope::new("resp_", &app, &call.id);
         let echo = Echo::new(&call.body);
         let response = if streaming.stream {

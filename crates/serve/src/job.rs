@@ -305,6 +305,15 @@ impl Job {
         }
         let pipeline = &mut choice.pipeline;
         let is_length = finished.as_ref().is_some_and(|finished| finished.reason == FinishReason::Length);
+        if let (Some(reason), false) = (pipeline.broken_call.take(), is_length) {
+            // Its first part is with the client and cannot be taken back, and a whole call it is not: an error is the only
+            // ending that no client takes for one.
+            tracing::warn!(request = %self.id, %reason, "malformed tool call in a stream");
+            self.close("error");
+            let error = ApiError::new(ErrorKind::Internal, format!("the model wrote a malformed tool call: {reason}"));
+            self.ready.push_back(Step::Failed(error.with_code("malformed_tool_call")));
+            return;
+        }
         // An answer that was cut says so, even if it has complete calls: the last one may be missing.
         let ending = match pipeline.stop_string.take() {
             Some(text) => Ending::StopString(text),

@@ -327,15 +327,13 @@ pub(crate) struct ChatEncoder {
     envelope: Envelope,
     num_choices: usize,
     include_usage: bool,
-    /// Calls of each answer so far: one index space an answer, from 0.
-    num_calls: Vec<usize>,
     /// The end of a choice, if no other choice has ended since.
     last: Option<Value>,
 }
 
 impl ChatEncoder {
     pub(crate) fn new(envelope: Envelope, num_choices: usize, include_usage: bool) -> ChatEncoder {
-        ChatEncoder { envelope, num_choices, include_usage, num_calls: vec![0; num_choices], last: None }
+        ChatEncoder { envelope, num_choices, include_usage, last: None }
     }
 
     fn chunk(&self, choices: Value) -> Value {
@@ -378,15 +376,17 @@ impl StreamEncoder for ChatEncoder {
                 };
                 self.frame(choice, json!({"content": text}), logprobs, Value::Null, out);
             }
-            Delta::Call(call) => {
-                let index = self.num_calls[choice];
-                self.num_calls[choice] += 1;
-                let function = json!({"name": call.name, "arguments": ""});
+            Delta::CallStart { index, name } => {
+                let function = json!({"name": name, "arguments": ""});
                 let head = json!({"index": index, "id": call_id("call_"), "type": "function", "function": function});
                 self.frame(choice, json!({"tool_calls": [head]}), Value::Null, Value::Null, out);
-                let rest = json!({"index": index, "function": {"arguments": call.arguments_json()}});
-                self.frame(choice, json!({"tool_calls": [rest]}), Value::Null, Value::Null, out);
             }
+            Delta::CallArguments { index, text } => {
+                let more = json!({"index": index, "function": {"arguments": text}});
+                self.frame(choice, json!({"tool_calls": [more]}), Value::Null, Value::Null, out);
+            }
+            // All of it has been sent.
+            Delta::Call(_) => {}
         }
     }
 

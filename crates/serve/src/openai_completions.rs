@@ -103,7 +103,13 @@ pub(crate) fn plan(request: &CompletionRequest, prompt: &[u32]) -> Plan {
         settings,
         constraints: Vec::new(),
         thinking_budget: None,
-        pipeline: PipelineSettings { thinking: None, tool_calls: None, parallel_tool_calls: true, keep_special: false },
+        pipeline: PipelineSettings {
+            thinking: None,
+            tool_calls: None,
+            parallel_tool_calls: true,
+            stream_calls: false,
+            keep_special: false,
+        },
         warnings: Vec::new(),
     }
 }

@@ -15,7 +15,6 @@ use crate::stream::{StreamEncoder, collect, event_frame};
 use axum::body::Body;
 use axum::http::{Response, StatusCode};
 use moellon_engine::Finished;
-use moellon_text::ToolCall;
 use serde_json::{Map, Value, json};
 
 /// Reads the body.
@@ -298,6 +297,7 @@ fn call_item(id: &str, call: &str, status: &str, name: &str, arguments: &str) ->
 enum Open {
     Reasoning { id: String, text: String },
     Message { id: String, text: String },
+    Call { id: String, call_id: String, name: String, arguments: String },
 }
 
 /// Frames of a responses stream.
@@ -349,6 +349,11 @@ impl ResponsesEncoder {
                 self.frame("response.content_part.done", part, out);
                 message_item(&id, "completed", json!([text_part(&text)]))
             }
+            Some(Open::Call { id, call_id, name, arguments }) => {
+                let done = json!({"item_id": id, "output_index": index, "name": name, "arguments": arguments});
+                self.frame("response.function_call_arguments.done", done, out);
+                call_item(&id, &call_id, "completed", &name, &arguments)
+            }
         };
         self.frame("response.output_item.done", json!({"output_index": index, "item": item}), out);
         self.output.push(item);
@@ -391,19 +396,22 @@ impl ResponsesEncoder {
         }
     }
 
-    fn call(&mut self, call: &ToolCall, out: &mut String) {
+    fn call_start(&mut self, name: &str, out: &mut String) {
         self.close(out);
         let index = self.output.len();
-        let (id, call_name, arguments) = (call_id("fc_"), call_id("call_"), call.arguments_json());
-        let added = call_item(&id, &call_name, "in_progress", &call.name, "");
+        let (id, call) = (call_id("fc_"), call_id("call_"));
+        let added = call_item(&id, &call, "in_progress", name, "");
         self.frame("response.output_item.added", json!({"output_index": index, "item": added}), out);
-        let delta = json!({"item_id": id, "output_index": index, "delta": arguments});
-        self.frame("response.function_call_arguments.delta", delta, out);
-        let done = json!({"item_id": id, "output_index": index, "name": call.name, "arguments": arguments});
-        self.frame("response.function_call_arguments.done", done, out);
-        let item = call_item(&id, &call_name, "completed", &call.name, &arguments);
-        self.frame("response.output_item.done", json!({"output_index": index, "item": item}), out);
-        self.output.push(item);
+        self.open = Some(Open::Call { id, call_id: call, name: name.to_owned(), arguments: String::new() });
+    }
+
+    fn call_arguments(&mut self, text: &str, out: &mut String) {
+        let index = self.output.len();
+        if let Some(Open::Call { id, arguments, .. }) = &mut self.open {
+            arguments.push_str(text);
+            let delta = json!({"item_id": id, "output_index": index, "delta": text});
+            self.frame("response.function_call_arguments.delta", delta, out);
+        }
     }
 }
 
@@ -418,12 +426,17 @@ impl StreamEncoder for ResponsesEncoder {
             Delta::Thinking(text) => self.thinking(text, out),
             Delta::Text { text, .. } if text.is_empty() => {}
             Delta::Text { text, .. } => self.text(text, out),
-            Delta::Call(call) => self.call(call, out),
+            Delta::CallStart { name, .. } => self.call_start(name, out),
+            Delta::CallArguments { text, .. } => self.call_arguments(text, out),
+            Delta::Call(_) => self.close(out),
         }
     }
 
     fn ended(&mut self, _choice: usize, ending: &Ending, _: Option<&Finished>, _: &Usage, out: &mut String) {
-        self.close(out);
+        // A call that was cut off is not done, and nobody is told that it is.
+        if !matches!(self.open, Some(Open::Call { .. })) {
+            self.close(out);
+        }
         self.ending = Some(ending.clone());
     }
 

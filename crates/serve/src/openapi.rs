@@ -16,6 +16,7 @@ pub(crate) fn document() -> Value {
         ("/get_model_info", "For routers"),
         ("/version", "The version"),
         ("/v1/loads", "How busy it is"),
+        ("/loads", "How busy it is, under the name that some routers ask for"),
         ("/openapi.json", "This document"),
         ("/moellon/status", "What the page shows"),
     ];

@@ -66,7 +66,8 @@ pub enum ThinkingPolicy {
     On,
     /// Never.
     Off,
-    /// As the template does, but not right after a tool's result: most such steps are mechanical.
+    /// As the template does, but not on steps that are mostly mechanical: after a tool's result that is no failure, where a
+    /// call or a choice is prescribed, and where at most 64 tokens are wanted.
     Auto,
 }
 

@@ -18,6 +18,8 @@ pub(crate) struct PipelineSettings {
     pub(crate) tool_calls: Option<(ToolCallFormat, Vec<ToolSchema>)>,
     /// Whether the answer goes on after a call.
     pub(crate) parallel_tool_calls: bool,
+    /// Whether calls are given while they come: for streams.
+    pub(crate) stream_calls: bool,
     /// Show special tokens in the text.
     pub(crate) keep_special: bool,
 }
@@ -31,8 +33,22 @@ pub(crate) enum Delta {
         /// Of the tokens that became visible, where asked for.
         logprobs: Vec<SampledToken>,
     },
+    /// A call begins; only where calls are streamed.
+    CallStart {
+        index: usize,
+        name: String,
+    },
+    /// More of the JSON text of its arguments; only where calls are streamed.
+    CallArguments {
+        index: usize,
+        text: String,
+    },
+    /// A whole call.
     Call(ToolCall),
 }
+
+/// How much of a malformed call an error repeats.
+const MAX_SHOWN_CHARS: usize = 2000;
 
 /// The texts that must survive although they may be special tokens: the parsers look for them.
 fn is_marker(text: &str, model: &ServedModel) -> bool {
@@ -81,6 +97,8 @@ pub(crate) struct Pipeline {
     pub(crate) num_calls: usize,
     /// Why something that began like a call is none.
     pub(crate) malformed: Vec<String>,
+    /// Why a call of which something was given is none: the answer cannot be completed.
+    pub(crate) broken_call: Option<String>,
     /// Nothing more is wanted, though the engine would go on.
     pub(crate) is_over: bool,
 }
@@ -98,7 +116,8 @@ impl Pipeline {
             Some(start) => Some(ThinkingSplitter::new(model.thinking_format.clone(), start).map_err(refuse)?),
             None => None,
         };
-        let parser = settings.tool_calls.as_ref().map(|(format, tools)| ToolCallParser::new(*format, tools.clone()));
+        let make = if settings.stream_calls { ToolCallParser::streaming } else { ToolCallParser::new };
+        let parser = settings.tool_calls.as_ref().map(|(format, tools)| make(*format, tools.clone()));
         Ok(Pipeline {
             model: Arc::clone(model),
             stop_tokens: StopTokens::new(stop_token_ids.iter().copied()),
@@ -116,6 +135,7 @@ impl Pipeline {
             stop_string: None,
             num_calls: 0,
             malformed: Vec::new(),
+            broken_call: None,
             is_over: false,
         })
     }
@@ -230,16 +250,28 @@ impl Pipeline {
                     self.was_thinking = true;
                     deltas.push(Delta::Thinking(text));
                 }
-                ToolEvent::Call(call) => {
+                ToolEvent::CallStart { index, name, .. } => {
                     self.was_thinking = false;
                     // A stop string does not reach across a call.
+                    let held = self.stop_strings.finish();
+                    push_text(deltas, held);
+                    deltas.push(Delta::CallStart { index, name });
+                }
+                ToolEvent::CallArguments { index, text } => deltas.push(Delta::CallArguments { index, text }),
+                ToolEvent::Call(call) => {
+                    self.was_thinking = false;
                     let held = self.stop_strings.finish();
                     push_text(deltas, held);
                     self.num_calls += 1;
                     deltas.push(Delta::Call(call));
                     self.is_over |= self.one_call;
                 }
-                ToolEvent::Malformed { reason, .. } => self.malformed.push(reason),
+                ToolEvent::Malformed { raw, reason, begun: Some(_) } => {
+                    let shown: String = raw.chars().take(MAX_SHOWN_CHARS).collect();
+                    self.broken_call = Some(format!("{reason}; the model wrote {shown:?}"));
+                    self.is_over = true;
+                }
+                ToolEvent::Malformed { reason, begun: None, .. } => self.malformed.push(reason),
             }
         }
     }
@@ -261,6 +293,8 @@ fn push_text(deltas: &mut Vec<Delta>, text: String) {
     }
     match deltas.last_mut() {
         Some(Delta::Text { text: last, .. }) => last.push_str(&text),
-        Some(Delta::Thinking(_) | Delta::Call(_)) | None => deltas.push(Delta::Text { text, logprobs: Vec::new() }),
+        Some(Delta::Thinking(_) | Delta::CallStart { .. } | Delta::CallArguments { .. } | Delta::Call(_)) | None => {
+            deltas.push(Delta::Text { text, logprobs: Vec::new() })
+        }
     }
 }

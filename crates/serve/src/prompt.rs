@@ -44,6 +44,7 @@ pub(crate) fn plan_chat(request: &ChatRequest, model: &ServedModel, options: &Se
             thinking,
             tool_calls,
             parallel_tool_calls: request.parallel_tool_calls,
+            stream_calls: false,
             keep_special: false,
         },
         warnings: request.warnings.clone(),
@@ -105,14 +106,13 @@ pub(crate) fn render(
 /// The template's variables: the request's own, and thinking in the words of the common templates.
 fn variables(request: &ChatRequest, options: &ServeOptions) -> Map<String, Value> {
     let mut kwargs = request.template_kwargs.clone();
-    let after_tool = request.messages.last().is_some_and(|message| message["role"] == "tool");
     let enabled = request.thinking.enabled.or(match options.thinking {
         // An effort asks for thinking.
         _ if request.thinking.effort.is_some() || request.thinking.budget.is_some() => Some(true),
         ThinkingPolicy::Template => None,
         ThinkingPolicy::On => Some(true),
         ThinkingPolicy::Off => Some(false),
-        ThinkingPolicy::Auto => after_tool.then_some(false),
+        ThinkingPolicy::Auto => is_trivial(request).then_some(false),
     });
     if let Some(enabled) = enabled {
         // GLM and Qwen say enable_thinking, DeepSeek says thinking.
@@ -124,6 +124,26 @@ fn variables(request: &ChatRequest, options: &ServeOptions) -> Map<String, Value
         kwargs.entry("reasoning_effort").or_insert(json!(effort));
     }
     kwargs
+}
+
+/// Whether a step needs no thought of its own, by what can be seen without a model: a tool's result that is no failure
+/// mostly leads to the next call of a plan that was thought out before, and where a call, a choice or a pattern is
+/// prescribed, or a few tokens are all that is wanted, there is little to think about.
+fn is_trivial(request: &ChatRequest) -> bool {
+    /// A thought alone is longer.
+    const FEW_TOKENS: usize = 64;
+    let result = request.messages.last().filter(|message| message["role"] == "tool");
+    let text = result.map(|message| message["content"].as_str().unwrap_or_default().trim_start());
+    let failed = |text: &str| {
+        let head: String = text.chars().take(80).collect::<String>().to_lowercase();
+        ["error", "failed", "failure", "traceback", "panicked", "exception", "not found"]
+            .iter()
+            .any(|w| head.contains(w))
+    };
+    let is_prescribed = matches!(request.tool_choice, ToolChoice::Named(_))
+        || matches!(request.grammar, Some(Grammar::Choice(_) | Grammar::Regex(_)));
+    let is_short = request.settings.max_tokens.is_some_and(|max_tokens| max_tokens <= FEW_TOKENS);
+    is_prescribed || is_short || text.is_some_and(|text| !failed(text))
 }
 
 /// Messages whose texts cannot name special tokens. The assistant's own are left: templates look for `</think>` in them.

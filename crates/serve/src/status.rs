@@ -25,6 +25,7 @@ pub(crate) fn routes() -> Router<Arc<App>> {
         .route("/get_model_info", get(model_info))
         .route("/version", get(version))
         .route("/v1/loads", get(loads))
+        .route("/loads", get(loads))
 }
 
 /// Whether tokens come: a process that lives and a model that answers are two things.

@@ -198,6 +198,8 @@ pub(crate) async fn collect(job: &mut Job, num_choices: usize) -> Result<Vec<Ans
                             answer.text.push_str(&text);
                             answer.logprobs.append(&mut logprobs);
                         }
+                        // The whole call follows.
+                        Delta::CallStart { .. } | Delta::CallArguments { .. } => {}
                         Delta::Call(call) => answer.calls.push(call),
                     }
                 }

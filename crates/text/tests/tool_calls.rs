@@ -25,11 +25,22 @@ fn tools() -> Vec<ToolSchema> {
 
 /// All events, with neighbouring texts joined.
 fn parse_chunks<'a>(format: ToolCallFormat, chunks: impl Iterator<Item = &'a str>) -> Vec<ToolEvent> {
-    let mut parser = ToolCallParser::new(format, tools());
+    joined(ToolCallParser::new(format, tools()), chunks)
+}
+
+/// The same while calls come.
+fn stream_chunks<'a>(format: ToolCallFormat, chunks: impl Iterator<Item = &'a str>) -> Vec<ToolEvent> {
+    joined(ToolCallParser::streaming(format, tools()), chunks)
+}
+
+fn joined<'a>(mut parser: ToolCallParser, chunks: impl Iterator<Item = &'a str>) -> Vec<ToolEvent> {
     let mut joined: Vec<ToolEvent> = Vec::new();
     let mut add = |event: ToolEvent| match (joined.last_mut(), event) {
         (Some(ToolEvent::Text(last)), ToolEvent::Text(text)) => last.push_str(&text),
         (Some(ToolEvent::Thinking(last)), ToolEvent::Thinking(text)) => last.push_str(&text),
+        (Some(ToolEvent::CallArguments { text: last, .. }), ToolEvent::CallArguments { text, .. }) => {
+            last.push_str(&text)
+        }
         (_, event) => joined.push(event),
     };
     for chunk in chunks {
@@ -44,7 +55,41 @@ fn parse(format: ToolCallFormat, output: &str) -> Vec<ToolEvent> {
     let whole = parse_chunks(format, [output].into_iter());
     let characters = parse_chunks(format, output.split_inclusive(|_| true));
     assert_eq!(characters, whole, "{output}");
+    check_stream(format, output, &whole);
     whole
+}
+
+/// A streaming parser gives the same calls and texts, and the arguments that it gave are those of the calls.
+fn check_stream(format: ToolCallFormat, output: &str, plain: &[ToolEvent]) {
+    let whole = stream_chunks(format, [output].into_iter());
+    assert_eq!(stream_chunks(format, output.split_inclusive(|_| true)), whole, "{output}");
+    let mut given: Option<(usize, String, String)> = None;
+    for event in &whole {
+        match event {
+            ToolEvent::CallStart { index, name, .. } => {
+                assert!(given.is_none(), "{output}: {whole:?}");
+                given = Some((*index, name.clone(), String::new()));
+            }
+            ToolEvent::CallArguments { index, text } => {
+                let (begun, _, arguments) = given.as_mut().expect("a call has begun");
+                assert_eq!(begun, index);
+                arguments.push_str(text);
+            }
+            ToolEvent::Call(call) => {
+                let (index, name, arguments) = given.take().expect("a call has begun");
+                assert_eq!((index, &name), (call.index, &call.name));
+                assert_eq!(serde_json::from_str::<Value>(&arguments).unwrap(), Value::Object(call.arguments.clone()));
+            }
+            ToolEvent::Malformed { begun, .. } => assert_eq!(*begun, given.take().map(|(index, ..)| index)),
+            ToolEvent::Text(_) | ToolEvent::Thinking(_) => assert!(given.is_none(), "{output}: {whole:?}"),
+        }
+    }
+    assert!(given.is_none(), "{output}: {whole:?}");
+    if !whole.iter().any(|event| matches!(event, ToolEvent::Malformed { .. })) {
+        let is_new =
+            |event: &&ToolEvent| !matches!(event, ToolEvent::CallStart { .. } | ToolEvent::CallArguments { .. });
+        assert_eq!(whole.iter().filter(is_new).collect::<Vec<_>>(), plain.iter().collect::<Vec<_>>(), "{output}");
+    }
 }
 
 /// A short form of events: texts as they are, calls as `name{arguments}`, malformed calls as `!reason`.
@@ -54,6 +99,7 @@ fn short(events: &[ToolEvent]) -> Vec<String> {
         ToolEvent::Thinking(text) => format!("~{text}"),
         ToolEvent::Call(call) => format!("{}:{}{}", call.index, call.name, call.arguments_json()),
         ToolEvent::Malformed { reason, .. } => format!("!{reason}"),
+        ToolEvent::CallStart { .. } | ToolEvent::CallArguments { .. } => panic!("{event:?} without streaming"),
     };
     events.iter().map(form).collect()
 }
@@ -68,7 +114,7 @@ fn check(format: ToolCallFormat, cases: &[(&str, &[&str])]) {
 fn check_malformed(format: ToolCallFormat, cases: &[(&str, &str)]) {
     for (output, part) in cases {
         match &parse(format, output)[..] {
-            [ToolEvent::Text(text), ToolEvent::Malformed { raw, reason }] => {
+            [ToolEvent::Text(text), ToolEvent::Malformed { raw, reason, begun: None }] => {
                 assert!(text.ends_with(raw.as_str()), "{output}: {text:?} {raw:?}");
                 assert_eq!(text, output);
                 assert!(reason.contains(part), "{output}: {reason}");
@@ -280,6 +326,82 @@ fn harmony() {
     );
     let events = parse(ToolCallFormat::Harmony, "<|channel|>final");
     assert!(matches!(&events[..], [ToolEvent::Text(_), ToolEvent::Malformed { .. }]), "{events:?}");
+}
+
+/// Sizes of the pieces in which the arguments of a call come, token by token.
+fn argument_pieces(format: ToolCallFormat, output: &str) -> Vec<usize> {
+    let mut parser = ToolCallParser::streaming(format, tools());
+    let chunks: Vec<String> = output.chars().collect::<Vec<_>>().chunks(4).map(|c| c.iter().collect()).collect();
+    let events = chunks.iter().flat_map(|chunk| parser.push(chunk)).collect::<Vec<_>>();
+    let size =
+        |event: &ToolEvent| if let ToolEvent::CallArguments { text, .. } = event { Some(text.len()) } else { None };
+    events.iter().filter_map(size).collect()
+}
+
+#[test]
+fn long_arguments_come_while_they_are_written() {
+    let text = "fn main() { println!(\\\"a < b\\\"); } ".repeat(20);
+    let bare = text.replace("\\\"", "\"");
+    let outputs = [
+        (
+            ToolCallFormat::Glm,
+            format!("<tool_call>weather<arg_key>city</arg_key><arg_value>{bare}</arg_value></tool_call>"),
+        ),
+        (
+            ToolCallFormat::Hermes,
+            format!("<tool_call>{{\"name\": \"weather\", \"arguments\": {{\"city\": \"{text}\"}}}}</tool_call>"),
+        ),
+        (
+            ToolCallFormat::QwenCoder,
+            format!(
+                "<tool_call>\n<function=weather>\n<parameter=city>\n{bare}\n</parameter>\n</function>\n</tool_call>"
+            ),
+        ),
+        (
+            ToolCallFormat::DeepSeek,
+            format!(
+                "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{{\"city\": \"{text}\"}}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+            ),
+        ),
+        (
+            ToolCallFormat::DeepSeekDsml,
+            format!(
+                "<｜DSML｜function_calls><｜DSML｜invoke name=\"weather\"><｜DSML｜parameter name=\"city\" string=\"true\">{bare}</｜DSML｜parameter></｜DSML｜invoke></｜DSML｜function_calls>"
+            ),
+        ),
+        (
+            ToolCallFormat::Harmony,
+            format!("<|channel|>commentary to=functions.weather<|message|>{{\"city\": \"{text}\"}}<|call|>"),
+        ),
+    ];
+    for (format, output) in outputs {
+        let events = parse(format, &output);
+        assert!(
+            matches!(&events[..], [ToolEvent::Call(call)] if call.arguments["city"] == bare.as_str()),
+            "{events:?}"
+        );
+        let pieces = argument_pieces(format, &output);
+        assert!(pieces.len() > 100 && pieces.iter().all(|size| *size < 40), "{format:?}: {pieces:?}");
+    }
+}
+
+#[test]
+fn a_call_that_breaks_after_it_began_says_so_and_is_not_complete() {
+    let cases = [
+        (ToolCallFormat::Glm, "<tool_call>weather<arg_key>city</arg_key><arg_value>Paris</arg_value>junk</tool_call>"),
+        (ToolCallFormat::Glm, "<tool_call>weather<arg_key>city</arg_key><arg_value>Par"),
+        (ToolCallFormat::Hermes, "<tool_call>{\"name\": \"weather\", \"arguments\": {\"city\": Paris}}</tool_call>"),
+        (ToolCallFormat::QwenCoder, "<tool_call><function=weather><parameter=city>Paris</parameter></tool_call>"),
+        (ToolCallFormat::Harmony, "<|channel|>commentary to=functions.weather<|message|>{\"city\": \"Par<|call|>"),
+    ];
+    for (format, output) in cases {
+        let events = stream_chunks(format, output.split_inclusive(|_| true));
+        let Some(ToolEvent::Malformed { raw, begun: Some(0), .. }) = events.last() else {
+            panic!("{output}: {events:?}")
+        };
+        assert!(output.starts_with(raw.as_str()) || raw.contains("Par"), "{raw}");
+        assert!(!events.iter().any(|event| matches!(event, ToolEvent::Call(_))));
+    }
 }
 
 #[test]

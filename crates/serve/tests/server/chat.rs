@@ -2,8 +2,8 @@
 
 use crate::client::{TestServer, options};
 use moellon_engine::RequestError;
-use moellon_serve::ServeOptions;
 use moellon_serve::scripted::ScriptedAnswer;
+use moellon_serve::{ServeOptions, ThinkingPolicy};
 use serde_json::{Value, json};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -88,17 +88,115 @@ async fn tool_calls_stream_with_index_id_and_arguments() {
     let chunks = reply.data();
     let calls: Vec<&Value> =
         chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["tool_calls"].get(0)).collect();
-    assert_eq!(calls.len(), 4, "{chunks:?}");
-    for (index, pair) in calls.chunks(2).enumerate() {
-        assert_eq!(pair[0]["index"], index);
-        assert!(pair[0]["id"].as_str().unwrap().starts_with("call_"));
-        assert_eq!(pair[0]["type"], "function");
-        assert_eq!(pair[0]["function"], json!({"name": "get_weather", "arguments": ""}));
-        assert_eq!(*pair[1], json!({"index": index, "function": {"arguments": "{\"city\":\"Paris\"}"}}));
+    let heads: Vec<&&Value> = calls.iter().filter(|call| call.get("id").is_some()).collect();
+    assert_eq!(heads.len(), 2, "{chunks:?}");
+    for (index, head) in heads.iter().enumerate() {
+        assert_eq!(head["index"], index);
+        assert!(head["id"].as_str().unwrap().starts_with("call_"));
+        assert_eq!(head["type"], "function");
+        assert_eq!(head["function"], json!({"name": "get_weather", "arguments": ""}));
+        let rest: Vec<&&Value> = calls.iter().filter(|c| c["index"] == index && c.get("id").is_none()).collect();
+        let arguments: String = rest.iter().map(|call| call["function"]["arguments"].as_str().unwrap()).collect();
+        assert_eq!(arguments, "{\"city\":\"Paris\"}");
+        assert!(rest.iter().all(|call| call.as_object().unwrap().len() == 2), "{rest:?}");
     }
-    assert_ne!(calls[0]["id"], calls[2]["id"]);
+    assert_ne!(heads[0]["id"], heads[1]["id"]);
     assert_eq!(joined(&chunks, "content"), "Let me see.");
     assert_eq!(chunks.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
+}
+
+#[tokio::test]
+async fn arguments_come_while_they_are_written() {
+    let text = "let x = \"<b>\"; ".repeat(30);
+    let call = format!("<tool_call>get_weather<arg_key>city</arg_key><arg_value>{text}</arg_value></tool_call>");
+    let server = TestServer::start(options(), move |_, _| ScriptedAnswer::text(format!("</think>{call}"))).await;
+    let body = with(json!({"stream": true, "tools": [weather_tool()], "max_tokens": 400}));
+    let pieces = |chunks: &[Value]| -> Vec<String> {
+        let text = |chunk: &Value| {
+            chunk["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"].as_str().map(str::to_owned)
+        };
+        chunks.iter().filter_map(text).collect()
+    };
+    let chunks = server.post(PATH, &body).await.data();
+    let whole = pieces(&chunks);
+    assert!(whole.len() > 50, "{whole:?}");
+    assert_eq!(serde_json::from_str::<Value>(&whole.concat()).unwrap()["city"], *text);
+    assert_eq!(chunks.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
+    // Cut off, it is no JSON, and the ending says why.
+    let cut =
+        server.post(PATH, &with(json!({"stream": true, "tools": [weather_tool()], "max_tokens": 40}))).await.data();
+    let text = pieces(&cut).concat();
+    assert!(whole.concat().starts_with(&text) && serde_json::from_str::<Value>(&text).is_err());
+    assert_eq!(cut.last().unwrap()["choices"][0]["finish_reason"], "length");
+}
+
+#[tokio::test]
+async fn a_call_that_breaks_in_a_stream_ends_it_with_an_error_and_is_text_otherwise() {
+    let broken = "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Paris</arg_value>junk</tool_call>";
+    let server = TestServer::start(options(), move |_, _| ScriptedAnswer::text(format!("</think>{broken}"))).await;
+    let reply = server.post(PATH, &with(json!({"stream": true, "tools": [weather_tool()]}))).await;
+    let last = reply.data().pop().unwrap();
+    assert_eq!(last["error"]["code"], "malformed_tool_call");
+    assert!(last["error"]["message"].as_str().unwrap().contains("junk"), "{last}");
+    assert!(!reply.body.contains("[DONE]") && !reply.body.contains("tool_calls\"}"));
+    let choice = server.post(PATH, &with(json!({"tools": [weather_tool()]}))).await.json()["choices"][0].clone();
+    assert_eq!(choice["message"]["content"], broken);
+    assert_eq!(choice["finish_reason"], "stop");
+}
+
+#[tokio::test]
+async fn streams_end_with_timings_on_their_last_chunk() {
+    let server = TestServer::saying("</think>ok").await;
+    for n in [1, 3] {
+        let chunks = server.post(PATH, &with(json!({"stream": true, "n": n}))).await.data();
+        let (last, rest) = chunks.split_last().unwrap();
+        assert!(last["timings"]["predicted_n"].as_u64().unwrap() > 0);
+        assert_eq!(last["choices"][0]["finish_reason"], "stop");
+        assert!(rest.iter().all(|chunk| chunk.get("timings").is_none()));
+        let ends = chunks.iter().filter(|chunk| !chunk["choices"][0]["finish_reason"].is_null()).count();
+        assert_eq!(ends, n);
+    }
+}
+
+#[tokio::test]
+async fn the_automatic_policy_thinks_where_there_is_something_to_think_about() {
+    let options = ServeOptions { thinking: ThinkingPolicy::Auto, ..options() };
+    let seen: Arc<Mutex<bool>> = Arc::default();
+    let in_script = Arc::clone(&seen);
+    let server = TestServer::start(options, move |prompt, _| {
+        *in_script.lock().unwrap() = prompt.ends_with("<think>");
+        ScriptedAnswer::text("</think>ok")
+    })
+    .await;
+    let call = json!({"id": "a", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}});
+    let after = |result: &str| {
+        json!({"tools": [weather_tool()], "messages": [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": null, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "a", "content": result},
+        ]})
+    };
+    let merged = |mut body: Value, extra: Value| {
+        body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        body
+    };
+    let cases = [
+        (json!({}), true),
+        (json!({"max_tokens": 200}), true),
+        (json!({"max_tokens": 20}), false),
+        (after("sunny, 20 degrees"), false),
+        (after("Error: no such city"), true),
+        (after("thread 'main' panicked at src/main.rs"), true),
+        // What a request says about thinking counts more.
+        (merged(after("sunny"), json!({"reasoning_effort": "low"})), true),
+        (merged(after("sunny"), json!({"enable_thinking": true})), true),
+        (merged(after("Error"), json!({"enable_thinking": false})), false),
+    ];
+    for (extra, thinks) in cases {
+        let reply = server.post(PATH, &with(extra.clone())).await;
+        assert_eq!(reply.status, 200, "{extra}: {reply:?}");
+        assert_eq!(*seen.lock().unwrap(), thinks, "{extra}");
+    }
 }
 
 #[tokio::test]

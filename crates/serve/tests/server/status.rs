@@ -18,6 +18,7 @@ async fn every_get_route_answers() {
         "/get_model_info",
         "/version",
         "/v1/loads?include=core,queues",
+        "/loads?model=tiny",
         "/openapi.json",
         "/moellon/status",
     ] {

@@ -1,6 +1,9 @@
 //! Calls between an opening and a closing marker: everything but harmony.
 
+use serde_json::Value;
+
 use super::schema::ToolSchema;
+use super::stream::{CallStream, Piece, StreamSyntax};
 use super::{ParsedCall, ToolCall, ToolEvent, push_event};
 use crate::marker_scan::MarkerScanner;
 
@@ -18,6 +21,8 @@ pub(crate) struct BlockFormat {
     pub(crate) is_inside_value: fn(&str) -> bool,
     /// Reads a block.
     pub(crate) parse: ParseBody,
+    /// How to read it while it comes.
+    pub(super) stream: StreamSyntax,
 }
 
 #[derive(Debug)]
@@ -31,11 +36,30 @@ pub(crate) struct BlockParser {
     num_calls: usize,
     /// White space after a call, dropped when another call or the end follows.
     space_after_call: Option<String>,
+    /// Whether calls are given while they come.
+    is_streaming: bool,
+    reader: CallStream,
+    /// Bytes of the block that belong to calls that were given.
+    given: usize,
+    /// The call that has begun and not ended.
+    begun: Option<Begun>,
+}
+
+/// A call of which something was given.
+#[derive(Debug)]
+struct Begun {
+    name: String,
+    /// JSON text of its arguments so far.
+    arguments: String,
 }
 
 impl BlockParser {
-    pub(crate) fn new(format: BlockFormat, tools: Vec<ToolSchema>) -> BlockParser {
+    pub(crate) fn new(format: BlockFormat, tools: Vec<ToolSchema>, is_streaming: bool) -> BlockParser {
         BlockParser {
+            is_streaming,
+            reader: CallStream::new(format.stream),
+            given: 0,
+            begun: None,
             format,
             tools,
             opening: MarkerScanner::new(&[format.open]),
@@ -62,19 +86,24 @@ impl BlockParser {
                     self.text(&text, events);
                     if marker.is_some() {
                         self.body = Some(String::new());
+                        self.reader = CallStream::new(self.format.stream);
+                        self.given = 0;
                     }
                 }
                 Some(body) => {
                     let (text, marker, taken) = self.closing.push_until_marker(rest);
                     rest = &rest[taken..];
                     body.push_str(&text);
-                    if marker.is_some() {
-                        if (self.format.is_inside_value)(body) {
-                            body.push_str(self.format.close);
-                        } else {
-                            let body = self.body.take().unwrap_or_default();
-                            self.block(&body, events);
-                        }
+                    let is_end = marker.is_some() && !(self.format.is_inside_value)(body);
+                    if marker.is_some() && !is_end {
+                        body.push_str(self.format.close);
+                    }
+                    if self.is_streaming {
+                        self.read_ahead(events);
+                    }
+                    if is_end {
+                        let body = self.body.take().unwrap_or_default();
+                        self.block(&body, events);
                     }
                 }
             }
@@ -87,6 +116,13 @@ impl BlockParser {
         self.text(&rest, &mut events);
         while let Some(mut body) = self.body.take() {
             body.push_str(&self.closing.finish());
+            if self.begun.is_some() {
+                // Its arguments are on their way: nothing behind it can be read as if they were not.
+                let raw = format!("{}{body}", self.format.open);
+                self.malformed(raw, "found the end of the output inside of a call", &mut events);
+                break;
+            }
+            let body = body.split_off(self.given);
             match body.find(self.format.close) {
                 // A closing marker was taken for a value's text, but the value never ended: what follows that marker
                 // is read again, so that a good call after a bad one is not lost.
@@ -127,10 +163,59 @@ impl BlockParser {
         push_event(events, ToolEvent::Text(text.to_owned()));
     }
 
+    /// Gives what is certain of the open block.
+    fn read_ahead(&mut self, events: &mut Vec<ToolEvent>) {
+        let Some(body) = self.body.take() else { return };
+        for piece in self.reader.advance(&body, &self.tools) {
+            match piece {
+                Piece::Start(name) => {
+                    // White space between two calls belongs to neither.
+                    self.space_after_call = None;
+                    push_event(events, self.start_of(&name));
+                    self.begun = Some(Begun { name, arguments: String::new() });
+                }
+                Piece::Arguments(text) => self.give_arguments(&text, events),
+                Piece::End(end) => {
+                    let call = body[self.given..end].to_owned();
+                    self.given = end;
+                    self.block_of(&call, events);
+                }
+            }
+        }
+        self.body = Some(body);
+    }
+
+    fn start_of(&self, name: &str) -> ToolEvent {
+        let is_offered = self.tools.iter().any(|tool| tool.name() == name);
+        ToolEvent::CallStart { index: self.num_calls, name: name.to_owned(), is_offered }
+    }
+
+    fn give_arguments(&mut self, text: &str, events: &mut Vec<ToolEvent>) {
+        if let Some(begun) = &mut self.begun {
+            begun.arguments.push_str(text);
+        }
+        push_event(events, ToolEvent::CallArguments { index: self.num_calls, text: text.to_owned() });
+    }
+
     fn block(&mut self, body: &str, events: &mut Vec<ToolEvent>) {
-        match (self.format.parse)(body, &self.tools) {
+        let rest = &body[self.given..];
+        // All of its calls may have ended before it did.
+        if self.given > 0 && self.begun.is_none() && rest.trim().is_empty() {
+            return;
+        }
+        let rest = rest.to_owned();
+        self.block_of(&rest, events);
+    }
+
+    /// Reads the calls of a block, or of a part of it that was given.
+    fn block_of(&mut self, body: &str, events: &mut Vec<ToolEvent>) {
+        let parsed = (self.format.parse)(body, &self.tools).and_then(|calls| self.agree(calls));
+        match parsed {
             Ok(calls) => {
                 for call in calls {
+                    if self.is_streaming {
+                        self.give_rest(&call, events);
+                    }
                     let is_offered = self.tools.iter().any(|tool| tool.name() == call.name);
                     let index = self.num_calls;
                     self.num_calls += 1;
@@ -145,8 +230,34 @@ impl BlockParser {
         }
     }
 
+    /// Checks that the call that has begun is the first of those that were read.
+    fn agree(&self, calls: Vec<ParsedCall>) -> Result<Vec<ParsedCall>, String> {
+        let Some(begun) = &self.begun else { return Ok(calls) };
+        let text = format!("{}{}", begun.arguments, self.reader.closing());
+        let given: Result<Value, _> = serde_json::from_str(&text);
+        match (calls.first(), given) {
+            (Some(call), Ok(Value::Object(given))) if call.name == begun.name && call.arguments == given => Ok(calls),
+            _ => Err(format!("found a call of {} that ends in another way than it began", begun.name)),
+        }
+    }
+
+    /// Gives what was not given of a call that is whole.
+    fn give_rest(&mut self, call: &ParsedCall, events: &mut Vec<ToolEvent>) {
+        match self.begun.is_some() {
+            true => self.give_arguments(self.reader.closing(), events),
+            false => {
+                push_event(events, self.start_of(&call.name));
+                self.give_arguments(&Value::Object(call.arguments.clone()).to_string(), events);
+            }
+        }
+        self.begun = None;
+    }
+
     fn malformed(&mut self, raw: String, reason: &str, events: &mut Vec<ToolEvent>) {
-        self.text(&raw, events);
-        push_event(events, ToolEvent::Malformed { raw, reason: reason.to_owned() });
+        let begun = self.begun.take().map(|_| self.num_calls);
+        if begun.is_none() {
+            self.text(&raw, events);
+        }
+        push_event(events, ToolEvent::Malformed { raw, reason: reason.to_owned(), begun });
     }
 }

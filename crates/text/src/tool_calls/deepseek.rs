@@ -4,6 +4,7 @@ use serde_json::{Map, Value};
 
 use super::block::BlockFormat;
 use super::schema::ToolSchema;
+use super::stream::{Scan, StreamSyntax, Tag, token};
 use super::{ParsedCall, arguments_object, ends_between, ends_in_json_string};
 
 const CALL: (&str, &str) = ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>");
@@ -15,7 +16,36 @@ pub(super) const FORMAT: BlockFormat = BlockFormat {
     close: "<｜tool▁calls▁end｜>",
     is_inside_value: ends_in_json_string,
     parse,
+    stream: StreamSyntax::Json { name: stream_name, end: Some(stream_end) },
 };
+
+/// V3.1's head, `<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>`, up to the object. V3's calls come whole.
+fn stream_name(text: &str) -> Scan<String> {
+    let inside = text.trim_start();
+    match token(inside, CALL.0) {
+        Scan::Found((), _) => {}
+        Scan::Wait => return Scan::Wait,
+        Scan::Other => return Scan::Other,
+    }
+    let Some((head, tail)) = inside[CALL.0.len()..].split_once(SEPARATOR) else { return Scan::Wait };
+    let (name, object) = (head.trim(), tail.trim_start());
+    match object.chars().next() {
+        None => Scan::Wait,
+        Some('{') if !name.is_empty() && !name.contains(char::is_whitespace) => {
+            Scan::Found(name.to_owned(), text.len() - object.len())
+        }
+        Some(_) => Scan::Other,
+    }
+}
+
+fn stream_end(text: &str) -> Scan<()> {
+    let inside = text.trim_start();
+    match token(inside, CALL.1) {
+        Scan::Found((), len) => Scan::Found((), text.len() - inside.len() + len),
+        Scan::Wait => Scan::Wait,
+        Scan::Other => Scan::Other,
+    }
+}
 
 fn parse(body: &str, _tools: &[ToolSchema]) -> Result<Vec<ParsedCall>, String> {
     let mut calls = Vec::new();
@@ -65,7 +95,63 @@ pub(super) const DSML_FORMAT: BlockFormat = BlockFormat {
     close: "</｜DSML｜function_calls>",
     is_inside_value: |body| ends_between(body, PARAMETER.0, PARAMETER.1),
     parse: parse_dsml,
+    stream: StreamSyntax::Tags { name: stream_invoke, tag: stream_parameter, close: PARAMETER.1, is_framed: false },
 };
+
+fn stream_invoke(text: &str) -> Scan<String> {
+    let inside = text.trim_start();
+    match stream_attribute(inside, INVOKE.0) {
+        Scan::Found(name, taken) => match token(inside[taken..].trim_start(), ">") {
+            Scan::Found((), _) => {
+                let after = &inside[taken..].trim_start()[1..];
+                Scan::Found(name, text.len() - after.len())
+            }
+            Scan::Wait => Scan::Wait,
+            Scan::Other => Scan::Other,
+        },
+        other => other,
+    }
+}
+
+fn stream_parameter(text: &str) -> Scan<Tag> {
+    let inside = text.trim_start();
+    match token(inside, INVOKE.1) {
+        Scan::Found((), len) => return Scan::Found(Tag::End, text.len() - inside.len() + len),
+        Scan::Wait => return Scan::Wait,
+        Scan::Other => {}
+    }
+    let (name, taken) = match stream_attribute(inside, PARAMETER.0) {
+        Scan::Found(name, taken) => (name, taken),
+        Scan::Wait => return Scan::Wait,
+        Scan::Other => return Scan::Other,
+    };
+    let kind = inside[taken..].trim_start();
+    match stream_attribute(kind, "string=\"") {
+        Scan::Found(word, taken) => match (word.as_str(), token(&kind[taken..], ">")) {
+            ("true" | "false", Scan::Found((), len)) => {
+                let after = &kind[taken + len..];
+                Scan::Found(Tag::Key { name, is_text: Some(word == "true") }, text.len() - after.len())
+            }
+            ("true" | "false", Scan::Wait) => Scan::Wait,
+            _ => Scan::Other,
+        },
+        Scan::Wait => Scan::Wait,
+        Scan::Other => Scan::Other,
+    }
+}
+
+/// [`attribute`], of a text that goes on.
+fn stream_attribute(text: &str, open: &str) -> Scan<String> {
+    match token(text, open) {
+        Scan::Found((), len) if !text[len..].contains('"') => Scan::Wait,
+        Scan::Found((), _) => match attribute(text, open) {
+            Ok((value, rest)) => Scan::Found(value.to_owned(), text.len() - rest.len()),
+            Err(_) => Scan::Other,
+        },
+        Scan::Wait => Scan::Wait,
+        Scan::Other => Scan::Other,
+    }
+}
 
 fn parse_dsml(body: &str, _tools: &[ToolSchema]) -> Result<Vec<ParsedCall>, String> {
     let mut calls = Vec::new();

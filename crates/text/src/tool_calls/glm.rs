@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 use super::block::BlockFormat;
 use super::hermes;
 use super::schema::{ToolSchema, read_argument};
+use super::stream::{Scan, StreamSyntax, Tag, token};
 use super::{ParsedCall, arguments_object, ends_between};
 
 const KEY: (&str, &str) = ("<arg_key>", "</arg_key>");
@@ -15,7 +16,38 @@ pub(super) const FORMAT: BlockFormat = BlockFormat {
     close: "</tool_call>",
     is_inside_value: |body| ends_between(body, VALUE.0, VALUE.1),
     parse,
+    stream: StreamSyntax::Tags { name: stream_name, tag: stream_tag, close: VALUE.1, is_framed: false },
 };
+
+/// The name is certain when the first key begins.
+fn stream_name(text: &str) -> Scan<String> {
+    match text.find(KEY.0) {
+        None => Scan::Wait,
+        Some(end) => match check_name(text[..end].trim()) {
+            Ok(name) => Scan::Found(name, end),
+            Err(_) => Scan::Other,
+        },
+    }
+}
+
+fn stream_tag(text: &str) -> Scan<Tag> {
+    let inside = text.trim_start();
+    match token(inside, KEY.0) {
+        Scan::Found((), _) => {}
+        Scan::Wait => return Scan::Wait,
+        Scan::Other => return Scan::Other,
+    }
+    let Some((key, after)) = inside[KEY.0.len()..].split_once(KEY.1) else { return Scan::Wait };
+    let value = after.trim_start();
+    match token(value, VALUE.0) {
+        Scan::Found((), len) => {
+            let name = key.trim().to_owned();
+            Scan::Found(Tag::Key { name, is_text: None }, text.len() - value.len() + len)
+        }
+        Scan::Wait => Scan::Wait,
+        Scan::Other => Scan::Other,
+    }
+}
 
 fn parse(body: &str, tools: &[ToolSchema]) -> Result<Vec<ParsedCall>, String> {
     let (head, mut rest) = body.split_at(body.find(KEY.0).unwrap_or(body.len()));

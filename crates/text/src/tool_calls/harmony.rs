@@ -30,7 +30,7 @@ enum Place {
     /// In a message that is passed on as the answer, as it comes.
     Answer,
     /// In a message to a tool: its header, recipient and body so far.
-    Call { header: String, recipient: String, body: String },
+    Call { header: String, recipient: String, body: String, is_begun: bool },
     /// Behind a message.
     Between,
 }
@@ -41,15 +41,18 @@ pub(super) struct HarmonyParser {
     place: Place,
     tools: Vec<ToolSchema>,
     num_calls: usize,
+    /// Whether calls are given while they come.
+    is_streaming: bool,
 }
 
 impl HarmonyParser {
-    pub(super) fn new(tools: Vec<ToolSchema>) -> HarmonyParser {
+    pub(super) fn new(tools: Vec<ToolSchema>, is_streaming: bool) -> HarmonyParser {
         HarmonyParser {
             scanner: MarkerScanner::new(&MARKERS),
             place: Place::Header(String::new()),
             tools,
             num_calls: 0,
+            is_streaming,
         }
     }
 
@@ -84,7 +87,23 @@ impl HarmonyParser {
             Place::Header(header) => header.push_str(text),
             Place::Thinking => push_event(events, ToolEvent::Thinking(text.to_owned())),
             Place::Answer => push_event(events, ToolEvent::Text(text.to_owned())),
-            Place::Call { body, .. } => body.push_str(text),
+            Place::Call { recipient, body, is_begun, .. } => {
+                let before = body.len();
+                body.push_str(text);
+                if !self.is_streaming {
+                    return;
+                }
+                let index = self.num_calls;
+                if !*is_begun && body.trim_start().starts_with('{') {
+                    let name = tool_name(recipient).to_owned();
+                    let is_offered = self.tools.iter().any(|tool| tool.name() == name);
+                    events.push(ToolEvent::CallStart { index, name, is_offered });
+                    *is_begun = true;
+                    push_event(events, ToolEvent::CallArguments { index, text: body.trim_start().to_owned() });
+                } else if *is_begun {
+                    push_event(events, ToolEvent::CallArguments { index, text: body[before..].to_owned() });
+                }
+            }
             Place::Between if text.trim().is_empty() => {}
             // Text without a header: an answer.
             Place::Between => {
@@ -126,24 +145,34 @@ impl HarmonyParser {
                 if header.contains("<|") {
                     let reason = "found a header without <|message|>".to_owned();
                     push_event(events, ToolEvent::Text(header.clone()));
-                    push_event(events, ToolEvent::Malformed { raw: header, reason });
+                    push_event(events, ToolEvent::Malformed { raw: header, reason, begun: None });
                 } else if !is_role {
                     push_event(events, ToolEvent::Text(header));
                 }
             }
-            Place::Call { header, recipient, body } => match self.call(&recipient, &body) {
-                Ok(call) => events.push(ToolEvent::Call(call)),
+            Place::Call { header, recipient, body, is_begun } => match self.call(&recipient, &body) {
+                Ok(call) => {
+                    if self.is_streaming && !is_begun {
+                        let (index, name, is_offered) = (call.index, call.name.clone(), call.is_offered);
+                        events.push(ToolEvent::CallStart { index, name, is_offered });
+                        push_event(events, ToolEvent::CallArguments { index, text: call.arguments_json() });
+                    }
+                    events.push(ToolEvent::Call(call));
+                }
                 Err(reason) => {
                     let raw = format!("{header}{}{body}", MARKERS[MESSAGE]);
-                    push_event(events, ToolEvent::Text(raw.clone()));
-                    push_event(events, ToolEvent::Malformed { raw, reason });
+                    if !is_begun {
+                        push_event(events, ToolEvent::Text(raw.clone()));
+                    }
+                    let begun = is_begun.then_some(self.num_calls);
+                    push_event(events, ToolEvent::Malformed { raw, reason, begun });
                 }
             },
         }
     }
 
     fn call(&mut self, recipient: &str, body: &str) -> Result<ToolCall, String> {
-        let name = recipient.strip_prefix("functions.").unwrap_or(recipient).to_owned();
+        let name = tool_name(recipient).to_owned();
         let value: Value = match body.trim() {
             "" => Value::Null,
             text => serde_json::from_str(text)
@@ -157,6 +186,11 @@ impl HarmonyParser {
     }
 }
 
+/// The function that a message is for.
+fn tool_name(recipient: &str) -> &str {
+    recipient.strip_prefix("functions.").unwrap_or(recipient)
+}
+
 /// What a header says about its message.
 fn place_of(header: String) -> Place {
     let recipient = header
@@ -165,7 +199,7 @@ fn place_of(header: String) -> Place {
         .filter(|recipient| !recipient.is_empty() && *recipient != "user");
     if let Some(recipient) = recipient {
         let recipient = recipient.to_owned();
-        return Place::Call { header, recipient, body: String::new() };
+        return Place::Call { header, recipient, body: String::new(), is_begun: false };
     }
     let channel = header.split_once(MARKERS[CHANNEL]).map_or("", |(_, rest)| rest.trim());
     if channel.starts_with("analysis") { Place::Thinking } else { Place::Answer }

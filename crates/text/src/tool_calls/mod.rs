@@ -1,10 +1,11 @@
 //! Finds tool calls in a model's output, as it streams.
 //!
-//! A call is given as one event when its end has come: before that nobody can say whether it is well-formed, and text
-//! or arguments that were sent cannot be taken back. Everything else passes through at once. The events, with
-//! neighbouring texts joined, do not depend on how the output was cut into chunks.
+//! A call is given as one event when its end has come, and with [`ToolCallParser::streaming`] its name and the text of its
+//! arguments before that, as they come. Everything else passes through at once. The events, with neighbouring texts
+//! joined, do not depend on how the output was cut into chunks.
 //!
-//! A malformed call is never dropped: its raw text comes out as text, followed by a [`ToolEvent::Malformed`].
+//! A malformed call is never dropped: its raw text comes out as text, followed by a [`ToolEvent::Malformed`]. If a part of
+//! it was given before, which cannot be taken back, the event alone has the raw text and says so.
 
 mod block;
 mod deepseek;
@@ -14,6 +15,7 @@ mod hermes;
 mod literal;
 mod qwen_coder;
 mod schema;
+mod stream;
 
 use serde_json::{Map, Value};
 
@@ -66,10 +68,29 @@ pub enum ToolEvent {
     /// Text of the thinking; only harmony, where it has a channel. For others see
     /// [`ThinkingSplitter`](crate::ThinkingSplitter).
     Thinking(String),
+    /// A call begins; only from [`ToolCallParser::streaming`].
+    CallStart {
+        /// Its position among the calls of this output, from 0.
+        index: usize,
+        /// The function's name.
+        name: String,
+        /// Whether a tool of this name was offered.
+        is_offered: bool,
+    },
+    /// More of the JSON text of its arguments; only from [`ToolCallParser::streaming`].
+    CallArguments {
+        /// The call's position.
+        index: usize,
+        /// To be joined with what came before: together they are JSON of the call's arguments.
+        text: String,
+    },
     /// A complete call.
     Call(ToolCall),
-    /// Something that began like a call and is none. The same text went out as [`Text`](Self::Text) just before.
+    /// Something that began like a call and is none. The same text went out as [`Text`](Self::Text) just before, unless a
+    /// call had begun.
     Malformed {
+        /// The call of which something was given already.
+        begun: Option<usize>,
         /// The text, markers included.
         raw: String,
         /// What was found and expected.
@@ -93,21 +114,30 @@ pub struct ToolCallParser {
 
 #[derive(Debug)]
 enum Inner {
-    Block(BlockParser),
+    Block(Box<BlockParser>),
     Harmony(HarmonyParser),
 }
 
 impl ToolCallParser {
     /// A parser for one sequence. The schemas decide which arguments are text where the format does not say.
     pub fn new(format: ToolCallFormat, tools: Vec<ToolSchema>) -> ToolCallParser {
-        let block = |format: BlockFormat| Inner::Block(BlockParser::new(format, tools.clone()));
+        ToolCallParser::with(format, tools, false)
+    }
+
+    /// A parser that also gives calls while they come.
+    pub fn streaming(format: ToolCallFormat, tools: Vec<ToolSchema>) -> ToolCallParser {
+        ToolCallParser::with(format, tools, true)
+    }
+
+    fn with(format: ToolCallFormat, tools: Vec<ToolSchema>, is_streaming: bool) -> ToolCallParser {
+        let block = |format: BlockFormat| Inner::Block(Box::new(BlockParser::new(format, tools.clone(), is_streaming)));
         let inner = match format {
             ToolCallFormat::Glm => block(glm::FORMAT),
             ToolCallFormat::Hermes => block(hermes::FORMAT),
             ToolCallFormat::QwenCoder => block(qwen_coder::FORMAT),
             ToolCallFormat::DeepSeek => block(deepseek::FORMAT),
             ToolCallFormat::DeepSeekDsml => block(deepseek::DSML_FORMAT),
-            ToolCallFormat::Harmony => Inner::Harmony(HarmonyParser::new(tools)),
+            ToolCallFormat::Harmony => Inner::Harmony(HarmonyParser::new(tools, is_streaming)),
         };
         ToolCallParser { inner }
     }
@@ -140,9 +170,13 @@ impl ToolCallParser {
 /// Appends an event; text is joined with text before it, and empty text is left out.
 pub(crate) fn push_event(events: &mut Vec<ToolEvent>, event: ToolEvent) {
     match (events.last_mut(), event) {
-        (_, ToolEvent::Text(text) | ToolEvent::Thinking(text)) if text.is_empty() => {}
+        (_, ToolEvent::Text(text) | ToolEvent::Thinking(text) | ToolEvent::CallArguments { text, .. })
+            if text.is_empty() => {}
         (Some(ToolEvent::Text(last)), ToolEvent::Text(text)) => last.push_str(&text),
         (Some(ToolEvent::Thinking(last)), ToolEvent::Thinking(text)) => last.push_str(&text),
+        (Some(ToolEvent::CallArguments { text: last, .. }), ToolEvent::CallArguments { text, .. }) => {
+            last.push_str(&text)
+        }
         (_, event) => events.push(event),
     }
 }

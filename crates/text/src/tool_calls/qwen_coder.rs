@@ -5,6 +5,7 @@ use serde_json::Map;
 use super::block::BlockFormat;
 use super::hermes;
 use super::schema::{ToolSchema, read_argument};
+use super::stream::{Scan, StreamSyntax, Tag, token};
 use super::{ParsedCall, ends_between};
 
 pub(super) const FORMAT: BlockFormat = BlockFormat {
@@ -12,7 +13,41 @@ pub(super) const FORMAT: BlockFormat = BlockFormat {
     close: "</tool_call>",
     is_inside_value: |body| ends_between(body, "<parameter=", "</parameter>"),
     parse,
+    stream: StreamSyntax::Tags { name: stream_name, tag: stream_tag, close: "</parameter>", is_framed: true },
 };
+
+fn stream_name(text: &str) -> Scan<String> {
+    stream_open(text, "<function=")
+}
+
+fn stream_tag(text: &str) -> Scan<Tag> {
+    let inside = text.trim_start();
+    let space = text.len() - inside.len();
+    match token(inside, "</function>") {
+        Scan::Found((), len) => return Scan::Found(Tag::End, space + len),
+        Scan::Wait => return Scan::Wait,
+        Scan::Other => {}
+    }
+    match stream_open(text, "<parameter=") {
+        Scan::Found(name, taken) => Scan::Found(Tag::Key { name, is_text: None }, taken),
+        Scan::Wait => Scan::Wait,
+        Scan::Other => Scan::Other,
+    }
+}
+
+/// [`tag`], of a text that goes on.
+fn stream_open(text: &str, open: &str) -> Scan<String> {
+    let inside = text.trim_start();
+    match token(inside, open) {
+        Scan::Found((), _) if !inside.contains('>') => Scan::Wait,
+        Scan::Found((), _) => match tag(inside, open) {
+            Ok((name, rest)) => Scan::Found(name.to_owned(), text.len() - rest.len()),
+            Err(_) => Scan::Other,
+        },
+        Scan::Wait => Scan::Wait,
+        Scan::Other => Scan::Other,
+    }
+}
 
 fn parse(body: &str, tools: &[ToolSchema]) -> Result<Vec<ParsedCall>, String> {
     let mut rest = body.trim();

@@ -79,6 +79,12 @@ impl ToolSchema {
     }
 }
 
+/// Whether [`read_argument`] gives the text itself, whatever it is.
+pub(super) fn streams_as_text(tools: &[ToolSchema], tool: &str, argument: &str) -> bool {
+    let schema = tools.iter().find(|schema| schema.name == tool);
+    schema.is_some_and(|schema| schema.is_text(argument) && !schema.allows_null(argument))
+}
+
 /// An argument that was written as bare text: text if the schema says so, else JSON, else a Python literal, else text.
 pub(super) fn read_argument(tools: &[ToolSchema], tool: &str, argument: &str, text: &str) -> Value {
     let schema = tools.iter().find(|schema| schema.name == tool);
