@@ -1,11 +1,14 @@
 """Compiles CUDA sources with NVRTC for every architecture that Moellon supports: no GPU, driver or toolkit needed.
 
-usage: nvrtc_check.py FILE.cu..
+usage: nvrtc_check.py [--write FOLDER ARCHITECTURE] FILE.cu..
+
+With --write the CUBINs for one architecture are written to FOLDER/<stem>.cubin.gz instead.
 
 Needs the wheels nvidia-cuda-nvrtc, nvidia-cuda-runtime and nvidia-cuda-crt (`cargo xtask kernels` installs them).
 """
 
 import ctypes
+import gzip
 import importlib.util
 import pathlib
 import sys
@@ -40,40 +43,52 @@ def text_of(nvrtc, what, program):
 
 
 def compile_one(nvrtc, path, options):
-    """Returns (bytes of the CUBIN, log); zero bytes for an error."""
+    """Returns (the CUBIN, log); empty for an error."""
     program = ctypes.c_void_p()
     source = path.read_bytes()
     result = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, str(path).encode(), 0, None, None)
     if result != 0:
-        return 0, f"nvrtcCreateProgram returned {result}"
+        return b"", f"nvrtcCreateProgram returned {result}"
     encoded = [option.encode() for option in options]
     result = nvrtc.nvrtcCompileProgram(program, len(encoded), (ctypes.c_char_p * len(encoded))(*encoded))
     log = text_of(nvrtc, "ProgramLog", program)
-    size = ctypes.c_size_t()
+    cubin = b""
     if result == 0:
+        size = ctypes.c_size_t()
         nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetCUBIN(program, buffer)
+        cubin = buffer.raw
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    return size.value, log
+    return cubin, log
 
 
-def main(files):
+def main(arguments):
     folder = wheel_folder()
     nvrtc = open_nvrtc(folder)
     failures = 0
-    for file in map(pathlib.Path, files):
-        for architecture in ARCHITECTURES:
+    write_to, architectures = None, ARCHITECTURES
+    if arguments[:1] == ["--write"]:
+        write_to, architectures = pathlib.Path(arguments[1]), [arguments[2]]
+        arguments = arguments[3:]
+    for file in map(pathlib.Path, arguments):
+        for architecture in architectures:
             options = [
                 f"--gpu-architecture={architecture}",
                 "--std=c++17",
                 f"--include-path={folder / 'include'}",
                 f"--include-path={file.parent}",
             ]
-            size_bytes, log = compile_one(nvrtc, file, options)
-            if size_bytes == 0:
+            cubin, log = compile_one(nvrtc, file, options)
+            if not cubin:
                 failures += 1
                 print(f"{file}: {architecture}: does not compile\n{log}")
             else:
-                print(f"{file}: {architecture}: {size_bytes} bytes" + (f"\n{log}" if log else ""))
+                print(f"{file}: {architecture}: {len(cubin)} bytes" + (f"\n{log}" if log else ""))
+                if write_to:
+                    write_to.mkdir(parents=True, exist_ok=True)
+                    # No time stamp: the same source gives the same file.
+                    (write_to / f"{file.stem}.cubin.gz").write_bytes(gzip.compress(cubin, mtime=0))
     return 1 if failures else 0
 
 

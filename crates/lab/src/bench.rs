@@ -131,7 +131,7 @@ pub struct Bench<'a> {
     pub decoder: &'a mut Decoder,
     /// Where it is.
     pub backend: &'a mut dyn Backend,
-    /// Measures the device's read bandwidth now.
+    /// Measures the host's read bandwidth now, for back ends that work in its memory.
     pub measure_read: &'a dyn Fn() -> std::result::Result<ReadBandwidth, String>,
     /// Called with a line of what is being done.
     pub progress: &'a mut dyn FnMut(&str),
@@ -155,20 +155,24 @@ impl Bench<'_> {
             prefill.push(self.prefill(plan, *tokens)?);
         }
         let bandwidths: Vec<f64> = results.iter().map(|r| r.measured_read_gb_s).collect();
+        let measured_read_gb_s = if bandwidths.is_empty() { self.read()?.gb_per_s } else { median(&bandwidths) };
         let caps = self.backend.caps();
         Ok(BenchReport {
             machine: Machine::this(),
             backend: format!("{}: {}", caps.name, caps.device),
             model: model.to_owned(),
             format: format.to_owned(),
-            measured_read_gb_s: if bandwidths.is_empty() { self.read()?.gb_per_s } else { median(&bandwidths) },
+            measured_read_gb_s,
             results,
             prefill,
         })
     }
 
-    fn read(&self) -> Result<ReadBandwidth> {
-        (self.measure_read)().map_err(Error::Bandwidth)
+    fn read(&mut self) -> Result<ReadBandwidth> {
+        match self.backend.measure_read()? {
+            Some(bytes_per_s) => Ok(ReadBandwidth { gb_per_s: bytes_per_s / 1e9, steal_percent: 0.0 }),
+            None => (self.measure_read)().map_err(Error::Bandwidth),
+        }
     }
 
     fn decode(&mut self, plan: &BenchPlan, batch: usize) -> Result<DecodeResult> {

@@ -3,6 +3,7 @@
 use crate::cli::{ActivationsChoice, BackendChoice, DeviceOptions};
 use anyhow::{Context, Result, bail};
 use moellon_backend_cpu::{ActivationMode, CpuBackend, CpuLevel, CpuOptions};
+use moellon_backend_cuda::{CudaBackend, CudaOptions};
 use moellon_ops::Backend;
 use moellon_ops::reference::ReferenceBackend;
 
@@ -10,6 +11,10 @@ use moellon_ops::reference::ReferenceBackend;
 pub fn create(options: &DeviceOptions, activations: ActivationsChoice) -> Result<Box<dyn Backend>> {
     match options.backend {
         BackendChoice::Reference => Ok(Box::new(ReferenceBackend::new())),
+        BackendChoice::Cuda => Ok(Box::new(CudaBackend::new(&CudaOptions {
+            ordinal: options.gpu,
+            kernels: options.cuda_kernels.clone(),
+        })?)),
         // This build has one device back end.
         BackendChoice::Auto | BackendChoice::Cpu => {
             let level = options.cpu_level.as_deref().map(parse_level).transpose()?;

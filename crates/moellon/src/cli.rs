@@ -62,6 +62,12 @@ pub struct DeviceOptions {
     /// CPU instructions to use; by default the best that the machine has.
     #[arg(long, env = "MOELLON_CPU_LEVEL", value_name = "LEVEL")]
     pub cpu_level: Option<String>,
+    /// Which GPU, where there are several.
+    #[arg(long, env = "MOELLON_GPU", default_value_t = 0, value_name = "N")]
+    pub gpu: usize,
+    /// Folder of CUBINs to use instead of the built-in ones, for work on kernels.
+    #[arg(long, env = "MOELLON_CUDA_KERNELS", value_name = "DIR", hide = true)]
+    pub cuda_kernels: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -70,6 +76,8 @@ pub enum BackendChoice {
     Auto,
     /// The CPU.
     Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
     /// Plain loops in f64, to compare with: very slow.
     Reference,
 }

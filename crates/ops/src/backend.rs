@@ -173,6 +173,33 @@ pub trait Backend: Send {
         Ok(())
     }
 
+    /// Read bandwidth of the device's memory, measured now, in bytes a second; `None` for a back end on the host's memory.
+    fn measure_read(&mut self) -> Result<Option<f64>> {
+        Ok(None)
+    }
+
+    /// Whether steps are recorded. A caller then rounds sizes that change from step to step (`max_context`), so that few
+    /// different steps exist; see [`Backend::replay`].
+    fn records_steps(&self) -> bool {
+        false
+    }
+
+    /// Runs the step recorded under `key`, if there is one. Two steps have the same key only if they are the same operations
+    /// with the same arguments: what differs is the contents of buffers.
+    fn replay(&mut self, _key: u64) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// The operations up to [`Backend::end_recording`] are the step `key`. No host copies in between.
+    fn begin_recording(&mut self, _key: u64) -> Result<()> {
+        Ok(())
+    }
+
+    /// Ends the step; `complete` is false where an operation failed, and nothing is kept.
+    fn end_recording(&mut self, _complete: bool) -> Result<()> {
+        Ok(())
+    }
+
     /// Allocates a cache of `num_slots` rows of `width` elements.
     fn alloc_cache(&mut self, what: &str, dtype: CacheDtype, num_slots: usize, width: usize) -> Result<Cache>;
 

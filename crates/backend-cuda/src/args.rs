@@ -1,0 +1,374 @@
+//! Arguments of the kernels, field by field as in `kernels/*.cu` and `*.cuh`.
+
+use crate::driver::DevicePtr;
+
+/// `Mat` of `common.cuh`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Mat {
+    pub(crate) p: DevicePtr,
+    pub(crate) twin: DevicePtr,
+    pub(crate) rows: u32,
+    pub(crate) cols: u32,
+    pub(crate) stride: u32,
+    pub(crate) pad: u32,
+}
+
+/// `Paging` of `common.cuh`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Paging {
+    pub(crate) positions: DevicePtr,
+    pub(crate) sequences: DevicePtr,
+    pub(crate) block_table: DevicePtr,
+    pub(crate) max_blocks: u32,
+    pub(crate) block_size: u32,
+}
+
+/// `Activation` of `common.cuh`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Activation {
+    pub(crate) kind: u32,
+    pub(crate) alpha: f32,
+    pub(crate) limit: f32,
+    pub(crate) pad: u32,
+}
+
+/// `Packed` of `packed.cuh`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Packed {
+    pub(crate) codes: DevicePtr,
+    pub(crate) scales: DevicePtr,
+    pub(crate) global_scales: DevicePtr,
+    pub(crate) bias: DevicePtr,
+    pub(crate) codes_stride: u64,
+    pub(crate) scales_stride: u64,
+    pub(crate) rows: u32,
+    pub(crate) cols: u32,
+    pub(crate) group: u32,
+    pub(crate) scale_f32: u32,
+    pub(crate) scale_f16: u32,
+    pub(crate) pad: u32,
+}
+
+/// `Routing` of `matmul.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Routing {
+    pub(crate) ids: DevicePtr,
+    pub(crate) ids_stride: u32,
+    pub(crate) num_tokens: u32,
+    pub(crate) top_k: u32,
+    pub(crate) slots_in_x: u32,
+    pub(crate) offsets: DevicePtr,
+    pub(crate) sorted: DevicePtr,
+}
+
+/// `Part` of `matmul.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Part {
+    pub(crate) w: Packed,
+    pub(crate) out: Mat,
+}
+
+/// `MatmulArgs` of `matmul.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Matmul {
+    pub(crate) part: [Part; 4],
+    pub(crate) first_block: [u32; 5],
+    pub(crate) num_parts: u32,
+    pub(crate) slices: u32,
+    pub(crate) x_head_stride: u32,
+    pub(crate) x: Mat,
+    pub(crate) digits: DevicePtr,
+    pub(crate) digits_parts: u32,
+    pub(crate) pad: u32,
+    pub(crate) routing: Routing,
+    pub(crate) activation: Activation,
+    pub(crate) weights: Mat,
+    pub(crate) plus: Mat,
+}
+
+/// `PlainArgs` of `matmul.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Plain {
+    pub(crate) weights: DevicePtr,
+    pub(crate) bias: DevicePtr,
+    pub(crate) x: Mat,
+    pub(crate) out: Mat,
+    pub(crate) routing: Routing,
+    pub(crate) matrix_elements: u64,
+    pub(crate) rows: u32,
+    pub(crate) cols: u32,
+    pub(crate) x_head_stride: u32,
+    pub(crate) pad: u32,
+}
+
+/// `SortArgs` of `matmul.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Sort {
+    pub(crate) routing: Routing,
+    pub(crate) offsets: DevicePtr,
+    pub(crate) sorted: DevicePtr,
+    pub(crate) num_experts: u32,
+    pub(crate) pad: u32,
+}
+
+/// `PackArgs` of `pack.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Pack {
+    pub(crate) to: Packed,
+    pub(crate) codes: DevicePtr,
+    pub(crate) scales: DevicePtr,
+    pub(crate) offsets: DevicePtr,
+    pub(crate) code_row_bytes: u64,
+    pub(crate) scale_row_bytes: u64,
+    pub(crate) first_block_row: u32,
+    pub(crate) block_rows: u32,
+    pub(crate) block_cols: u32,
+    pub(crate) pad: u32,
+}
+
+/// `DigitsArgs` of `pack.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Digits {
+    pub(crate) x: Mat,
+    pub(crate) out: DevicePtr,
+    pub(crate) cols: u32,
+    pub(crate) part_stride: u32,
+    pub(crate) parts: u32,
+    pub(crate) pad: u32,
+}
+
+/// `EmbedArgs` of `pack.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct EmbedPacked {
+    pub(crate) table: Packed,
+    pub(crate) token_ids: DevicePtr,
+    pub(crate) out: Mat,
+}
+
+/// `EmbedPlainArgs` of `pack.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct EmbedPlain {
+    pub(crate) table: DevicePtr,
+    pub(crate) token_ids: DevicePtr,
+    pub(crate) out: Mat,
+    pub(crate) cols: u32,
+    pub(crate) kind: u32,
+}
+
+/// `RmsNormArgs` of `rows.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct RmsNorm {
+    pub(crate) x: Mat,
+    pub(crate) delta: Mat,
+    pub(crate) out: Mat,
+    pub(crate) weight: DevicePtr,
+    pub(crate) eps: f32,
+    pub(crate) pad: u32,
+}
+
+/// `LayerNormArgs` of `rows.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct LayerNorm {
+    pub(crate) x: Mat,
+    pub(crate) out: Mat,
+    pub(crate) weight: DevicePtr,
+    pub(crate) bias: DevicePtr,
+    pub(crate) eps: f32,
+    pub(crate) pad: u32,
+}
+
+/// `AddArgs` of `rows.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Add {
+    pub(crate) x: Mat,
+    pub(crate) y: Mat,
+}
+
+/// `RopeTableArgs` of `rows.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct RopeTable {
+    pub(crate) positions: DevicePtr,
+    pub(crate) inverse_frequencies: DevicePtr,
+    pub(crate) table: Mat,
+    pub(crate) scale: f32,
+    pub(crate) pad: u32,
+}
+
+/// `RopeArgs` of `rows.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Rope {
+    pub(crate) x: Mat,
+    pub(crate) table: Mat,
+    pub(crate) num_heads: u32,
+    pub(crate) head_stride: u32,
+    pub(crate) interleaved: u32,
+    pub(crate) pad: u32,
+}
+
+/// `KvStoreArgs` of `rows.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct KvStore {
+    pub(crate) parts: [Mat; 4],
+    pub(crate) slots: DevicePtr,
+    pub(crate) cache: DevicePtr,
+    pub(crate) num_parts: u32,
+    pub(crate) width: u32,
+    pub(crate) is_bf16: u32,
+    pub(crate) pad: u32,
+}
+
+/// `GatherArgs` of `rows.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Gather {
+    pub(crate) x: Mat,
+    pub(crate) out: Mat,
+    pub(crate) rows: DevicePtr,
+}
+
+/// `ArgmaxArgs` of `rows.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Argmax {
+    pub(crate) logits: Mat,
+    pub(crate) out: DevicePtr,
+    pub(crate) out_stride: u32,
+    pub(crate) pad: u32,
+}
+
+/// `ActivateArgs` of `rows.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Activate {
+    pub(crate) gate: Mat,
+    pub(crate) up: Mat,
+    pub(crate) out: Mat,
+    pub(crate) activation: Activation,
+}
+
+/// `CombineArgs` of `rows.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Combine {
+    pub(crate) y: Mat,
+    pub(crate) weights: Mat,
+    pub(crate) plus: Mat,
+    pub(crate) out: Mat,
+    pub(crate) top_k: u32,
+    pub(crate) pad: u32,
+}
+
+/// `RouteArgs` of `rows.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Route {
+    pub(crate) logits: Mat,
+    pub(crate) weights: Mat,
+    pub(crate) correction_bias: DevicePtr,
+    pub(crate) ids: DevicePtr,
+    pub(crate) ids_stride: u32,
+    pub(crate) scoring: u32,
+    pub(crate) n_group: u32,
+    pub(crate) topk_group: u32,
+    pub(crate) norm_topk_prob: u32,
+    pub(crate) top_k: u32,
+    pub(crate) factor: f32,
+    pub(crate) pad: u32,
+}
+
+/// `AttendArgs` of `attention.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Attend {
+    pub(crate) q: Mat,
+    pub(crate) q_rope: Mat,
+    pub(crate) out: Mat,
+    pub(crate) cache: DevicePtr,
+    pub(crate) partial: DevicePtr,
+    pub(crate) sinks: DevicePtr,
+    pub(crate) index_ids: DevicePtr,
+    pub(crate) index_counts: DevicePtr,
+    pub(crate) paging: Paging,
+    pub(crate) index_stride: u32,
+    pub(crate) num_heads: u32,
+    pub(crate) heads_per_block: u32,
+    pub(crate) heads_per_key: u32,
+    pub(crate) q_dim: u32,
+    pub(crate) q_rope_stride: u32,
+    pub(crate) q_rope_dim: u32,
+    pub(crate) cache_width: u32,
+    pub(crate) cache_bf16: u32,
+    pub(crate) key_first: u32,
+    pub(crate) key_step: u32,
+    pub(crate) value_first: u32,
+    pub(crate) value_step: u32,
+    pub(crate) value_dim: u32,
+    pub(crate) values_are_keys: u32,
+    pub(crate) window: u32,
+    pub(crate) max_splits: u32,
+    pub(crate) scale: f32,
+}
+
+/// `IndexScoreArgs` of `attention.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct IndexScore {
+    pub(crate) q: Mat,
+    pub(crate) weights: Mat,
+    pub(crate) scores: Mat,
+    pub(crate) cache: DevicePtr,
+    pub(crate) paging: Paging,
+    pub(crate) num_heads: u32,
+    pub(crate) head_dim: u32,
+    pub(crate) cache_bf16: u32,
+    pub(crate) pad: u32,
+    pub(crate) scale: f32,
+    pub(crate) pad2: u32,
+}
+
+/// `IndexTopkArgs` of `attention.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct IndexTopk {
+    pub(crate) scores: Mat,
+    pub(crate) positions: DevicePtr,
+    pub(crate) ids: DevicePtr,
+    pub(crate) counts: DevicePtr,
+    pub(crate) ids_stride: u32,
+    pub(crate) k: u32,
+}
+
+/// `ReadArgs` of `rows.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Read {
+    pub(crate) p: DevicePtr,
+    pub(crate) len: u64,
+    pub(crate) out: DevicePtr,
+}
+
+/// `TwinArgs` of `rows.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Twin {
+    pub(crate) x: Mat,
+}

@@ -1,0 +1,22 @@
+//! The CUDA back end: every operation of the seam as kernels of our own, for NVIDIA GPUs.
+//!
+//! | file | what |
+//! |---|---|
+//! | [`driver`] | the driver behind a safe surface: context, stream, memory, kernels, graphs |
+//! | [`kernels`] | the compiled kernels, found by compute capability |
+//! | [`weights`] | repacking weights on the device while they are loaded |
+//! | [`buffers`] | device buffers and their bfloat16 twins |
+//! | [`backend`] | the operations: which kernel, which grid |
+//!
+//! Kernels are CUDA C++ in `kernels/`; `packed.cuh` says how quantized weights lie in memory and why, `matmul.cu` how they are
+//! multiplied. Activations are f32; products with quantized weights round them to bfloat16 (what these models were trained
+//! with) and sum in f32 on the tensor cores. Plain weights are multiplied in f32.
+
+mod args;
+mod backend;
+mod buffers;
+mod driver;
+mod kernels;
+mod weights;
+
+pub use backend::{CudaBackend, CudaOptions};
