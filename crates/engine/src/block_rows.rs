@@ -14,8 +14,10 @@ pub(crate) struct BlockRows {
 }
 
 impl BlockRows {
-    pub(crate) fn new(decoder: &Decoder) -> Self {
-        BlockRows { caches: decoder.caches().collect(), block_size: decoder.options().block_size, bytes: Vec::new() }
+    /// Of a decoder's caches and others with the same slots.
+    pub(crate) fn new(decoder: &Decoder, others: Vec<Cache>) -> Self {
+        let caches = decoder.caches().chain(others).collect();
+        BlockRows { caches, block_size: decoder.options().block_size, bytes: Vec::new() }
     }
 
     /// Bytes of a block.

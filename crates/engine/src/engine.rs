@@ -1,4 +1,4 @@
-//! The loop: admit, plan, forward, choose, commit. One step serves every running request; what a request gets does not
+//! The loop: admit, propose drafts, plan, forward, choose, commit. One step serves every running request; what a request gets does not
 //! depend on the others, bit for bit, so how steps are put together is a matter of speed only.
 //!
 //! An engine belongs to one thread ([`crate::thread`]); tests and batch programs may call [`Engine::step`] themselves.
@@ -12,6 +12,7 @@ use crate::request::{Event, FinishReason, PromptScore, Request, RequestError, Sa
 use crate::sampler::{PickError, SettingError, log_probabilities};
 use crate::scheduler::{ChunkGovernor, Demand, Share, StepLimits, plan};
 use crate::sequence::{QueueTicket, Restore, Sequence};
+use crate::speculate::{Speculation, SpeculationOptions};
 use crate::stats::{CountedStep, EngineStats, Rate};
 use moellon_model::batch::{Batch, LogitRows};
 use moellon_model::session::greedy;
@@ -42,12 +43,20 @@ pub struct EngineOptions {
     pub max_decode_slowdown: f64,
     /// Cached prefixes on disk.
     pub disk_cache: Option<DiskCacheOptions>,
+    /// What drafts tokens; `None` decodes them one by one. The output is the same.
+    pub speculation: Option<SpeculationOptions>,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
         // Inter-token latency within 3x of undisturbed is the requirement; the estimate has some noise.
-        EngineOptions { max_waiting: 256, max_prefix_cache_bytes: None, max_decode_slowdown: 2.5, disk_cache: None }
+        EngineOptions {
+            max_waiting: 256,
+            max_prefix_cache_bytes: None,
+            max_decode_slowdown: 2.5,
+            disk_cache: None,
+            speculation: None,
+        }
     }
 }
 
@@ -57,6 +66,16 @@ pub enum EngineError {
     /// The device has no room for the engine's own buffer, or failed.
     #[error(transparent)]
     Ops(#[from] moellon_ops::Error),
+    /// The draft model is not one for this decoder.
+    #[error("draft model: {what} is {found}, expected {expected}, as the model has")]
+    DraftModel {
+        /// What differs.
+        what: &'static str,
+        /// The draft model's.
+        found: usize,
+        /// The model's.
+        expected: usize,
+    },
     /// The decoder refused a batch or its device failed.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -142,28 +161,29 @@ impl RequestLimits {
 
 /// A decoder with its requests.
 pub struct Engine {
-    decoder: Decoder,
-    backend: Box<dyn Backend>,
-    limits: RequestLimits,
-    step_limits: StepLimits,
+    pub(crate) decoder: Decoder,
+    pub(crate) backend: Box<dyn Backend>,
+    pub(crate) limits: RequestLimits,
+    pub(crate) step_limits: StepLimits,
     max_sequences: usize,
     max_prefix_blocks: usize,
-    pool: KvPool,
+    pub(crate) pool: KvPool,
     prefix_cache: PrefixCache,
     disk_cache: Option<DiskCache>,
     block_rows: BlockRows,
     /// In order of arrival.
     waiting: VecDeque<Sequence>,
     /// In order of arrival.
-    running: Vec<Sequence>,
+    pub(crate) running: Vec<Sequence>,
     /// Requests that are queued anywhere.
     num_waiting: Arc<AtomicUsize>,
-    governor: ChunkGovernor,
+    pub(crate) governor: ChunkGovernor,
     /// u32 `[max_logit_rows, 1]`: tokens that the device chose.
     chosen: moellon_ops::Buffer,
     /// Work space: one row of logits `[vocab_size]`.
     logits: Vec<f32>,
     mask: TokenMask,
+    pub(crate) speculation: Option<Speculation>,
     stats: EngineStats,
     prefill_rate: Rate,
     generated_rate: Rate,
@@ -176,14 +196,36 @@ impl Engine {
     ///
     /// # Errors
     /// If the device has no room for the engine's buffer, or the disk cache's folder is not usable.
-    pub fn new(decoder: Decoder, mut backend: Box<dyn Backend>, options: EngineOptions) -> Result<Self, EngineError> {
+    pub fn new(decoder: Decoder, backend: Box<dyn Backend>, options: EngineOptions) -> Result<Self, EngineError> {
+        Engine::with_draft_model(decoder, None, backend, options)
+    }
+
+    /// [`Engine::new`] with a smaller model of the same tokens that drafts, built on the same back end for the same sizes.
+    ///
+    /// # Errors
+    /// As [`Engine::new`], and a draft model of other sizes.
+    pub fn with_draft_model(
+        mut decoder: Decoder,
+        draft_model: Option<Decoder>,
+        mut backend: Box<dyn Backend>,
+        options: EngineOptions,
+    ) -> Result<Self, EngineError> {
         let sizes = *decoder.options();
-        let block_rows = BlockRows::new(&decoder);
+        if let Some(draft) = &draft_model {
+            check_draft_model(&decoder, draft)?;
+        }
+        let speculation = match options.speculation {
+            None => None,
+            Some(options) => Some(Speculation::new(options, &mut decoder, draft_model, backend.as_mut())?),
+        };
+        let block_rows =
+            BlockRows::new(&decoder, speculation.as_ref().map_or_else(Vec::new, Speculation::draft_caches));
         let block_bytes = block_rows.block_bytes() as u64;
         let chosen = backend.alloc("chosen tokens", ElementType::U32, sizes.max_logit_rows)?;
         let caps = backend.caps();
         // Rows of another back end or precision are not bit for bit the same.
-        let layout = format!("{} {:?} {}", caps.name, caps.activations, block_rows.describe());
+        let head = if speculation.as_ref().is_some_and(Speculation::has_head) { " drafting" } else { "" };
+        let layout = format!("{} {:?} {}{head}", caps.name, caps.activations, block_rows.describe());
         let disk_cache = options.disk_cache.as_ref().map(|disk| DiskCache::open(disk, &layout)).transpose()?;
         let max_prefix_blocks =
             options.max_prefix_cache_bytes.map_or(sizes.num_blocks, |bytes| (bytes / block_bytes.max(1)) as usize);
@@ -216,6 +258,7 @@ impl Engine {
             chosen,
             logits: vec![0.0; vocab_size],
             mask: TokenMask::all(vocab_size),
+            speculation,
             stats: EngineStats { total_blocks: sizes.num_blocks, block_bytes, ..EngineStats::default() },
             prefill_rate: Rate::new(),
             generated_rate: Rate::new(),
@@ -251,21 +294,23 @@ impl Engine {
         self.drop_cancelled();
         let restored = self.restore()?;
         self.admit()?;
-        self.reuse_what_others_published();
+        self.reuse_what_others_published()?;
+        let started = Instant::now();
+        self.propose();
         let shares = self.plan()?;
         if shares.is_empty() {
             return Ok(restored);
         }
-        let started = Instant::now();
-        let decode_rows = shares.iter().filter(|share| self.running[share.sequence].is_decoding()).count();
+        let decodes = shares.iter().filter(|share| self.running[share.sequence].is_decoding()).count();
         let batch = self.batch(&shares);
-        let (logits, profile) = self.forward(&batch, decode_rows, started)?;
+        let drafts = shares.iter().map(|share| share.num_drafts).sum();
+        let (logits, profile) = self.forward(&batch, decodes + drafts, started)?;
         let outcomes = self.choose(&shares, &batch, logits)?;
         if let Some(profile) = profile {
-            self.count(&profile, decode_rows, started);
+            self.count(&profile, decodes + drafts, started);
         }
         let generated = self.commit(&shares, outcomes)?;
-        self.observe(batch.num_tokens(), decode_rows, generated, started);
+        self.observe(batch.num_tokens(), decodes, drafts, generated, started);
         Ok(true)
     }
 
@@ -284,6 +329,9 @@ impl Engine {
         self.waiting.iter_mut().for_each(Sequence::lose_blocks);
         self.pool = KvPool::new(self.limits.num_blocks, self.limits.block_size, self.limits.block_bytes);
         self.prefix_cache = PrefixCache::new(self.max_prefix_blocks);
+        if let Some(speculation) = &mut self.speculation {
+            speculation.restart();
+        }
         self.stats.restarts += 1;
         self.stats.failures_in_a_row += 1;
     }
@@ -311,6 +359,7 @@ impl Engine {
             prefill_tokens_per_s: self.prefill_rate.per_second(now),
             generated_tokens_per_s: self.generated_rate.per_second(now),
             prefill_chunk: self.governor.chunk(),
+            speculation: self.speculation.as_ref().map(Speculation::stats),
             ..self.stats.clone()
         }
     }
@@ -365,12 +414,14 @@ impl Engine {
         let mut index = 0;
         while self.running.len() < self.max_sequences {
             let Some(mut sequence) = self.waiting.remove(index) else { return Ok(()) };
+            self.settle_head()?;
             self.look_on_disk(&mut sequence);
             if matches!(sequence.restore, Restore::Reading(_)) {
                 self.waiting.insert(index, sequence);
                 index += 1;
             } else if self.reserve_prompt(&mut sequence)? {
                 sequence.ticket = None;
+                self.begin_head(&mut sequence);
                 self.running.push(sequence);
             } else {
                 self.waiting.insert(index, sequence);
@@ -440,6 +491,9 @@ impl Engine {
             return Ok(false);
         };
         self.block_rows.write(block, rows, self.backend.as_mut())?;
+        if let Some(speculation) = &mut self.speculation {
+            speculation.restored_block(block, self.limits.block_size);
+        }
         let block_size = self.limits.block_size;
         let sequence = &mut self.waiting[index];
         let done = sequence.blocks.len() * block_size;
@@ -475,6 +529,9 @@ impl Engine {
             // With every other block in use there is none to copy it to; the tail may then be evicted below.
             if let Some(own) = self.alloc() {
                 self.block_rows.copy(shared, own, num_slots, self.backend.as_mut())?;
+                if let Some(speculation) = &mut self.speculation {
+                    speculation.copied_block(shared, own, num_slots);
+                }
                 sequence.blocks.push(own);
                 sequence.computed += num_slots;
             }
@@ -490,9 +547,10 @@ impl Engine {
 
     /// Sequences that stand at the end of a block take what others computed meanwhile: many that begin alike are computed
     /// once.
-    fn reuse_what_others_published(&mut self) {
+    fn reuse_what_others_published(&mut self) -> Result<(), EngineError> {
         let block_size = self.limits.block_size;
-        for sequence in self.running.iter_mut().filter(|s| !s.is_decoding()) {
+        let mut moved = Vec::new();
+        for (index, sequence) in self.running.iter_mut().enumerate().filter(|(_, s)| !s.is_decoding()) {
             let (done, end) = (sequence.computed, sequence.reusable_tokens());
             if done != sequence.published * block_size || done + block_size > end {
                 continue;
@@ -500,6 +558,9 @@ impl Engine {
             let rest = &sequence.tokens[done..end];
             let found = self.prefix_cache.lookup(&mut sequence.cursor, rest, done, &mut self.pool);
             found.tail.iter().for_each(|(block, _)| self.pool.release(*block));
+            if !found.blocks.is_empty() {
+                moved.push(index);
+            }
             for shared in found.blocks {
                 let own = std::mem::replace(&mut sequence.blocks[sequence.published], shared);
                 self.pool.release(own);
@@ -508,6 +569,11 @@ impl Engine {
                 sequence.miss.clone_from(&found.miss);
             }
         }
+        if !moved.is_empty() {
+            self.settle_head()?;
+            moved.into_iter().for_each(|index| self.move_head(index));
+        }
+        Ok(())
     }
 
     /// Who runs how many tokens, with blocks for them; the youngest give way when there are not enough.
@@ -519,9 +585,14 @@ impl Engine {
             if shares.iter().all(|share| self.reserve(*share)) {
                 return Ok(shares);
             }
+            // Nobody gives way to a guess.
+            if self.drop_drafts() {
+                continue;
+            }
             if self.running.len() < 2 {
                 return Err(EngineError::NoBlock { num_blocks: self.limits.num_blocks });
             }
+            self.settle_head()?;
             self.preempt_youngest();
         }
     }
@@ -542,7 +613,16 @@ impl Engine {
         if self.pool.num_free() == 0 {
             self.prefix_cache.evict(&mut self.pool);
         }
-        self.pool.alloc()
+        self.alloc_free()
+    }
+
+    /// A free block.
+    pub(crate) fn alloc_free(&mut self) -> Option<BlockId> {
+        let block = self.pool.alloc()?;
+        if let Some(speculation) = &mut self.speculation {
+            speculation.forget_block(block);
+        }
+        Some(block)
     }
 
     /// Puts the youngest running request back to the front of the queue. What it computed stays cached while there is room.
@@ -594,29 +674,22 @@ impl Engine {
             let (first, end) = (sequence.computed, sequence.computed + share.num_tokens);
             let rows = match sequence.demand() {
                 Demand { all_logits: true, .. } => LogitRows::All,
+                _ if share.num_drafts > 0 => LogitRows::All,
                 Demand { num_tokens, .. } if num_tokens == share.num_tokens => LogitRows::Last,
                 _ => LogitRows::None,
             };
             let blocks = &sequence.blocks[..self.pool.blocks_for(end)];
-            batch.push_sequence(&sequence.tokens[first..end], first, blocks, self.limits.block_size, rows);
+            let mut tokens = sequence.tokens[first..end - share.num_drafts].to_vec();
+            tokens.extend_from_slice(&sequence.track.drafts[..share.num_drafts]);
+            batch.push_sequence(&tokens, first, blocks, self.limits.block_size, rows);
         }
         batch
     }
 
-    /// The next token of every share that reaches the end of its sequence, or why there is none.
-    fn choose(
-        &mut self,
-        shares: &[Share],
-        batch: &Batch,
-        logits: Tensor,
-    ) -> Result<Vec<Option<Result<SampledToken, RequestError>>>, EngineError> {
-        let on_device = shares.iter().any(|share| self.is_due(share) && self.running[share.sequence].takes_argmax());
-        let chosen = if on_device {
-            greedy(logits, self.chosen.tensor(logits.rows, 1), self.backend.as_mut())?
-        } else {
-            Vec::new()
-        };
+    /// The next tokens of every share that reaches the end of its sequence, or why there are none. They are appended.
+    fn choose(&mut self, shares: &[Share], batch: &Batch, logits: Tensor) -> Result<Vec<Outcome>, EngineError> {
         let mut outcomes = Vec::new();
+        let mut chosen = None;
         let (mut row, mut logit_row) = (0, 0);
         for share in shares {
             let end = row + share.num_tokens;
@@ -626,9 +699,9 @@ impl Engine {
             self.score_prompt(share, first_logit_row..logit_row, logits)?;
             let due = self.is_due(share) && !self.running[share.sequence].is_full();
             outcomes.push(if due {
-                Some(self.next_token(share.sequence, logit_row - 1, logits, &chosen)?)
+                self.next_tokens(share, logit_row - 1 - share.num_drafts, logits, &mut chosen)?
             } else {
-                None
+                Outcome { tokens: Vec::new(), end: Ok(None) }
             });
         }
         Ok(outcomes)
@@ -637,29 +710,72 @@ impl Engine {
     /// Whether a share reaches the end of its sequence.
     fn is_due(&self, share: &Share) -> bool {
         let sequence = &self.running[share.sequence];
-        sequence.computed + share.num_tokens == sequence.tokens.len()
+        sequence.computed + share.num_tokens - share.num_drafts == sequence.tokens.len()
     }
 
-    /// `chosen` are the device's choices for all rows, if any is wanted.
+    /// Goes through a share's rows from `row` on for as long as the drafts are what would have been chosen anyway: each token
+    /// is chosen from its own row, by the same sampler and in the same state as without drafts.
+    fn next_tokens(
+        &mut self,
+        share: &Share,
+        row: usize,
+        logits: Tensor,
+        chosen: &mut Option<Vec<u32>>,
+    ) -> Result<Outcome, EngineError> {
+        let mut drafts = std::mem::take(&mut self.running[share.sequence].track.drafts);
+        drafts.truncate(share.num_drafts);
+        let mut outcome = Outcome { tokens: Vec::new(), end: Ok(None) };
+        for index in 0..=drafts.len() {
+            let draft = drafts.get(index).copied();
+            match self.next_token(share.sequence, row + index, draft, logits, chosen)? {
+                Err(error) => {
+                    outcome.end = Err(error);
+                    break;
+                }
+                Ok(token) => {
+                    let (id, end) = (token.id, self.running[share.sequence].append(&token));
+                    outcome.tokens.push(token);
+                    if !matches!(end, Ok(None)) {
+                        outcome.end = end;
+                        break;
+                    }
+                    if draft != Some(id) {
+                        break;
+                    }
+                }
+            }
+        }
+        self.learn(share.sequence, &drafts, outcome.tokens.len());
+        Ok(outcome)
+    }
+
+    /// `chosen` are the device's choices for all rows, once any is wanted.
     fn next_token(
         &mut self,
         sequence: usize,
         row: usize,
+        draft: Option<u32>,
         logits: Tensor,
-        chosen: &[u32],
+        chosen: &mut Option<Vec<u32>>,
     ) -> Result<Result<SampledToken, RequestError>, EngineError> {
         let sequence = &mut self.running[sequence];
         if sequence.takes_argmax() {
+            let chosen = match chosen {
+                Some(chosen) => chosen,
+                None => chosen.insert(greedy(logits, self.chosen.tensor(logits.rows, 1), self.backend.as_mut())?),
+            };
             let token = chosen[row];
             // A row with a NaN anywhere gives the column of a NaN: the chosen logit tells.
             let mut logit = [f32::NAN];
             if (token as usize) < logits.cols {
                 self.backend.read_f32(logits.row_range(row, 1).columns(token as usize, 1), &mut logit)?;
             }
-            return Ok(match logit {
-                [logit] if logit.is_nan() => Err(sequence.bad_logits(&PickError::Nan { token })),
-                _ => Ok(sequence.accept_argmax(token)),
-            });
+            if logit[0].is_nan() {
+                return Ok(Err(sequence.bad_logits(&PickError::Nan { token })));
+            }
+            let previous = sequence.tokens[sequence.tokens.len() - 1];
+            let replayed = self.speculation.as_mut().and_then(|s| s.replayed(previous, draft));
+            return Ok(Ok(sequence.accept_argmax(replayed.unwrap_or(token))));
         }
         self.backend.read_f32(logits.row_range(row, 1), &mut self.logits)?;
         let chosen = sequence.choose(&self.logits, &mut self.mask);
@@ -686,46 +802,49 @@ impl Engine {
         Ok(())
     }
 
-    /// Counts rows as cached, publishes full blocks, appends tokens, tells the askers, and lets finished requests go.
-    /// Returns how many tokens were generated.
-    fn commit(
-        &mut self,
-        shares: &[Share],
-        outcomes: Vec<Option<Result<SampledToken, RequestError>>>,
-    ) -> Result<usize, EngineError> {
-        let (mut ended, mut generated) = (Vec::new(), 0);
+    /// Tells the askers their tokens, counts rows as cached, publishes full blocks, and lets finished requests go. Returns how
+    /// many tokens were generated.
+    fn commit(&mut self, shares: &[Share], outcomes: Vec<Outcome>) -> Result<usize, EngineError> {
+        let (mut computed, mut ends, mut generated) = (Vec::new(), Vec::new(), 0);
         for (share, outcome) in shares.iter().zip(outcomes) {
             let sequence = &mut self.running[share.sequence];
+            // Rows of drafts count as far as they gave tokens.
+            let rows = share.num_tokens - share.num_drafts + outcome.tokens.len().saturating_sub(1);
+            let done = sequence.computed + rows;
             // A preempted request that computes its prompt again has said so before.
-            let is_prompt = sequence.computed < sequence.prompt_tokens && sequence.generated() == 0;
-            sequence.computed += share.num_tokens;
-            if !matches!(outcome, Some(Err(_))) {
-                self.publish(share.sequence)?;
-            }
-            let sequence = &mut self.running[share.sequence];
-            if is_prompt {
-                let done_tokens = sequence.computed.min(sequence.prompt_tokens);
+            if sequence.computed < sequence.prompt_tokens && sequence.generated() == outcome.tokens.len() {
+                let done_tokens = done.min(sequence.prompt_tokens);
                 sequence.events.send(Event::Prefill { done_tokens, prompt_tokens: sequence.prompt_tokens });
             }
-            let end = match outcome {
-                None if sequence.computed == sequence.tokens.len() => Ok(Some(FinishReason::Length)),
-                None => Ok(None),
-                Some(Err(error)) => Err(error),
-                Some(Ok(token)) => {
-                    let end = sequence.append(&token);
-                    generated += 1;
-                    sequence.events.send(Event::Tokens(vec![token]));
-                    end
-                }
+            let is_full = outcome.tokens.is_empty() && done == sequence.tokens.len();
+            let end = match outcome.end {
+                Ok(None) if is_full => Ok(Some(FinishReason::Length)),
+                end => end,
             };
-            match end {
-                Ok(None) => {}
-                Ok(Some(reason)) => ended.push((share.sequence, Ok(reason))),
-                Err(error) => ended.push((share.sequence, Err(error))),
+            generated += outcome.tokens.len();
+            if !outcome.tokens.is_empty() {
+                sequence.events.send(Event::Tokens(outcome.tokens));
+            }
+            computed.push(rows);
+            ends.push(end);
+        }
+        let is_end = |end: &Result<Option<FinishReason>, RequestError>| !matches!(end, Ok(None));
+        let ended: Vec<usize> =
+            shares.iter().zip(&ends).filter(|(_, end)| is_end(end)).map(|(share, _)| share.sequence).collect();
+        self.run_head(shares, &computed, &ended)?;
+        for ((share, rows), end) in shares.iter().zip(computed).zip(&ends) {
+            self.running[share.sequence].computed += rows;
+            if end.is_ok() {
+                self.publish(share.sequence)?;
             }
         }
+        let mut ended: Vec<_> = shares.iter().map(|share| share.sequence).zip(ends).collect();
         ended.sort_unstable_by_key(|(index, _)| std::cmp::Reverse(*index));
-        ended.into_iter().for_each(|(index, end)| self.end(index, end));
+        for (index, end) in ended {
+            if let Some(end) = end.transpose() {
+                self.end(index, end);
+            }
+        }
         Ok(generated)
     }
 
@@ -733,6 +852,12 @@ impl Engine {
     fn publish(&mut self, index: usize) -> Result<(), EngineError> {
         let sequence = &mut self.running[index];
         let new_blocks = sequence.publish(&mut self.prefix_cache, &mut self.pool);
+        if self.disk_cache.is_none() || new_blocks.is_empty() {
+            return Ok(());
+        }
+        // What is written has all its rows.
+        self.settle_head()?;
+        let sequence = &mut self.running[index];
         let Some(disk_cache) = &self.disk_cache else { return Ok(()) };
         for (block, hash) in new_blocks.into_iter().filter(|(_, hash)| !disk_cache.contains(hash)) {
             let rows = self.block_rows.read(sequence.blocks[block], self.backend.as_mut())?;
@@ -744,6 +869,9 @@ impl Engine {
 
     fn end(&mut self, index: usize, end: Result<FinishReason, RequestError>) {
         let mut sequence = self.running.remove(index);
+        if let Some(speculation) = &mut self.speculation {
+            speculation.end(&mut sequence);
+        }
         match end {
             Ok(reason) => {
                 sequence.release(&mut self.prefix_cache, &mut self.pool);
@@ -768,10 +896,12 @@ impl Engine {
         }
     }
 
-    fn observe(&mut self, num_tokens: usize, decode_rows: usize, generated: usize, started: Instant) {
+    fn observe(&mut self, num_tokens: usize, decodes: usize, drafts: usize, generated: usize, started: Instant) {
         let now = Instant::now();
         let elapsed = now - started;
+        let decode_rows = decodes + drafts;
         let prefill_rows = num_tokens.saturating_sub(decode_rows);
+        self.settle(decodes, drafts, prefill_rows, generated, elapsed.as_secs_f64());
         self.governor.observe(decode_rows, prefill_rows, elapsed.as_secs_f64());
         self.prefill_rate.add(prefill_rows, now);
         self.stats.prefill_tokens += prefill_rows as u64;
@@ -781,5 +911,30 @@ impl Engine {
         self.stats.last_step = elapsed;
         self.stats.last_step_tokens = num_tokens;
         self.stats.failures_in_a_row = 0;
+    }
+}
+
+/// What a share gave.
+struct Outcome {
+    /// In order; all but the last were drafted.
+    tokens: Vec<SampledToken>,
+    end: Result<Option<FinishReason>, RequestError>,
+}
+
+/// A draft model must speak of the same tokens and slots.
+fn check_draft_model(model: &Decoder, draft: &Decoder) -> Result<(), EngineError> {
+    let (sizes, own) = (model.options(), draft.options());
+    let pairs = [
+        ("vocab_size", draft.config().vocab_size, model.config().vocab_size),
+        ("block_size", own.block_size, sizes.block_size),
+        ("num_blocks", own.num_blocks, sizes.num_blocks),
+        ("max_context", own.max_context, sizes.max_context),
+        ("max_batch_tokens", own.max_batch_tokens, sizes.max_batch_tokens),
+        ("max_sequences", own.max_sequences, sizes.max_sequences),
+        ("max_logit_rows", own.max_logit_rows, sizes.max_logit_rows),
+    ];
+    match pairs.into_iter().find(|(_, found, expected)| found != expected) {
+        Some((what, found, expected)) => Err(EngineError::DraftModel { what, found, expected }),
+        None => Ok(()),
     }
 }

@@ -4,7 +4,8 @@
 //! |---|---|
 //! | `request.rs` | what is asked and answered: [`Request`], [`Event`] |
 //! | `thread.rs` | [`EngineHandle`]: one thread owns the engine, others send it requests |
-//! | `engine.rs` | [`Engine::step`]: admit, plan, forward, choose, commit |
+//! | `engine.rs` | [`Engine::step`]: admit, propose, plan, forward, choose, commit |
+//! | `speculate/` | drafts: who makes them, which are worth a row |
 //! | `scheduler.rs` | who runs how many tokens in a step |
 //! | `sequence.rs` | one request on its way |
 //! | `kv_pool.rs` | cache blocks and who holds them |
@@ -21,6 +22,7 @@ pub mod request;
 pub mod sampler;
 pub mod scheduler;
 mod sequence;
+pub mod speculate;
 pub mod stats;
 mod thinking;
 pub mod thread;
@@ -32,5 +34,6 @@ pub use request::{
     CacheMiss, Event, FinishReason, Finished, PromptScore, Request, RequestError, SampledToken, Started, ThinkingBudget,
 };
 pub use sampler::{PickError, Sampler, SamplingParams, SettingError};
+pub use speculate::{CostCurve, Policy, Replay, SpeculationOptions, SpeculationStats};
 pub use stats::{CountedStep, EngineStats};
 pub use thread::EngineHandle;

@@ -12,6 +12,8 @@ pub struct Demand {
     pub decoding: bool,
     /// Whether every row needs logits, not only the last.
     pub all_logits: bool,
+    /// Drafts to verify beside the token of a sequence that decodes; each is a row with logits.
+    pub drafts: usize,
 }
 
 /// What a sequence gets.
@@ -19,8 +21,10 @@ pub struct Demand {
 pub struct Share {
     /// Which of the demands.
     pub sequence: usize,
-    /// Tokens of it, at least 1.
+    /// Tokens of it, at least 1, drafts included.
     pub num_tokens: usize,
+    /// Of them drafts, the last ones.
+    pub num_drafts: usize,
 }
 
 /// Caps of a step.
@@ -39,14 +43,18 @@ pub fn plan(demands: &[Demand], limits: StepLimits) -> Vec<Share> {
     let mut tokens = limits.max_tokens;
     let mut logit_rows = limits.max_logit_rows;
     let mut shares = Vec::new();
+    // Drafts get what is left when everybody has a row.
+    let decodes = demands.iter().filter(|demand| demand.decoding).count();
+    let mut spare = tokens.min(logit_rows).saturating_sub(decodes);
     for (sequence, demand) in demands.iter().enumerate().filter(|(_, demand)| demand.decoding) {
-        let num_tokens = demand.num_tokens.min(tokens);
-        if num_tokens == 0 || logit_rows == 0 {
+        if tokens == 0 || logit_rows == 0 {
             break;
         }
-        shares.push(Share { sequence, num_tokens });
-        tokens -= num_tokens;
-        logit_rows -= 1;
+        let num_drafts = demand.drafts.min(spare);
+        shares.push(Share { sequence, num_tokens: 1 + num_drafts, num_drafts });
+        spare -= num_drafts;
+        tokens -= 1 + num_drafts;
+        logit_rows -= 1 + num_drafts;
     }
     if !shares.is_empty() {
         tokens = tokens.min(limits.max_prefill_beside_decodes);
@@ -57,7 +65,7 @@ pub fn plan(demands: &[Demand], limits: StepLimits) -> Vec<Share> {
         if num_tokens == 0 || logit_rows == 0 {
             break;
         }
-        shares.push(Share { sequence, num_tokens });
+        shares.push(Share { sequence, num_tokens, num_drafts: 0 });
         tokens -= num_tokens;
         logit_rows -= if demand.all_logits { num_tokens } else { 1 };
     }
@@ -119,11 +127,11 @@ mod tests {
     const LIMITS: StepLimits = StepLimits { max_tokens: 16, max_logit_rows: 8, max_prefill_beside_decodes: 6 };
 
     fn prompt(num_tokens: usize) -> Demand {
-        Demand { num_tokens, decoding: false, all_logits: false }
+        Demand { num_tokens, decoding: false, all_logits: false, drafts: 0 }
     }
 
     fn decode() -> Demand {
-        Demand { num_tokens: 1, decoding: true, all_logits: false }
+        Demand { num_tokens: 1, decoding: true, all_logits: false, drafts: 0 }
     }
 
     fn shares(demands: &[Demand]) -> Vec<(usize, usize)> {
@@ -136,6 +144,15 @@ mod tests {
         assert_eq!(shares(&[prompt(100), decode(), decode()]), [(1, 1), (2, 1), (0, 6)]);
         assert_eq!(shares(&[prompt(4), decode(), prompt(100)]), [(1, 1), (0, 4), (2, 2)]);
         assert_eq!(shares(&[]), []);
+    }
+
+    #[test]
+    fn drafts_take_rows_that_nobody_waits_for() {
+        let drafting = |drafts| Demand { drafts, ..decode() };
+        assert_eq!(shares(&[drafting(3), decode(), prompt(100)]), [(0, 4), (1, 1), (2, 6)]);
+        // Eight rows of logits.
+        assert_eq!(shares(&[drafting(9), decode(), drafting(9)]), [(0, 6), (1, 1), (2, 1)]);
+        assert_eq!(shares(&[drafting(7), prompt(100)]), [(0, 8)]);
     }
 
     #[test]
@@ -163,12 +180,17 @@ mod tests {
     proptest! {
         #[test]
         fn every_cap_holds_and_somebody_runs(
-            demands in proptest::collection::vec((1usize..40, any::<bool>(), any::<bool>()), 1..20),
+            demands in proptest::collection::vec((1usize..40, any::<bool>(), any::<bool>(), 0usize..6), 1..20),
             max_tokens in 1usize..32, max_logit_rows in 1usize..16, beside in 1usize..16,
         ) {
             let demands: Vec<Demand> = demands
                 .into_iter()
-                .map(|(num_tokens, decoding, all_logits)| Demand { num_tokens, decoding, all_logits: all_logits && !decoding })
+                .map(|(num_tokens, decoding, all_logits, drafts)| Demand {
+                    num_tokens: if decoding { 1 } else { num_tokens },
+                    decoding,
+                    all_logits: all_logits && !decoding,
+                    drafts: if decoding { drafts } else { 0 },
+                })
                 .collect();
             let limits = StepLimits { max_tokens, max_logit_rows, max_prefill_beside_decodes: beside };
             let shares = plan(&demands, limits);
@@ -177,11 +199,18 @@ mod tests {
             prop_assert!(rows <= max_tokens);
             let logits: usize = shares
                 .iter()
-                .map(|s| if demands[s.sequence].all_logits { s.num_tokens } else { 1 })
+                .map(|s| if demands[s.sequence].all_logits { s.num_tokens } else { 1 + s.num_drafts })
                 .sum();
             prop_assert!(logits <= max_logit_rows);
+            // Drafts never take the row of one who decodes.
+            let decodes = demands.iter().filter(|d| d.decoding).count();
+            let served = shares.iter().filter(|s| demands[s.sequence].decoding).count();
+            prop_assert_eq!(served, decodes.min(max_tokens).min(max_logit_rows));
             for share in &shares {
-                prop_assert!(share.num_tokens >= 1 && share.num_tokens <= demands[share.sequence].num_tokens);
+                let demand = demands[share.sequence];
+                prop_assert!(share.num_drafts <= demand.drafts);
+                prop_assert!(share.num_tokens > share.num_drafts);
+                prop_assert!(share.num_tokens - share.num_drafts <= demand.num_tokens);
             }
         }
     }

@@ -8,10 +8,11 @@ use crate::request::{
 };
 use crate::sampler::{PickError, Sampler, log_probabilities};
 use crate::scheduler::Demand;
+use crate::speculate::SequenceTrack;
 use crate::thinking::ThinkingState;
 use moellon_text::constraint::{Constraint, TokenMask};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
@@ -46,6 +47,10 @@ pub(crate) enum Restore {
 /// A request, waiting or running.
 pub(crate) struct Sequence {
     pub(crate) id: String,
+    /// Unlike any other sequence's of the process.
+    pub(crate) number: u64,
+    /// What speculation knows of it.
+    pub(crate) track: SequenceTrack,
     /// Prompt and output.
     pub(crate) tokens: Vec<u32>,
     pub(crate) prompt_tokens: usize,
@@ -85,9 +90,12 @@ pub(crate) struct Sequence {
 impl Sequence {
     /// A checked request.
     pub(crate) fn new(request: Request, max_context: usize, events: EventSender, ticket: QueueTicket) -> Self {
+        static NUMBERS: AtomicU64 = AtomicU64::new(0);
         let prompt_tokens = request.prompt.len();
         Sequence {
             id: request.id,
+            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
+            track: SequenceTrack::default(),
             prompt_tokens,
             computed: 0,
             blocks: Vec::new(),
@@ -141,7 +149,9 @@ impl Sequence {
     /// What the next step could do for it.
     pub(crate) fn demand(&self) -> Demand {
         let all_logits = self.prompt_logprobs.is_some() && self.computed < self.prompt_tokens;
-        Demand { num_tokens: self.tokens.len() - self.computed, decoding: self.is_decoding(), all_logits }
+        let decoding = self.is_decoding();
+        let drafts = if decoding { self.track.drafts.len() } else { 0 };
+        Demand { num_tokens: self.tokens.len() - self.computed, decoding, all_logits, drafts }
     }
 
     /// Tells the asker, once, that computing begins.
@@ -265,6 +275,42 @@ impl Sequence {
         self.generated() >= self.max_tokens || self.tokens.len() >= self.max_context
     }
 
+    /// Drafts that can be of use: one token is chosen in any case.
+    pub(crate) fn room_for_drafts(&self) -> usize {
+        let to_generate = self.max_tokens.saturating_sub(self.generated());
+        let positions = self.max_context.saturating_sub(self.tokens.len());
+        to_generate.min(positions).saturating_sub(1)
+    }
+
+    /// How many of `drafts` the constraint would take, the first ones. It is left as it was.
+    pub(crate) fn allowed_drafts(&mut self, drafts: &[u32]) -> usize {
+        let Some(constraint) = &mut self.constraint else { return drafts.len() };
+        let mut taken = 0;
+        for token in drafts {
+            if self.stop_token_ids.contains(token) || constraint.consume(*token).is_err() {
+                break;
+            }
+            taken += 1;
+            if constraint.is_complete() {
+                break;
+            }
+        }
+        match constraint.rollback(taken) {
+            Ok(()) => taken,
+            // The next real token will say what is wrong with it.
+            Err(_) => 0,
+        }
+    }
+
+    pub(crate) fn salt(&self) -> Option<&String> {
+        self.salt.as_ref()
+    }
+
+    /// Speculation's knowledge beside the tokens and the salt.
+    pub(crate) fn track_and_text(&mut self) -> (&mut SequenceTrack, &[u32], Option<&String>) {
+        (&mut self.track, &self.tokens, self.salt.as_ref())
+    }
+
     /// Makes the computed full blocks findable and returns those that the tree did not have, with their names.
     pub(crate) fn publish(&mut self, cache: &mut PrefixCache, pool: &mut KvPool) -> Vec<(usize, BlockHash)> {
         let block_size = pool.block_size();
@@ -322,7 +368,7 @@ impl Sequence {
         Finished {
             reason,
             completion_tokens: self.generated(),
-            accepted_draft_tokens: 0,
+            accepted_draft_tokens: self.track.accepted_drafts,
             preemptions: self.preemptions,
             prompt_logprobs: self.prompt_logprobs.take(),
             prefill: since(self.first_token, self.started),

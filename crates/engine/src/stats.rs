@@ -1,6 +1,7 @@
 //! What the engine says about itself: for health checks, metrics and people.
 
 use crate::disk_cache::DiskCacheStats;
+use crate::speculate::SpeculationStats;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
@@ -74,6 +75,8 @@ pub struct EngineStats {
     pub masks: u64,
     /// Their time.
     pub mask_time: Duration,
+    /// What speculation did; `None` where nothing drafts.
+    pub speculation: Option<SpeculationStats>,
     /// Requests put back into the queue for want of blocks.
     pub preemptions: u64,
     /// Requests refused by `submit`.

@@ -2,7 +2,7 @@
 
 mod support;
 
-use moellon_engine::{EngineOptions, Event, EventReceiver, Request, SamplingParams};
+use moellon_engine::{EngineOptions, Event, EventReceiver, Policy, Request, SamplingParams, SpeculationOptions};
 use proptest::prelude::*;
 use support::{Sizes, drain, ids_of, prompt, request, run, run_one, tokens_of};
 
@@ -57,9 +57,20 @@ fn wishes() -> impl Strategy<Value = Vec<Wish>> {
     proptest::collection::vec(wish, 1..7)
 }
 
-/// What a request gives when it has an engine to itself.
+/// No speculation, or one that drafts whatever it can.
+fn speculations() -> impl Strategy<Value = Option<SpeculationOptions>> {
+    let options =
+        (any::<bool>(), any::<bool>(), 1usize..6, any::<bool>()).prop_map(|(suffix, mtp, max_depth, governed)| {
+            let policy = if governed { Policy::Governed } else { Policy::Always };
+            SpeculationOptions { suffix, mtp, policy, max_depth, ..SpeculationOptions::default() }
+        });
+    proptest::option::weighted(0.8, options)
+}
+
+/// What a request gives when it has an engine to itself, without speculation.
 fn alone(sizes: &Sizes, request: Request) -> Vec<Event> {
-    let quiet = Sizes { num_blocks: 12, max_batch_tokens: 96, max_sequences: 1, ..sizes.clone() };
+    let options = EngineOptions { speculation: None, ..sizes.options.clone() };
+    let quiet = Sizes { num_blocks: 12, max_batch_tokens: 96, max_sequences: 1, options, ..sizes.clone() };
     run_one(&mut quiet.engine(), request)
 }
 
@@ -96,9 +107,9 @@ proptest! {
         wishes in wishes(),
         fixture in prop_oneof![Just("glm_moe_dsa"), Just("gpt_oss_window"), Just("qwen3_moe"), Just("deepseek_v3")],
         num_blocks in 12usize..30, max_batch_tokens in 4usize..24, max_sequences in 1usize..5,
-        cached in prop_oneof![Just(None), Just(Some(0)), Just(Some(40_000))],
+        cached in prop_oneof![Just(None), Just(Some(0)), Just(Some(40_000))], speculation in speculations(),
     ) {
-        let options = EngineOptions { max_prefix_cache_bytes: cached, ..EngineOptions::default() };
+        let options = EngineOptions { max_prefix_cache_bytes: cached, speculation, ..EngineOptions::default() };
         check_mix(&Sizes { fixture, num_blocks, max_batch_tokens, max_sequences, options, max_context: 96 }, &wishes)?;
     }
 }

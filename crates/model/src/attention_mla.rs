@@ -2,27 +2,21 @@
 
 use crate::Result;
 use crate::config::{IndexSource, Mla};
-use crate::decoder::{Decoder, Step};
+use crate::decoder::Pass;
 use crate::indexer;
-use crate::tap::Tap;
 use crate::weights::{MlaWeights, QueryWeights};
-use moellon_ops::{AttendMla, Backend, IndexSet, KvStore, Linear, LinearHeads, RmsNorm, Rope, Stage, Tensor};
+use moellon_ops::{AttendMla, KvStore, Linear, LinearHeads, RmsNorm, Rope, Stage, Tensor};
 
-/// `out = attention(x)` for `x` `[num_tokens, hidden_size]`; stores the layer's latents. `index_set` is the set of the last
-/// layer that had an indexer: read by layers that share it, replaced by layers with their own.
-#[expect(clippy::too_many_arguments, reason = "the state of a step, each part borrowed differently")]
+/// `out = attention(x)` for `x` `[num_tokens, hidden_size]`; stores the layer's latents.
 pub(crate) fn forward(
-    decoder: &Decoder,
+    pass: &mut Pass<'_, '_>,
     weights: &MlaWeights,
     mla: &Mla,
     layer: usize,
-    step: &Step,
     x: Tensor,
     out: Tensor,
-    index_set: &mut Option<IndexSet>,
-    backend: &mut dyn Backend,
-    tap: &mut Option<&mut dyn Tap>,
 ) -> Result<()> {
+    let (decoder, step) = (pass.decoder, pass.step);
     let (space, tokens) = (&decoder.workspace, step.num_tokens);
     let head_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim;
     let q = space.q.tensor(tokens, mla.num_heads * head_dim);
@@ -33,41 +27,53 @@ pub(crate) fn forward(
     let q_latent = match &weights.query {
         QueryWeights::LowRank { q_a, q_a_norm, q_b } => {
             let q_latent = space.q_latent_raw.tensor(tokens, q_a.rows);
-            backend.linear(&Linear { x, parts: &[(*q_a, q_latent), (weights.kv_a, kv)] })?;
-            backend.rms_norm(&norm(q_latent, *q_a_norm))?;
-            backend.linear(&Linear { x: q_latent, parts: &[(*q_b, q)] })?;
+            pass.backend.linear(&Linear { x, parts: &[(*q_a, q_latent), (weights.kv_a, kv)] })?;
+            pass.backend.rms_norm(&norm(q_latent, *q_a_norm))?;
+            pass.backend.linear(&Linear { x: q_latent, parts: &[(*q_b, q)] })?;
             Some(q_latent)
         }
         QueryWeights::Direct { q: weight } => {
-            backend.linear(&Linear { x, parts: &[(*weight, q), (weights.kv_a, kv)] })?;
+            pass.backend.linear(&Linear { x, parts: &[(*weight, q), (weights.kv_a, kv)] })?;
             None
         }
     };
-    backend.rms_norm(&norm(latent, weights.kv_a_norm))?;
+    pass.backend.rms_norm(&norm(latent, weights.kv_a_norm))?;
     let q_rope = q.columns(mla.qk_nope_head_dim, q.cols - mla.qk_nope_head_dim);
     let pairs = decoder.config.rope.pairs;
-    backend.rope(&Rope {
+    pass.backend.rope(&Rope {
         x: q_rope,
         num_heads: mla.num_heads,
         head_stride: head_dim,
         table: step.rope_table,
         pairs,
     })?;
-    backend.rope(&Rope { x: k_pe, num_heads: 1, head_stride: mla.qk_rope_head_dim, table: step.rope_table, pairs })?;
+    pass.backend.rope(&Rope {
+        x: k_pe,
+        num_heads: 1,
+        head_stride: mla.qk_rope_head_dim,
+        table: step.rope_table,
+        pairs,
+    })?;
     let cache = decoder.caches[layer];
-    backend.kv_store(&KvStore { parts: &[latent, k_pe], slots: step.slots, cache: cache.main })?;
+    pass.backend.kv_store(&KvStore { parts: &[latent, k_pe], slots: step.slots, cache: cache.main })?;
     let q_absorbed = space.q_absorbed.tensor(tokens, mla.num_heads * mla.kv_lora_rank);
-    backend.linear_heads(&LinearHeads { x: q, x_head_stride: head_dim, weight: weights.embed_q, out: q_absorbed })?;
+    pass.backend.linear_heads(&LinearHeads {
+        x: q,
+        x_head_stride: head_dim,
+        weight: weights.embed_q,
+        out: q_absorbed,
+    })?;
     match (decoder.layer_config(layer).index, &weights.indexer, cache.index, q_latent) {
+        (IndexSource::Own, ..) if pass.shares_index => {}
         (IndexSource::Own, Some(indexer), Some(keys), Some(q_latent)) => {
-            *index_set = indexer::select(decoder, indexer, keys, layer, step, x, q_latent, backend, tap)?;
+            pass.index_set = indexer::select(pass, indexer, keys, layer, x, q_latent)?;
         }
         (IndexSource::Shared, ..) => {}
-        _ => *index_set = None,
+        _ => pass.index_set = None,
     }
-    backend.stage(Stage::Attention);
+    pass.backend.stage(Stage::Attention);
     let latents = space.latents.tensor(tokens, mla.num_heads * mla.kv_lora_rank);
-    backend.attend_mla(&AttendMla {
+    pass.backend.attend_mla(&AttendMla {
         q_latent: q_absorbed,
         q_rope,
         q_rope_head_stride: head_dim,
@@ -76,18 +82,18 @@ pub(crate) fn forward(
         kv_lora_rank: mla.kv_lora_rank,
         qk_rope_head_dim: mla.qk_rope_head_dim,
         scale: mla.scale,
-        index: *index_set,
+        index: pass.index_set,
         paging: step.paging,
         out: latents,
     })?;
-    backend.stage(Stage::AttentionOutput);
+    pass.backend.stage(Stage::AttentionOutput);
     let attended = space.attended.tensor(tokens, mla.num_heads * mla.v_head_dim);
-    backend.linear_heads(&LinearHeads {
+    pass.backend.linear_heads(&LinearHeads {
         x: latents,
         x_head_stride: mla.kv_lora_rank,
         weight: weights.unembed_out,
         out: attended,
     })?;
-    backend.linear(&Linear { x: attended, parts: &[(weights.o, out)] })?;
+    pass.backend.linear(&Linear { x: attended, parts: &[(weights.o, out)] })?;
     Ok(())
 }

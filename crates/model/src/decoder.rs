@@ -66,6 +66,26 @@ pub(crate) struct Step {
     pub(crate) rope_table: Tensor,
 }
 
+/// A step on its way through the layers.
+pub(crate) struct Pass<'a, 't> {
+    pub(crate) decoder: &'a Decoder,
+    pub(crate) step: &'a Step,
+    pub(crate) backend: &'a mut dyn Backend,
+    pub(crate) tap: Option<&'a mut (dyn Tap + 't)>,
+    /// The set of the last layer that had an indexer: read by layers that share it, replaced by layers with their own.
+    pub(crate) index_set: Option<IndexSet>,
+    /// Whether layers with an indexer of their own take `index_set` as it is: chained drafts, which look where the first
+    /// one looked (`index_share_for_mtp_iteration`).
+    pub(crate) shares_index: bool,
+}
+
+impl Pass<'_, '_> {
+    /// Shows tensors to the tap, if there is one.
+    pub(crate) fn tap(&mut self, point: TapPoint, tensors: &[Tensor]) -> Result<()> {
+        self.tap.as_mut().map_or(Ok(()), |tap| tap.at(point, tensors, self.backend))
+    }
+}
+
 /// A loaded model: config, weight handles, caches and buffers on one back end.
 pub struct Decoder {
     pub(crate) config: ModelConfig,
@@ -74,6 +94,8 @@ pub struct Decoder {
     pub(crate) workspace: Workspace,
     /// One a layer, the MTP layers' after the trunk's.
     pub(crate) caches: Vec<LayerCache>,
+    /// The index set of the MTP layer's last run, for chained drafts.
+    pub(crate) mtp_index_set: Option<IndexSet>,
     /// `[1, rope dim / 2]`
     inverse_frequencies: Tensor,
 }
@@ -103,12 +125,12 @@ impl Decoder {
             };
             caches.push(LayerCache { main, index });
         }
-        let workspace = Workspace::new(&config, &options, weights.max_experts(), backend)?;
+        let workspace = Workspace::new(&config, &options, &weights, backend)?;
         let frequencies = &config.rope.inverse_frequencies;
         let inverse_frequencies =
             backend.alloc("rope frequencies", ElementType::F32, frequencies.len())?.tensor(1, frequencies.len());
         backend.write_f32(inverse_frequencies, frequencies)?;
-        Ok(Decoder { config, options, weights, workspace, caches, inverse_frequencies })
+        Ok(Decoder { config, options, weights, workspace, caches, mtp_index_set: None, inverse_frequencies })
     }
 
     /// The model's numbers.
@@ -178,19 +200,19 @@ impl Decoder {
         &mut self,
         batch: &Batch,
         backend: &mut dyn Backend,
-        mut tap: Option<&mut dyn Tap>,
+        tap: Option<&mut dyn Tap>,
     ) -> Result<Tensor> {
         let step = self.begin(batch, backend)?;
         let (hidden_size, tokens) = (self.config.hidden_size, step.num_tokens);
         let [hidden, delta] = [self.workspace.hidden, self.workspace.delta].map(|b| b.tensor(tokens, hidden_size));
         let token_ids = self.workspace.token_ids.tensor(1, tokens);
         backend.embed(&Embed { table: self.weights.embed_tokens, token_ids, out: hidden })?;
-        let mut index_set = None;
-        for layer in 0..self.config.layers.len() {
+        let mut pass = Pass { decoder: self, step: &step, backend, tap, index_set: None, shares_index: false };
+        for (layer, weights) in self.weights.layers.iter().enumerate() {
             // The feed-forward's output of the layer before is added by this layer's first norm.
-            let pending = (layer > 0).then_some(delta);
-            self.layer(layer, &step, pending, &mut index_set, backend, &mut tap)?;
+            pass.layer(weights, layer, (layer > 0).then_some(delta))?;
         }
+        let Pass { backend, tap, .. } = pass;
         backend.stage(Stage::Head);
         let final_hidden = self.workspace.final_hidden.tensor(tokens, hidden_size);
         let norm = RmsNorm {
@@ -201,7 +223,7 @@ impl Decoder {
             out: final_hidden,
         };
         backend.rms_norm(&norm)?;
-        if let Some(tap) = &mut tap {
+        if let Some(tap) = tap {
             tap.at(TapPoint::Hidden(self.config.layers.len()), &[hidden], backend)?;
             tap.at(TapPoint::FinalHidden, &[final_hidden], backend)?;
         }
@@ -242,62 +264,6 @@ impl Decoder {
         Ok(Step { num_tokens, paging, slots, rope_table })
     }
 
-    /// One layer: reads and updates `hidden`, leaves the feed-forward's output in `delta`.
-    fn layer(
-        &self,
-        layer: usize,
-        step: &Step,
-        pending: Option<Tensor>,
-        index_set: &mut Option<IndexSet>,
-        backend: &mut dyn Backend,
-        tap: &mut Option<&mut dyn Tap>,
-    ) -> Result<()> {
-        self.layer_with(&self.weights.layers[layer], layer, step, pending, index_set, backend, tap)
-    }
-
-    /// [`Decoder::layer`] with the weights given: layer numbers past the trunk's are MTP layers.
-    pub(crate) fn layer_with(
-        &self,
-        weights: &LayerWeights,
-        layer: usize,
-        step: &Step,
-        pending: Option<Tensor>,
-        index_set: &mut Option<IndexSet>,
-        backend: &mut dyn Backend,
-        tap: &mut Option<&mut dyn Tap>,
-    ) -> Result<()> {
-        let (hidden_size, eps) = (self.config.hidden_size, self.config.rms_norm_eps);
-        let space = &self.workspace;
-        let [hidden, normed, delta] =
-            [space.hidden, space.normed, space.delta].map(|b| b.tensor(step.num_tokens, hidden_size));
-        backend.stage(Stage::AttentionInput);
-        backend.rms_norm(&RmsNorm { x: hidden, delta: pending, weight: weights.input_norm, eps, out: normed })?;
-        if let Some(tap) = tap {
-            tap.at(TapPoint::Hidden(layer), &[hidden], backend)?;
-        }
-        match (&weights.attention, &self.config.attention) {
-            (AttentionWeights::Mla(w), Attention::Mla(mla)) => {
-                attention_mla::forward(self, w, mla, layer, step, normed, delta, index_set, backend, tap)?;
-            }
-            (AttentionWeights::Gqa(w), Attention::Gqa(gqa)) => {
-                attention_gqa::forward(self, w, gqa, layer, step, normed, delta, backend)?;
-            }
-            _ => unreachable!("weights are loaded by the config's kind of attention"),
-        }
-        if let Some(tap) = tap {
-            tap.at(TapPoint::AttentionOutput(layer), &[delta], backend)?;
-        }
-        backend.stage(if weights.ffn.is_moe() { Stage::Router } else { Stage::DenseFfn });
-        backend.rms_norm(&RmsNorm {
-            x: hidden,
-            delta: Some(delta),
-            weight: weights.post_attention_norm,
-            eps,
-            out: normed,
-        })?;
-        ffn::forward(self, &weights.ffn, layer, normed, delta, backend, tap)
-    }
-
     /// Logits of the chosen rows of `final_hidden`.
     pub(crate) fn head(&self, final_hidden: Tensor, rows: &[u32], backend: &mut dyn Backend) -> Result<Tensor> {
         backend.stage(Stage::Head);
@@ -328,5 +294,39 @@ impl Decoder {
             num_slots: self.options.num_blocks * self.options.block_size,
             block_size: self.options.block_size,
         }
+    }
+}
+
+impl Pass<'_, '_> {
+    /// One layer: reads and updates `hidden`, leaves the feed-forward's output in `delta`. `pending` is added to `hidden`
+    /// first. Layer numbers past the trunk's are MTP layers.
+    pub(crate) fn layer(&mut self, weights: &LayerWeights, layer: usize, pending: Option<Tensor>) -> Result<()> {
+        let decoder = self.decoder;
+        let (hidden_size, eps) = (decoder.config.hidden_size, decoder.config.rms_norm_eps);
+        let space = &decoder.workspace;
+        let [hidden, normed, delta] =
+            [space.hidden, space.normed, space.delta].map(|b| b.tensor(self.step.num_tokens, hidden_size));
+        self.backend.stage(Stage::AttentionInput);
+        self.backend.rms_norm(&RmsNorm { x: hidden, delta: pending, weight: weights.input_norm, eps, out: normed })?;
+        self.tap(TapPoint::Hidden(layer), &[hidden])?;
+        match (&weights.attention, &decoder.config.attention) {
+            (AttentionWeights::Mla(w), Attention::Mla(mla)) => {
+                attention_mla::forward(self, w, mla, layer, normed, delta)?;
+            }
+            (AttentionWeights::Gqa(w), Attention::Gqa(gqa)) => {
+                attention_gqa::forward(self, w, gqa, layer, normed, delta)?;
+            }
+            _ => unreachable!("weights are loaded by the config's kind of attention"),
+        }
+        self.tap(TapPoint::AttentionOutput(layer), &[delta])?;
+        self.backend.stage(if weights.ffn.is_moe() { Stage::Router } else { Stage::DenseFfn });
+        self.backend.rms_norm(&RmsNorm {
+            x: hidden,
+            delta: Some(delta),
+            weight: weights.post_attention_norm,
+            eps,
+            out: normed,
+        })?;
+        ffn::forward(self, &weights.ffn, layer, normed, delta)
     }
 }

@@ -1,32 +1,30 @@
 //! DeepSeek Sparse Attention's lightning indexer: which positions a layer's attention may see. Spec: `glm52` section 3.
 
 use crate::Result;
-use crate::decoder::{Decoder, Step};
-use crate::tap::{Tap, TapPoint};
+use crate::decoder::Pass;
+use crate::tap::TapPoint;
 use crate::weights::IndexerWeights;
-use moellon_ops::{Backend, Cache, IndexScore, IndexSet, IndexTopk, KvStore, LayerNorm, Linear, Rope, Stage, Tensor};
+use moellon_ops::{Cache, IndexScore, IndexSet, IndexTopk, KvStore, LayerNorm, Linear, Rope, Stage, Tensor};
 
 /// Stores the layer's index keys and, once a context is longer than `index_topk`, scores them and picks the best.
 /// `x` `[num_tokens, hidden_size]` is the attention's input, `q_latent` `[num_tokens, q_lora_rank]` the normed query latent.
 /// `None` means every position.
 pub(crate) fn select(
-    decoder: &Decoder,
+    pass: &mut Pass<'_, '_>,
     weights: &IndexerWeights,
     keys: Cache,
     layer: usize,
-    step: &Step,
     x: Tensor,
     q_latent: Tensor,
-    backend: &mut dyn Backend,
-    tap: &mut Option<&mut dyn Tap>,
 ) -> Result<Option<IndexSet>> {
+    let (decoder, step) = (pass.decoder, pass.step);
     let config = decoder.config.indexer.expect("layers with an indexer exist only where the config has one");
     let (space, tokens) = (&decoder.workspace, step.num_tokens);
-    backend.stage(Stage::Indexer);
+    pass.backend.stage(Stage::Indexer);
     let key = space.index_key.tensor(tokens, config.head_dim);
     let head_weights = space.index_weights.tensor(tokens, config.num_heads);
-    backend.linear(&Linear { x, parts: &[(weights.wk, key), (weights.weights_proj, head_weights)] })?;
-    backend.layer_norm(&LayerNorm {
+    pass.backend.linear(&Linear { x, parts: &[(weights.wk, key), (weights.weights_proj, head_weights)] })?;
+    pass.backend.layer_norm(&LayerNorm {
         x: key,
         weight: weights.k_norm_weight,
         bias: weights.k_norm_bias,
@@ -40,16 +38,16 @@ pub(crate) fn select(
         table: step.rope_table,
         pairs: config.rope_pairs,
     };
-    backend.rope(&rope(key, 1))?;
-    backend.kv_store(&KvStore { parts: &[key], slots: step.slots, cache: keys })?;
+    pass.backend.rope(&rope(key, 1))?;
+    pass.backend.kv_store(&KvStore { parts: &[key], slots: step.slots, cache: keys })?;
     if step.paging.max_context <= config.topk {
         return Ok(None);
     }
     let q = space.index_q.tensor(tokens, config.num_heads * config.head_dim);
-    backend.linear(&Linear { x: q_latent, parts: &[(weights.wq_b, q)] })?;
-    backend.rope(&rope(q, config.num_heads))?;
+    pass.backend.linear(&Linear { x: q_latent, parts: &[(weights.wq_b, q)] })?;
+    pass.backend.rope(&rope(q, config.num_heads))?;
     let scores = space.index_scores.tensor(tokens, step.paging.max_context);
-    backend.index_score(&IndexScore {
+    pass.backend.index_score(&IndexScore {
         q,
         weights: head_weights,
         cache: keys,
@@ -61,9 +59,7 @@ pub(crate) fn select(
     })?;
     let ids = space.index_ids.tensor(tokens, config.topk);
     let counts = space.index_counts.tensor(1, tokens);
-    backend.index_topk(&IndexTopk { scores, positions: step.paging.positions, ids, counts })?;
-    if let Some(tap) = tap {
-        tap.at(TapPoint::IndexSet(layer), &[ids, counts], backend)?;
-    }
+    pass.backend.index_topk(&IndexTopk { scores, positions: step.paging.positions, ids, counts })?;
+    pass.tap(TapPoint::IndexSet(layer), &[ids, counts])?;
     Ok(Some(IndexSet { ids, counts }))
 }

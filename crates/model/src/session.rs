@@ -3,7 +3,7 @@
 
 use crate::batch::{Batch, LogitRows};
 use crate::decoder::Decoder;
-use crate::mtp::MtpHidden;
+use crate::mtp::{MtpHidden, MtpStep};
 use crate::tap::Tap;
 use crate::{Error, Result};
 use moellon_ops::{Argmax, Backend, Tensor};
@@ -86,7 +86,8 @@ impl Session {
     ) -> Result<Tensor> {
         let batch = self.batch(next_token_ids, first_position, LogitRows::All, decoder)?;
         let rows: Vec<u32> = (0..next_token_ids.len() as u32).collect();
-        decoder.forward_mtp(&batch, &rows, source, backend)
+        let step = MtpStep { batch: &batch, hidden_rows: &rows, hidden: source, share_index_of: None };
+        decoder.forward_mtp(&step, backend)
     }
 
     fn batch(&self, token_ids: &[u32], first_position: usize, rows: LogitRows, decoder: &Decoder) -> Result<Batch> {

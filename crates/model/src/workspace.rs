@@ -3,6 +3,7 @@
 use crate::Result;
 use crate::config::{Attention, Ffn, ModelConfig};
 use crate::decoder::DecoderOptions;
+use crate::weights::Weights;
 use moellon_ops::{Backend, Buffer, ElementType};
 
 /// Buffers by what they hold; the first dimension is `max_batch_tokens` unless stated.
@@ -31,6 +32,8 @@ pub(crate) struct Workspace {
     pub(crate) final_hidden: Buffer,
     /// Post-norm output of the MTP layer `[_, hidden_size]`
     pub(crate) mtp_hidden: Buffer,
+    /// Post-norm outputs of the trunk that the MTP layer has not read yet `[_, hidden_size]`
+    pub(crate) mtp_saved: Buffer,
     /// `[_, 2 * hidden_size]`
     pub(crate) mtp_input: Buffer,
     /// `[max_logit_rows, hidden_size]`
@@ -74,14 +77,16 @@ pub(crate) struct Workspace {
 }
 
 impl Workspace {
-    /// Allocates everything for `config`, with routers up to `max_experts` wide.
+    /// Allocates everything for `config`, with routers as wide as `weights` has them.
     pub(crate) fn new(
         config: &ModelConfig,
         options: &DecoderOptions,
-        max_experts: usize,
+        weights: &Weights,
         backend: &mut dyn Backend,
     ) -> Result<Self> {
         let tokens = options.max_batch_tokens;
+        let mtp_tokens = if weights.mtp.is_empty() { 0 } else { tokens };
+        let max_experts = weights.max_experts();
         let mut alloc = |element, len| backend.alloc("activations", element, len);
         let (q, kv, q_latent, absorbed, attended) = match config.attention {
             Attention::Mla(mla) => (
@@ -119,8 +124,9 @@ impl Workspace {
             normed: alloc(f32_, tokens * config.hidden_size)?,
             delta: alloc(f32_, tokens * config.hidden_size)?,
             final_hidden: alloc(f32_, tokens * config.hidden_size)?,
-            mtp_hidden: alloc(f32_, tokens * config.hidden_size)?,
-            mtp_input: alloc(f32_, tokens * config.hidden_size * 2)?,
+            mtp_hidden: alloc(f32_, mtp_tokens * config.hidden_size)?,
+            mtp_saved: alloc(f32_, mtp_tokens * config.hidden_size)?,
+            mtp_input: alloc(f32_, mtp_tokens * config.hidden_size * 2)?,
             head_input: alloc(f32_, options.max_logit_rows * config.hidden_size)?,
             logits: alloc(f32_, options.max_logit_rows * config.vocab_size)?,
             q_latent_raw: alloc(f32_, tokens * q_latent)?,
