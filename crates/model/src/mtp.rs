@@ -49,7 +49,7 @@ impl Decoder {
         }
         let Some(last) = rows.iter().max() else { return Ok(()) };
         let (space, hidden_size) = (&self.workspace, self.config.hidden_size);
-        let indices = space.rows.tensor(1, rows.len());
+        let indices = space.hidden_rows.tensor(1, rows.len());
         backend.write_u32(indices, rows)?;
         let x = space.final_hidden.tensor(*last as usize + 1, hidden_size);
         let out = space.mtp_saved.tensor(end, hidden_size).row_range(first, rows.len());
@@ -85,7 +85,7 @@ impl Decoder {
             MtpHidden::Mtp => space.mtp_hidden,
         };
         let last_row = hidden_rows.iter().max().map_or(0, |r| *r as usize + 1);
-        let rows = space.rows.tensor(1, tokens);
+        let rows = space.hidden_rows.tensor(1, tokens);
         backend.write_u32(rows, hidden_rows)?;
         backend.gather_rows(&GatherRows { x: source_rows.tensor(last_row, hidden_size), rows, out: normed })?;
         backend.embed(&Embed {

@@ -20,6 +20,8 @@ pub(crate) struct Workspace {
     pub(crate) block_table: Buffer,
     /// u32 `[1, max(max_batch_tokens, max_logit_rows)]`
     pub(crate) rows: Buffer,
+    /// u32 `[1, _]`, for the MTP layer: which hidden states its rows read
+    pub(crate) hidden_rows: Buffer,
     /// `[_, rope dim]`
     pub(crate) rope_table: Buffer,
     /// Residual stream `[_, hidden_size]`
@@ -119,6 +121,7 @@ impl Workspace {
             slots: alloc(u32_, tokens)?,
             block_table: alloc(u32_, options.max_sequences * max_blocks)?,
             rows: alloc(u32_, tokens.max(options.max_logit_rows))?,
+            hidden_rows: alloc(u32_, mtp_tokens)?,
             rope_table: alloc(f32_, tokens * config.rope.dim())?,
             hidden: alloc(f32_, tokens * config.hidden_size)?,
             normed: alloc(f32_, tokens * config.hidden_size)?,
