@@ -3,6 +3,7 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 /// Runs very large Mixture-of-Experts language models on one box, at memory speed.
 #[derive(Debug, Parser)]
@@ -99,12 +100,56 @@ pub enum CacheChoice {
     Bf16,
 }
 
+/// What drafts tokens that one step then verifies. The output is the same, byte for byte.
+#[derive(Debug, Args)]
+pub struct SpeculateOptions {
+    /// Who drafts: auto (text that was seen, and the model's MTP layer if it has one, where they pay), off, ngram, mtp, or
+    /// draft=DIR for a smaller model with the same tokenizer.
+    #[arg(long, env = "MOELLON_SPECULATE", default_value = "auto", value_name = "WHO")]
+    pub speculate: Speculate,
+    /// Drafts of one step and sequence.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=32), value_name = "N")]
+    pub draft_depth: u16,
+    /// Draft as deep as that always, whether it pays or not: for experiments.
+    #[arg(long)]
+    pub draft_always: bool,
+}
+
+/// The values of `--speculate`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Speculate {
+    Auto,
+    Off,
+    Ngram,
+    Mtp,
+    Draft(PathBuf),
+}
+
+impl FromStr for Speculate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Ok(match text {
+            "auto" => Speculate::Auto,
+            "off" => Speculate::Off,
+            "ngram" => Speculate::Ngram,
+            "mtp" => Speculate::Mtp,
+            _ => match text.strip_prefix("draft=") {
+                Some(dir) if !dir.is_empty() => Speculate::Draft(PathBuf::from(dir)),
+                _ => return Err("expected auto, off, ngram, mtp or draft=DIR".to_owned()),
+            },
+        })
+    }
+}
+
 #[derive(Debug, Args)]
 pub struct RunOptions {
     #[command(flatten)]
     pub model: ModelOptions,
     #[command(flatten)]
     pub device: DeviceOptions,
+    #[command(flatten)]
+    pub speculation: SpeculateOptions,
     /// The prompt. Without it, standard input; on a terminal, a chat.
     #[arg(short, long, value_name = "TEXT")]
     pub prompt: Option<String>,
@@ -174,6 +219,8 @@ pub struct ServeOptions {
     pub model: ModelOptions,
     #[command(flatten)]
     pub device: DeviceOptions,
+    #[command(flatten)]
+    pub speculation: SpeculateOptions,
     /// Random weights of a published model's exact shapes instead of a checkpoint, to measure scheduling and caches: as in
     /// `bench`, with the bundled model's tokenizer and template.
     #[arg(long, value_name = "PRESET", conflicts_with = "model")]
@@ -297,6 +344,12 @@ pub struct BenchOptions {
     /// Format of the random weights: affine-2..8, nvfp4, mxfp4, mxfp8, fp8, bf16, or q3a4 (experts affine-3, the rest 4).
     #[arg(long, default_value = "affine-4", value_name = "FORMAT")]
     pub format: String,
+    /// Measure speculation instead, on random weights, with outcomes by a coin: replay:p=P,overlap=O,depth=N, with P the
+    /// chance that a draft is right given those before it, O the share of experts that neighbouring tokens have in common
+    /// (chance if left out) and N drafts a step (what the governor says if left out). A preset with `mtp=1` drafts with its
+    /// MTP layer, one without drafts for nothing.
+    #[arg(long, value_name = "replay:..", requires = "synthetic")]
+    pub speculate: Option<ReplaySpec>,
     /// Sequences of a decode step.
     #[arg(long, value_delimiter = ',', default_value = "1,2,4,8", value_name = "N,..")]
     pub batch: Vec<usize>,
@@ -327,6 +380,38 @@ pub struct BenchOptions {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+/// The value of `bench --speculate`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ReplaySpec {
+    pub acceptance: f64,
+    pub overlap: Option<f64>,
+    pub depth: Option<usize>,
+}
+
+impl FromStr for ReplaySpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let form = "expected replay:p=P,overlap=O,depth=N";
+        let fields = text.strip_prefix("replay:").ok_or(form)?;
+        let (mut acceptance, mut overlap, mut depth) = (None, None, None);
+        let share =
+            |text: &str| text.parse().ok().filter(|x| (0.0..=1.0).contains(x)).ok_or("expected a share from 0 to 1");
+        for field in fields.split(',') {
+            match field.split_once('=') {
+                Some(("p", value)) => acceptance = Some(share(value)?),
+                Some(("overlap", value)) => overlap = Some(share(value)?),
+                Some(("depth", value)) => {
+                    let number = value.parse().ok().filter(|n| (1..=32).contains(n));
+                    depth = Some(number.ok_or("expected a depth from 1 to 32")?);
+                }
+                _ => return Err(form.to_owned()),
+            }
+        }
+        Ok(ReplaySpec { acceptance: acceptance.ok_or(form)?, overlap, depth })
+    }
 }
 
 #[derive(Debug, Args)]

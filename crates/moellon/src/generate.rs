@@ -1,10 +1,7 @@
 //! Generates one answer: prompt ids in, pieces of text out, until a stop.
 
 use anyhow::Result;
-use moellon_engine::{Sampler, SamplingParams};
-use moellon_model::session::read_logits;
-use moellon_model::{Decoder, Session};
-use moellon_ops::Backend;
+use moellon_engine::{Engine, Event, Request, SamplingParams};
 use moellon_text::{Detokenizer, StopStrings, StopTokens, ThinkingPiece, ThinkingSplitter, Tokenizer};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -74,20 +71,16 @@ pub struct TextOptions {
     pub max_tokens: usize,
 }
 
-/// A model with one sequence, whose cache serves the next prompt as far as it agrees.
+/// An engine with one request at a time; its prefix cache serves the next prompt as far as it agrees.
 pub struct Generator {
-    pub decoder: Decoder,
-    pub backend: Box<dyn Backend>,
+    pub engine: Engine,
     pub tokenizer: Arc<Tokenizer>,
-    session: Session,
-    /// The tokens that `session` has cached.
-    cached_ids: Vec<u32>,
 }
 
 impl Generator {
     /// Nothing is cached yet.
-    pub fn new(decoder: Decoder, backend: Box<dyn Backend>, tokenizer: Arc<Tokenizer>) -> Self {
-        Generator { decoder, backend, tokenizer, session: Session::new(), cached_ids: Vec::new() }
+    pub fn new(engine: Engine, tokenizer: Arc<Tokenizer>) -> Self {
+        Generator { engine, tokenizer }
     }
 
     /// Generates an answer to `prompt`, giving pieces of text to `emit` as they come.
@@ -98,51 +91,64 @@ impl Generator {
         options: TextOptions,
         emit: &mut dyn FnMut(&ThinkingPiece) -> Result<()>,
     ) -> Result<Generation> {
-        let max_context = self.decoder.options().max_context;
+        let max_context = self.engine.limits().max_context;
         anyhow::ensure!(!prompt.is_empty(), "the prompt has no tokens");
         anyhow::ensure!(
             prompt.len() < max_context,
             "the prompt has {} tokens, expected fewer than the context of {max_context} (--context)",
             prompt.len()
         );
-        // At least the last token is computed again: its logits are wanted.
-        let agreed = prompt.iter().zip(&self.cached_ids).take_while(|(a, b)| a == b).count().min(prompt.len() - 1);
-        self.session.truncate(agreed);
-        self.cached_ids.truncate(agreed);
+        // The first token comes of the prompt's own step, so there is always one.
+        let max_tokens = options.max_tokens.max(1);
         let started = Instant::now();
-        let mut logits = self.extend(&prompt[agreed..])?;
-        let prompt_time = started.elapsed();
-        let mut sampler = Sampler::new(sampling, prompt);
+        let mut receiver = self.engine.submit(Request {
+            id: "run".to_owned(),
+            prompt: prompt.to_vec(),
+            sampling,
+            max_tokens,
+            min_tokens: 0,
+            stop_token_ids: options.stop_tokens.ids().to_vec(),
+            logprobs: None,
+            prompt_logprobs: false,
+            constraint: None,
+            thinking_budget: None,
+            cache_salt: None,
+        })?;
         let mut text = TextStream::new(Detokenizer::continuing(Arc::clone(&self.tokenizer), true), options);
-        let decode_started = Instant::now();
         let mut token_ids = Vec::new();
-        let finish_reason = loop {
-            let token = sampler.pick(&logits);
-            token_ids.push(token);
-            if text.push(token, emit)? {
-                break FinishReason::Stop;
+        let (mut cached_tokens, mut first_token) = (0, None);
+        let finish_reason = 'answer: loop {
+            let Some(event) = receiver.try_recv() else {
+                self.engine.step()?;
+                continue;
+            };
+            match event {
+                Event::Started(started) => cached_tokens = started.cached_tokens,
+                Event::Prefill { .. } => {}
+                Event::Tokens(tokens) => {
+                    first_token.get_or_insert_with(Instant::now);
+                    for token in tokens {
+                        token_ids.push(token.id);
+                        if text.push(token.id, emit)? {
+                            break 'answer FinishReason::Stop;
+                        }
+                    }
+                }
+                Event::Finished(_) => break FinishReason::Length,
+                Event::Failed(error) => return Err(error.into()),
             }
-            if token_ids.len() >= text.options.max_tokens || self.cached_ids.len() + 1 >= max_context {
-                break FinishReason::Length;
-            }
-            logits = self.extend(&[token])?;
         };
-        let decode = decode_started.elapsed();
+        let ended = Instant::now();
+        let first_token = first_token.unwrap_or(ended);
         text.finish(emit)?;
         let timings = Timings {
-            prompt_tokens: prompt.len() - agreed,
-            cached_tokens: agreed,
-            prompt: prompt_time,
+            prompt_tokens: prompt.len() - cached_tokens,
+            cached_tokens,
+            prompt: first_token - started,
             decoded_tokens: token_ids.len(),
-            decode,
+            decode: ended - first_token,
         };
         Ok(Generation { thinking: text.thinking, answer: text.answer, token_ids, finish_reason, timings })
-    }
-
-    fn extend(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
-        let logits = self.session.extend(ids, &mut self.decoder, self.backend.as_mut())?;
-        self.cached_ids.extend_from_slice(ids);
-        Ok(read_logits(logits, self.backend.as_mut())?)
     }
 }
 

@@ -14,6 +14,7 @@ mod logits;
 mod model_source;
 mod run;
 mod serve;
+mod speculation;
 mod table;
 
 use clap::Parser;

@@ -5,9 +5,9 @@ use crate::cli::RunOptions;
 use crate::generate::{Generation, Generator, TextOptions};
 use crate::load::{self, LoadTime};
 use crate::model_source::ModelSource;
-use crate::{backend, table};
+use crate::{backend, speculation, table};
 use anyhow::{Context, Result};
-use moellon_engine::SamplingParams;
+use moellon_engine::{EngineOptions, SamplingParams};
 use moellon_text::{ChatTemplate, StopStrings, StopTokens, ThinkingPiece};
 use serde_json::json;
 use std::io::{IsTerminal, Read, Write};
@@ -37,9 +37,13 @@ pub fn run(options: &RunOptions) -> Result<()> {
     );
     let mut backend = backend::create(&options.device, options.activations)?;
     let (decoder, load_time) = load::load(&source, context, options.cache, backend.as_mut())?;
-    let generator = Generator::new(decoder, backend, tokenizer);
+    let device = backend.caps().device.clone();
+    let identity = source.checkpoint.identity();
+    let engine_options = EngineOptions::default();
+    let engine = speculation::engine(decoder, backend, &options.speculation, &identity, &tokenizer, engine_options)?;
+    let generator = Generator::new(engine, tokenizer);
     let stop_ids = source.stop_ids(&generator.tokenizer);
-    let mut run = Run { options, source, template, sampling, stop_ids, generator, load_time };
+    let mut run = Run { options, source, template, sampling, stop_ids, generator, load_time, device };
     match (&options.prompt, std::io::stdin().is_terminal()) {
         (Some(prompt), _) => run.one(prompt),
         (None, true) => run.chat(),
@@ -59,6 +63,7 @@ struct Run<'a> {
     stop_ids: Vec<u32>,
     generator: Generator,
     load_time: LoadTime,
+    device: String,
 }
 
 impl Run<'_> {
@@ -129,11 +134,13 @@ impl Run<'_> {
         Ok(generation)
     }
 
-    fn summary(&self, generation: &Generation) {
+    fn summary(&mut self, generation: &Generation) {
         let t = &generation.timings;
         let cached = if t.cached_tokens > 0 { format!(" (+{} cached)", t.cached_tokens) } else { String::new() };
+        let speculation = self.generator.engine.stats().speculation.as_ref().and_then(speculation::summary);
+        let speculation = speculation.map_or_else(String::new, |text| format!(" ({text})"));
         eprintln!(
-            "\nprompt {} tokens{cached}, {:.1} tok/s; decode {} tokens, {:.1} tok/s; {}; loaded {} in {:.2} s; {}",
+            "\nprompt {} tokens{cached}, {:.1} tok/s; decode {} tokens, {:.1} tok/s{speculation}; {}; loaded {} in {:.2} s; {}",
             t.prompt_tokens,
             t.prompt_tok_per_s(),
             t.decoded_tokens,
@@ -141,15 +148,33 @@ impl Run<'_> {
             generation.finish_reason.name(),
             table::bytes(self.load_time.bytes as f64),
             self.load_time.elapsed.as_secs_f64(),
-            self.generator.backend.caps().device,
+            self.device,
         );
     }
 
-    fn report(&self, generation: &Generation) -> serde_json::Value {
+    fn report(&mut self, generation: &Generation) -> serde_json::Value {
         let t = &generation.timings;
+        let speculation = self.generator.engine.stats().speculation.map(|stats| {
+            json!({
+                "drafts": stats.all().drafts,
+                "draft_tokens": stats.all().draft_tokens,
+                "accepted_tokens": stats.all().accepted_tokens,
+                "ngram_draft_tokens": stats.suffix.draft_tokens,
+                "ngram_accepted_tokens": stats.suffix.accepted_tokens,
+                "head_draft_tokens": stats.head.draft_tokens,
+                "head_accepted_tokens": stats.head.accepted_tokens,
+                "head_by_depth": stats.head_by_depth,
+                "sequence_steps": stats.sequence_steps,
+                "draft_seconds": stats.draft_seconds,
+                "saved_seconds": stats.saved_seconds,
+                "step_cost": stats.step_cost,
+                "draft_cost": stats.draft_cost,
+            })
+        });
         json!({
+            "speculation": speculation,
             "model": self.source.name,
-            "device": self.generator.backend.caps().device,
+            "device": self.device,
             "text": generation.answer,
             "thinking": generation.thinking,
             "token_ids": generation.token_ids,

@@ -2,10 +2,10 @@
 
 use crate::cli::{CacheChoice, ServeOptions, ThinkingChoice};
 use crate::model_source::ModelSource;
-use crate::{backend, doctor, load, run, table};
+use crate::{backend, doctor, load, run, speculation, table};
 use anyhow::{Context as _, Result};
 use moellon_engine::{
-    DiskCacheOptions, Engine, EngineHandle, EngineOptions, Event, EventReceiver, Request, RequestError,
+    DiskCacheOptions, EngineHandle, EngineOptions, Event, EventReceiver, Request, RequestError, SpeculationStats,
 };
 use moellon_model::account::cache_bytes_per_token;
 use moellon_model::synthetic::preset;
@@ -92,7 +92,9 @@ pub fn run(options: &ServeOptions) -> Result<()> {
         disk_cache,
         ..EngineOptions::default()
     };
-    let handle = EngineHandle::spawn(Engine::new(decoder, backend, engine_options)?)?;
+    let (flags, tokenizer) = (&options.speculation, &source.tokenizer);
+    let engine = speculation::engine(decoder, backend, flags, &source.identity, tokenizer, engine_options)?;
+    let handle = EngineHandle::spawn(engine)?;
     let constraints = GrammarConstraints::new(Arc::clone(&source.tokenizer), source.config.vocab_size)
         .map_err(|reason| anyhow::anyhow!("constraints: {reason}"))?;
     let name = source.name.clone();
@@ -210,7 +212,14 @@ impl Generator for EngineGenerator {
 
     fn stats(&self) -> GeneratorStats {
         let stats = self.handle.stats();
+        let speculation = stats.speculation.as_ref().map(SpeculationStats::all).unwrap_or_default();
         GeneratorStats {
+            drafts: speculation.drafts,
+            draft_tokens: speculation.draft_tokens,
+            accepted_draft_tokens: speculation.accepted_tokens,
+            speculation_saved: stats.speculation.as_ref().map(|s| s.saved_seconds),
+            draft_time: stats.speculation.as_ref().map_or(0.0, |s| s.draft_seconds),
+            head_acceptance: stats.speculation.as_ref().map(|s| s.head_chance),
             running: stats.running,
             waiting: stats.waiting,
             steps: stats.steps,

@@ -78,6 +78,12 @@ pub struct GeneratorStats {
     pub draft_tokens: u64,
     /// Speculation: tokens accepted.
     pub accepted_draft_tokens: u64,
+    /// Speculation: seconds saved by the governor's reckoning, below 0 lost.
+    pub speculation_saved: Option<f64>,
+    /// Speculation: seconds spent drafting.
+    pub draft_time: f64,
+    /// Speculation: chance that the head's first draft is right, as the governor sees it.
+    pub head_acceptance: Option<f64>,
     /// Bytes of weights on the device.
     pub weights_bytes: u64,
     /// Bytes read for one token at batch 1.

@@ -151,9 +151,12 @@ impl Metrics {
         gauge("moellon:cache_total_bytes", stats.cache_total_bytes as f64);
         gauge("moellon:weights_bytes", stats.weights_bytes as f64);
         gauge("moellon:seconds_since_last_step", stats.since_last_step.as_secs_f64());
+        gauge("moellon:spec_draft_seconds", stats.draft_time);
         gauge("moellon:engine_failed", f64::from(u8::from(stats.failed)));
         let optional = [
             ("moellon:bytes_read_per_token", stats.bytes_read_per_token),
+            ("moellon:spec_saved_seconds", stats.speculation_saved),
+            ("moellon:spec_head_acceptance", stats.head_acceptance),
             ("moellon:bandwidth_fraction", stats.bandwidth_fraction),
             ("moellon:experts_unique_per_step", stats.experts_unique_per_step),
         ];

@@ -73,7 +73,19 @@ const DRAWN_ELEMENTS: usize = 1 << 21;
 pub struct Synthetic {
     plan: FormatPlan,
     num_experts: usize,
+    related_tokens: bool,
     state: RefCell<State>,
+}
+
+/// Correlations of neighbouring rows in the bands of an embedding with related tokens.
+const RELATIONS: [f32; 16] = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98];
+
+/// The tokens of each band of an embedding with related tokens: neighbours in a band have correlated embeddings, those of
+/// the first band none, those of the last the most. Text whose tokens follow each other in a band routes to experts that
+/// neighbouring tokens share, as real text does.
+pub fn related_bands(config: &ModelConfig) -> Vec<std::ops::Range<u32>> {
+    let rows = drawn_rows([config.vocab_size, config.hidden_size]) / RELATIONS.len();
+    (0..RELATIONS.len()).map(|band| (band * rows) as u32..((band + 1) * rows) as u32).collect()
 }
 
 struct State {
@@ -86,7 +98,13 @@ impl Synthetic {
     /// Random weights with `plan`'s formats.
     pub fn new(config: &ModelConfig, plan: FormatPlan, seed: u64) -> Self {
         let state = State { rng: SplitMix64::new(seed), made: HashMap::new() };
-        Synthetic { plan, num_experts: config.moe.num_experts, state: RefCell::new(state) }
+        Synthetic { plan, num_experts: config.moe.num_experts, related_tokens: false, state: RefCell::new(state) }
+    }
+
+    /// The same with an embedding whose neighbouring tokens are related, by [`related_bands`].
+    #[must_use]
+    pub fn with_related_tokens(self) -> Self {
+        Synthetic { related_tokens: true, ..self }
     }
 
     fn format(&self, path: &str, cols: usize) -> WeightFormat {
@@ -103,6 +121,9 @@ impl Synthetic {
 
     fn matrix(&self, path: &str, shape: [usize; 2]) -> Result<OwnedMatrix> {
         let format = self.format(path, shape[1]);
+        if self.related_tokens && path == "model.embed_tokens" {
+            return related_matrix(&mut self.state.borrow_mut().rng, format, shape);
+        }
         let State { rng, made } = &mut *self.state.borrow_mut();
         let (variants, handed_out) = made.entry((format, shape)).or_default();
         // Plain matrices are cheap to draw and must differ: equal routers would choose equal experts.
@@ -119,13 +140,38 @@ impl Synthetic {
 }
 
 /// Draws and encodes up to [`DRAWN_ELEMENTS`], and repeats those rows to the full height.
-fn random_matrix(rng: &mut SplitMix64, format: WeightFormat, [rows, cols]: [usize; 2]) -> Result<OwnedMatrix> {
-    // Whole FP8 blocks, so that their scale rows repeat too.
-    let drawn_rows = (DRAWN_ELEMENTS / cols).next_multiple_of(128).min(rows);
+fn random_matrix(rng: &mut SplitMix64, format: WeightFormat, shape: [usize; 2]) -> Result<OwnedMatrix> {
+    let cols = shape[1];
     let amplitude = (12.0 / cols as f32).sqrt();
-    let values: Vec<f32> = (0..drawn_rows * cols).map(|_| (rng.next_f32() - 0.5) * amplitude).collect();
+    let values: Vec<f32> = (0..drawn_rows(shape) * cols).map(|_| (rng.next_f32() - 0.5) * amplitude).collect();
+    repeated_matrix(format, shape, &values)
+}
+
+/// As [`random_matrix`], each row a mixture of the row before and a new one.
+fn related_matrix(rng: &mut SplitMix64, format: WeightFormat, shape: [usize; 2]) -> Result<OwnedMatrix> {
+    let (cols, rows) = (shape[1], drawn_rows(shape));
+    let amplitude = (12.0 / cols as f32).sqrt();
+    let mut values: Vec<f32> = Vec::with_capacity(rows * cols);
+    let mut before = vec![0.0; cols];
+    for row in 0..rows {
+        let relation = RELATIONS[(row / (rows / RELATIONS.len()).max(1)).min(RELATIONS.len() - 1)];
+        let new = (1.0 - relation * relation).sqrt() * amplitude;
+        before.iter_mut().for_each(|value| *value = relation * *value + new * (rng.next_f32() - 0.5));
+        values.extend_from_slice(&before);
+    }
+    repeated_matrix(format, shape, &values)
+}
+
+/// Rows that are drawn of a matrix: whole FP8 blocks, so that their scale rows repeat too.
+fn drawn_rows([rows, cols]: [usize; 2]) -> usize {
+    (DRAWN_ELEMENTS / cols).next_multiple_of(128).min(rows)
+}
+
+/// A matrix whose rows are `values`, over and over.
+fn repeated_matrix(format: WeightFormat, [rows, cols]: [usize; 2], values: &[f32]) -> Result<OwnedMatrix> {
+    let drawn_rows = values.len() / cols;
     let options = EncodeOptions { arithmetic: ScaleDtype::F32, global_scale: GlobalScale::FromValues };
-    let drawn = encode_matrix(format, [drawn_rows, cols], &values, options).map_err(moellon_ops::Error::from)?;
+    let drawn = encode_matrix(format, [drawn_rows, cols], values, options).map_err(moellon_ops::Error::from)?;
     let mut matrix = OwnedMatrix::zeroed(format, [rows, cols]).map_err(moellon_ops::Error::from)?;
     matrix.global_scale = drawn.global_scale;
     for (whole, part) in
@@ -184,9 +230,9 @@ impl WeightProvider for Synthetic {
         Ok(None)
     }
 
-    fn has(&self, _name: &str) -> bool {
-        // No MTP layer, an untied head is made on demand.
-        false
+    fn has(&self, name: &str) -> bool {
+        // As many MTP layers as the config asks for; an untied head is made on demand.
+        name.ends_with(".eh_proj.weight")
     }
 
     fn release(&self, _matrix: &MatrixView<'_>) {}

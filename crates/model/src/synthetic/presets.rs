@@ -18,7 +18,7 @@ pub fn preset_names() -> String {
     PRESETS.map(|(name, _)| name).join(", ")
 }
 
-/// The config of `PRESET[:layers=N][,vocab=N]`. A slice takes N layers from the first with experts on, so that what is
+/// The config of `PRESET[:layers=N][,vocab=N][,mtp=N]`, without MTP layers unless they are asked for. A slice takes N layers from the first with experts on, so that what is
 /// measured is what most of the model does.
 ///
 /// # Errors
@@ -35,13 +35,15 @@ pub fn preset(spec: &str) -> Result<ModelConfig> {
         let limit = match key {
             "layers" => config.layers.len(),
             "vocab" => config.vocab_size,
-            _ => return Err(Error::config("--synthetic option", option, "layers=N or vocab=N")),
+            "mtp" => 1,
+            _ => return Err(Error::config("--synthetic option", option, "layers=N, vocab=N or mtp=1")),
         };
         let number = value.parse::<usize>().ok().filter(|n| (1..=limit).contains(n));
         let number =
             number.ok_or_else(|| Error::config(format!("--synthetic {key}"), value, format!("1 to {limit}")))?;
         match key {
             "layers" => slice(&mut config, number),
+            "mtp" => config.num_mtp_layers = number,
             _ => config.vocab_size = number,
         }
     }
