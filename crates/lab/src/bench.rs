@@ -20,6 +20,9 @@ pub enum Error {
     /// The back end.
     #[error(transparent)]
     Ops(#[from] moellon_ops::Error),
+    /// The engine refused a request or failed.
+    #[error("engine: {0}")]
+    Engine(String),
     /// The machine's bandwidth could not be measured.
     #[error("read bandwidth: {0}")]
     Bandwidth(String),

@@ -4,6 +4,7 @@
 
 pub mod bench;
 pub mod machine;
+pub mod speculation;
 pub mod statistics;
 
 pub use bench::{BenchPlan, BenchReport};

@@ -8,7 +8,7 @@ use crate::workspace::Workspace;
 use crate::{Result, attention_gqa, attention_mla, ffn};
 use moellon_ops::{
     Backend, Cache, CacheDtype, ElementType, Embed, GatherRows, IndexSet, KvStore, Linear, Paging, RmsNorm, RopeTable,
-    Stage, Tensor,
+    Stage, Tensor, Weight,
 };
 use moellon_tensor::rng::SplitMix64;
 
@@ -266,6 +266,17 @@ impl Decoder {
 
     /// Logits of the chosen rows of `final_hidden`.
     pub(crate) fn head(&self, final_hidden: Tensor, rows: &[u32], backend: &mut dyn Backend) -> Result<Tensor> {
+        self.head_with(self.weights.lm_head, final_hidden, rows, backend)
+    }
+
+    /// [`Decoder::head`] with the weight given.
+    pub(crate) fn head_with(
+        &self,
+        lm_head: Weight,
+        final_hidden: Tensor,
+        rows: &[u32],
+        backend: &mut dyn Backend,
+    ) -> Result<Tensor> {
         backend.stage(Stage::Head);
         let logits = self.workspace.logits.tensor(rows.len(), self.config.vocab_size);
         if rows.is_empty() {
@@ -275,7 +286,7 @@ impl Decoder {
         let x = self.workspace.head_input.tensor(rows.len(), self.config.hidden_size);
         backend.write_u32(indices, rows)?;
         backend.gather_rows(&GatherRows { x: final_hidden, rows: indices, out: x })?;
-        backend.linear(&Linear { x, parts: &[(self.weights.lm_head, logits)] })?;
+        backend.linear(&Linear { x, parts: &[(lm_head, logits)] })?;
         Ok(logits)
     }
 

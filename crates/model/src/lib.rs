@@ -12,7 +12,7 @@
 //! | `provider.rs`, `synthetic/` | where weights come from: a checkpoint, or random ones of exact shapes |
 //! | `decoder.rs` | one step: [`Batch`] in, logits out |
 //! | `attention_mla.rs`, `attention_gqa.rs`, `indexer.rs`, `ffn.rs` | the parts of a layer |
-//! | `mtp.rs` | the multi-token-prediction layer |
+//! | `mtp.rs`, `draft_precision.rs` | the multi-token-prediction layer, and cheaper weights for it |
 //! | `account.rs` | parameters and bytes per token, by component |
 //! | `tap.rs` | a hook to look at values inside a step |
 
@@ -23,6 +23,7 @@ mod attention_mla;
 pub mod batch;
 pub mod config;
 pub mod decoder;
+pub mod draft_precision;
 pub mod error;
 mod ffn;
 mod fields;

@@ -117,7 +117,8 @@ impl Decoder {
         backend.stage(Stage::Head);
         let out = space.mtp_hidden.tensor(tokens, hidden_size);
         backend.rms_norm(&RmsNorm { x: hidden, delta: Some(delta), weight: mtp.shared_head_norm, eps, out })?;
-        let logits = self.head(out, &batch.logit_rows, backend)?;
+        let lm_head = mtp.draft_head.unwrap_or(self.weights.lm_head);
+        let logits = self.head_with(lm_head, out, &batch.logit_rows, backend)?;
         self.mtp_index_set = index_set;
         Ok(logits)
     }

@@ -2,6 +2,7 @@
 
 use crate::account::{Account, Component, Entry};
 use crate::config::{Attention, Ffn, Gqa, IndexSource, Layer, Mla, ModelConfig};
+use crate::draft_precision::DRAFT_HEAD;
 use crate::provider::WeightProvider;
 use crate::{Error, Result};
 use moellon_checkpoint::{Checkpoint, Matrix, MlaShape, Projection};
@@ -162,6 +163,8 @@ pub struct MtpWeights {
     pub layer: LayerWeights,
     /// `[1, hidden_size]`
     pub shared_head_norm: Tensor,
+    /// `[vocab_size, hidden_size]`: a cheaper head than the model's, for drafts.
+    pub draft_head: Option<Weight>,
 }
 
 /// What is being loaded, for progress bars.
@@ -192,6 +195,7 @@ impl Weights {
             account: Account::default(),
             done_bytes: 0,
             mtp: false,
+            head_is_quantized: false,
         }
         .run()
     }
@@ -201,7 +205,16 @@ impl Weights {
     /// # Errors
     /// As [`Weights::load`], less the device's.
     pub fn describe(config: &ModelConfig, provider: &dyn WeightProvider) -> Result<Self> {
-        Loader { config, provider, target: None, account: Account::default(), done_bytes: 0, mtp: false }.run()
+        Loader {
+            config,
+            provider,
+            target: None,
+            account: Account::default(),
+            done_bytes: 0,
+            mtp: false,
+            head_is_quantized: false,
+        }
+        .run()
     }
 
     /// Experts of each layer, 0 where it is dense; the MTP layers follow.
@@ -232,6 +245,7 @@ struct Loader<'a> {
     done_bytes: u64,
     /// Whether an MTP layer is being loaded.
     mtp: bool,
+    head_is_quantized: bool,
 }
 
 impl Loader<'_> {
@@ -263,6 +277,7 @@ impl Loader<'_> {
             self.linear(Component::Head, "lm_head", shape, false)?
         };
         self.mtp = true;
+        self.head_is_quantized = lm_head.format.is_quantized();
         let mut mtp = Vec::new();
         // Files pruned by other tools keep num_nextn_predict_layers and lose the layer: tolerated, and `inspect` says so.
         for index in config.layers.len()..config.layers.len() + config.num_mtp_layers {
@@ -276,7 +291,15 @@ impl Loader<'_> {
 
     fn mtp_layer(&mut self, prefix: &str) -> Result<MtpWeights> {
         let hidden_size = self.config.hidden_size;
+        // Only where the model's own head is plain floats: a second one of the same bytes would bring nothing.
+        let draft_head = match self.provider.has(&format!("{DRAFT_HEAD}.weight")) {
+            true if !self.head_is_quantized => {
+                Some(self.linear(Component::Head, DRAFT_HEAD, [self.config.vocab_size, hidden_size], false)?)
+            }
+            _ => None,
+        };
         Ok(MtpWeights {
+            draft_head,
             enorm: self.vector(&format!("{prefix}.enorm.weight"), hidden_size)?,
             hnorm: self.vector(&format!("{prefix}.hnorm.weight"), hidden_size)?,
             eh_proj: self.linear(

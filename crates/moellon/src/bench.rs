@@ -1,12 +1,15 @@
 //! `moellon bench`: decode and prefill speed against the machine's bandwidth.
 
-use crate::cli::{BenchOptions, CacheChoice};
+use crate::cli::{BenchOptions, CacheChoice, ReplaySpec};
 use crate::load::LoadTime;
 use crate::model_source::ModelSource;
 use crate::{backend, doctor, load, table};
 use anyhow::Result;
+use moellon_engine::{Engine, EngineOptions, Policy, Replay, SpeculationOptions};
+use moellon_lab::Machine;
 use moellon_lab::bench::{Bench, BenchPlan, BenchReport};
-use moellon_model::synthetic::preset;
+use moellon_lab::speculation::{self, ReplayPlan, ReplayReport};
+use moellon_model::synthetic::{preset, related_bands};
 use moellon_model::{Decoder, DecoderOptions};
 use moellon_ops::{Backend, CacheDtype};
 
@@ -14,6 +17,9 @@ use moellon_ops::{Backend, CacheDtype};
 pub fn run(options: &BenchOptions) -> Result<()> {
     anyhow::ensure!(!options.batch.contains(&0), "--batch has 0, expected positive numbers");
     let mut backend = backend::create(&options.device, options.activations)?;
+    if let (Some(spec), Some(synthetic)) = (&options.speculate, &options.synthetic) {
+        return replay(options, *spec, synthetic, backend);
+    }
     let (mut decoder, model, format, load_time) = open(options, backend.as_mut())?;
     eprintln!(
         "loaded {} of {model} in {:.1} s onto {}",
@@ -47,6 +53,128 @@ pub fn run(options: &BenchOptions) -> Result<()> {
     Ok(())
 }
 
+/// Speculation with outcomes by a coin.
+fn replay(options: &BenchOptions, spec: ReplaySpec, synthetic: &str, mut backend: Box<dyn Backend>) -> Result<()> {
+    let largest_batch = options.batch.iter().copied().max().unwrap_or(1);
+    let depth = spec.depth.unwrap_or(8);
+    // Windows of both kinds and the warm-up, with every draft right.
+    let tokens = options.context + (options.steps + 1) * (5 * options.windows) * (depth + 2) + 64 * (depth + 1);
+    let block_size = 64;
+    let max_context = tokens.next_multiple_of(block_size);
+    let sizes = DecoderOptions {
+        max_batch_tokens: (largest_batch * (1 + depth)).max(64),
+        max_sequences: largest_batch,
+        max_logit_rows: (largest_batch * (1 + depth)).max(16),
+        max_context,
+        block_size,
+        num_blocks: largest_batch * max_context / block_size + largest_batch,
+        cache_dtype: match options.cache {
+            CacheChoice::F32 => CacheDtype::F32,
+            CacheChoice::Bf16 => CacheDtype::Bf16,
+        },
+    };
+    let config = preset(synthetic)?;
+    let (mut decoder, time) =
+        load::load_synthetic(&config, &options.format, options.seed, true, sizes, backend.as_mut())?;
+    let loaded = table::bytes(time.bytes as f64);
+    eprintln!("loaded {loaded} of synthetic {synthetic} onto {}", backend.caps().device);
+    decoder.fill_caches(options.seed, backend.as_mut())?;
+    // Chance: experts that two independent choices share.
+    let chance = config.moe.num_experts_per_tok as f64 / config.moe.num_experts as f64;
+    let wanted = spec.overlap.unwrap_or(chance);
+    let bands = related_bands(&config);
+    let (tokens, overlap) = speculation::band_of_overlap(&mut decoder, backend.as_mut(), &bands, wanted)?;
+    eprintln!("neighbouring tokens share {:.1} % of their experts (wanted {:.1} %)", overlap * 100.0, wanted * 100.0);
+    let rounds = options.windows * options.steps;
+    let verify = speculation::verify_cost(&mut decoder, backend.as_mut(), &tokens, options.context, rounds)?;
+    let device = format!("{}: {}", backend.caps().name, backend.caps().device);
+    let speculation_options = SpeculationOptions {
+        policy: if spec.depth.is_some() { Policy::Always } else { Policy::Governed },
+        max_depth: depth,
+        replay: Some(Replay { acceptance: spec.acceptance, tokens: tokens.clone(), seed: options.seed }),
+        ..SpeculationOptions::default()
+    };
+    let engine_options = EngineOptions { speculation: Some(speculation_options), ..EngineOptions::default() };
+    let mut engine = Engine::new(decoder, backend, engine_options)?;
+    let plan = ReplayPlan {
+        acceptance: spec.acceptance,
+        batches: options.batch.clone(),
+        context: options.context,
+        tokens,
+        steps: options.steps,
+        windows: options.windows,
+    };
+    let results = speculation::replay(&mut engine, &plan, &verify, &mut |line| eprintln!("{line}"))?;
+    let report = ReplayReport {
+        machine: Machine::this(),
+        backend: device,
+        model: format!("synthetic {synthetic}"),
+        format: options.format.clone(),
+        acceptance: spec.acceptance,
+        overlap,
+        verify,
+        results,
+    };
+    if options.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print_replay(&report);
+    }
+    Ok(())
+}
+
+fn print_replay(report: &ReplayReport) {
+    println!("{}\n{}, {}\n", report.backend, report.model, report.format);
+    let rows: Vec<Vec<String>> = report
+        .verify
+        .iter()
+        .map(|v| {
+            vec![
+                v.rows.to_string(),
+                format!("{:.2} ({:.2}-{:.2})", v.ms, v.ms_quartiles[0], v.ms_quartiles[1]),
+                format!("{:.2}", v.cost),
+                format!("{:.2}", v.bytes_cost),
+                format!("{:.1}", v.distinct_experts),
+            ]
+        })
+        .collect();
+    table::print(&["rows", "ms (quartiles)", "cost", "cost by bytes", "experts"], &rows);
+    println!("\ndrafts right {:.0} %, overlap {:.1} %", report.acceptance * 100.0, report.overlap * 100.0);
+    let rows: Vec<Vec<String>> = report
+        .results
+        .iter()
+        .map(|r| {
+            vec![
+                r.batch.to_string(),
+                format!("{:.2} ({:.2}-{:.2})", r.plain_ms, r.plain_ms_quartiles[0], r.plain_ms_quartiles[1]),
+                format!("{:.2} ({:.2}-{:.2})", r.drafted_ms, r.drafted_ms_quartiles[0], r.drafted_ms_quartiles[1]),
+                format!("{:.2}", r.factor),
+                format!("{:.2}", r.predicted_factor),
+                r.bytes_factor.map_or_else(|| "-".to_owned(), |factor| format!("{factor:.2}")),
+                format!("{:.2}", r.depth),
+                format!("{:.2}", r.tokens_per_step),
+                format!("{:.2}", r.draft_ms),
+                format!("{:.1} %, {} discarded", r.steal_pct, r.discarded_windows),
+            ]
+        })
+        .collect();
+    table::print(
+        &[
+            "batch",
+            "plain ms a token",
+            "drafted ms a token",
+            "factor",
+            "predicted",
+            "by bytes",
+            "drafts a step",
+            "tokens a step",
+            "drafting ms",
+            "steal",
+        ],
+        &rows,
+    );
+}
+
 /// A decoder with room for the largest batch at the context, or the longest prompt.
 fn open(options: &BenchOptions, backend: &mut dyn Backend) -> Result<(Decoder, String, String, LoadTime)> {
     let largest_batch = options.batch.iter().copied().max().unwrap_or(1);
@@ -68,10 +196,10 @@ fn open(options: &BenchOptions, backend: &mut dyn Backend) -> Result<(Decoder, S
     };
     let Some(spec) = &options.synthetic else {
         let source = ModelSource::open(options.model.model.as_deref())?;
-        let (decoder, time) = load::load_sized(&source, sizes, backend)?;
+        let (decoder, time) = load::load_sized(&source, sizes, load::Mtp::AsStored, backend)?;
         return Ok((decoder, source.name, "as stored".to_owned(), time));
     };
-    let (decoder, time) = load::load_synthetic(&preset(spec)?, &options.format, options.seed, sizes, backend)?;
+    let (decoder, time) = load::load_synthetic(&preset(spec)?, &options.format, options.seed, false, sizes, backend)?;
     Ok((decoder, format!("synthetic {spec}"), options.format.clone(), time))
 }
 

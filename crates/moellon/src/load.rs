@@ -5,6 +5,8 @@ use crate::model_source::ModelSource;
 use crate::table;
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use moellon_model::draft_precision::DraftPrecision;
+use moellon_model::provider::WeightProvider;
 use moellon_model::synthetic::{FormatPlan, Synthetic};
 use moellon_model::weights::Weights;
 use moellon_model::{Decoder, DecoderOptions, ModelConfig};
@@ -22,33 +24,49 @@ pub struct LoadTime {
     pub elapsed: Duration,
 }
 
+/// What is loaded of a model's MTP layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mtp {
+    /// The weights as they are stored.
+    AsStored,
+    /// Cheaper ones, for drafts.
+    ForDrafts,
+}
+
 /// Loads weights and allocates caches for `context` positions of one sequence.
 pub fn load(
     source: &ModelSource,
     context: usize,
     cache: CacheChoice,
+    mtp: Mtp,
     backend: &mut dyn Backend,
 ) -> Result<(Decoder, LoadTime)> {
     let cache_dtype = match cache {
         CacheChoice::F32 => CacheDtype::F32,
         CacheChoice::Bf16 => CacheDtype::Bf16,
     };
-    load_sized(source, DecoderOptions::single_sequence(context, PREFILL_CHUNK.min(context), cache_dtype), backend)
+    load_sized(source, DecoderOptions::single_sequence(context, PREFILL_CHUNK.min(context), cache_dtype), mtp, backend)
 }
 
 /// Loads weights and allocates what `sizes` says.
 pub fn load_sized(
     source: &ModelSource,
     sizes: DecoderOptions,
+    mtp: Mtp,
     backend: &mut dyn Backend,
 ) -> Result<(Decoder, LoadTime)> {
     let started = Instant::now();
+    let for_drafts = DraftPrecision::new(&source.config, &source.checkpoint);
+    let provider: &dyn WeightProvider = match mtp {
+        Mtp::AsStored => &source.checkpoint,
+        Mtp::ForDrafts => &for_drafts,
+    };
     let total = source.checkpoint.size_bytes();
     let bar = progress_bar(total);
     bar.set_message("loading");
     let (mut last_line, mut done) = (Instant::now(), 0);
     let plain = !std::io::stderr().is_terminal();
-    let weights = Weights::load(&source.config, &source.checkpoint, backend, &mut |progress| {
+    let weights = Weights::load(&source.config, provider, backend, &mut |progress| {
         done = progress.done_bytes;
         bar.set_position(done.min(total));
         // Without a terminal, a line every ten seconds tells a log that we are alive.
@@ -63,11 +81,13 @@ pub fn load_sized(
     Ok((decoder, LoadTime { bytes: done, elapsed: started.elapsed() }))
 }
 
-/// Makes random weights of a preset's shapes, in the format of that name, and allocates what `sizes` says.
+/// Makes random weights of a preset's shapes, in the format of that name, and allocates what `sizes` says. With
+/// `related_tokens`, neighbouring tokens share experts ([`moellon_model::synthetic::related_bands`]).
 pub fn load_synthetic(
     config: &ModelConfig,
     format: &str,
     seed: u64,
+    related_tokens: bool,
     sizes: DecoderOptions,
     backend: &mut dyn Backend,
 ) -> Result<(Decoder, LoadTime)> {
@@ -76,7 +96,9 @@ pub fn load_synthetic(
     let started = Instant::now();
     let mut bytes = 0;
     let bar = progress_bar(0);
-    let weights = Weights::load(config, &Synthetic::new(config, plan, seed), backend, &mut |progress| {
+    let synthetic = Synthetic::new(config, plan, seed);
+    let synthetic = if related_tokens { synthetic.with_related_tokens() } else { synthetic };
+    let weights = Weights::load(config, &synthetic, backend, &mut |progress| {
         bytes = progress.done_bytes;
         bar.set_message(format!("making {} ({})", progress.name, table::bytes(bytes as f64)));
         bar.tick();

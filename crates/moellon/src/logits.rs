@@ -24,7 +24,7 @@ pub fn run(options: &LogitsOptions) -> Result<()> {
     }
     let context = options.ids.len() + options.greedy + 1;
     let mut backend = backend::create(&options.device, options.activations)?;
-    let (mut decoder, _) = load::load(&source, context, options.cache, backend.as_mut())?;
+    let (mut decoder, _) = load::load(&source, context, options.cache, load::Mtp::AsStored, backend.as_mut())?;
     let results = compute(options, &mut decoder, backend.as_mut())?;
     write(&options.out, &results, vocab_size)?;
     println!("{}: {} prompt logits, {} greedy ids", options.out.display(), options.ids.len(), results.greedy_ids.len());

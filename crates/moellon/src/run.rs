@@ -3,7 +3,7 @@
 use crate::chat::{Conversation, Prompt};
 use crate::cli::RunOptions;
 use crate::generate::{Generation, Generator, TextOptions};
-use crate::load::{self, LoadTime};
+use crate::load::{self, LoadTime, Mtp};
 use crate::model_source::ModelSource;
 use crate::{backend, speculation, table};
 use anyhow::{Context, Result};
@@ -36,7 +36,7 @@ pub fn run(options: &RunOptions) -> Result<()> {
         "--context is {context}, expected 2 to {longest}, what the model was made for"
     );
     let mut backend = backend::create(&options.device, options.activations)?;
-    let (decoder, load_time) = load::load(&source, context, options.cache, backend.as_mut())?;
+    let (decoder, load_time) = load::load(&source, context, options.cache, Mtp::ForDrafts, backend.as_mut())?;
     let device = backend.caps().device.clone();
     let identity = source.checkpoint.identity();
     let engine_options = EngineOptions::default();

@@ -58,8 +58,8 @@ impl Source {
         /// Of random weights: the same at every start, so that cached prefixes stay usable.
         const SEED: u64 = 1;
         let (decoder, _) = match &options.synthetic {
-            None => load::load_sized(&self.model, sizes, backend)?,
-            Some(_) => load::load_synthetic(&self.config, &options.format, SEED, sizes, backend)?,
+            None => load::load_sized(&self.model, sizes, load::Mtp::ForDrafts, backend)?,
+            Some(_) => load::load_synthetic(&self.config, &options.format, SEED, false, sizes, backend)?,
         };
         Ok(decoder)
     }

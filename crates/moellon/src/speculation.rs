@@ -109,7 +109,7 @@ fn draft_model(dir: &Path, model: &Decoder, vocabulary: &Tokenizer, backend: &mu
         "draft model {}: it was made for {longest} positions, expected the context of {context} (--context)",
         dir.display()
     );
-    Ok(load::load_sized(&source, *model.options(), backend)?.0)
+    Ok(load::load_sized(&source, *model.options(), load::Mtp::AsStored, backend)?.0)
 }
 
 /// Where the curve of this model on this device is kept; `None` where the system names no place.

@@ -44,7 +44,7 @@ pub(crate) enum DraftRun<'a> {
 }
 
 impl CostCurve {
-    /// Measures a decoder: random tokens of one sequence after some context, sizes in turn, medians.
+    /// Measures a decoder: random tokens of one sequence after some context, sizes in turn.
     pub(crate) fn measure(
         decoder: &mut Decoder,
         mut draft: DraftRun<'_>,
@@ -106,16 +106,21 @@ impl CostCurve {
         }
         backend.free(chosen);
         let curve = |samples: Vec<Vec<f64>>| -> Vec<(usize, f64)> {
-            let mut longest = 0.0f64;
             let measured = rows.iter().zip(samples).filter(|(_, samples)| !samples.is_empty());
-            measured
+            // What else the machine does makes steps longer, never shorter: the lower quartile, and no size longer than a
+            // larger one.
+            let mut points: Vec<(usize, f64)> = measured
                 .map(|(rows, mut samples)| {
                     samples.sort_unstable_by(f64::total_cmp);
-                    // A row more never takes less time: what says so is noise.
-                    longest = longest.max(samples[samples.len() / 2]);
-                    (*rows, longest)
+                    (*rows, samples[samples.len() / 4])
                 })
-                .collect()
+                .collect();
+            let mut shortest = f64::INFINITY;
+            for (_, seconds) in points.iter_mut().rev() {
+                shortest = shortest.min(*seconds);
+                *seconds = shortest;
+            }
+            points
         };
         Ok(CostCurve { step: curve(steps), draft: curve(drafts) })
     }

@@ -155,9 +155,16 @@ impl Engine {
 
     /// The rows that the head gets of a share whose first row is `row` of the step.
     fn hand_to_head(&mut self, index: usize, row: usize, computed: usize) -> Result<(), EngineError> {
-        let Some(Speculation { head: Some(head), enabled, .. }) = &mut self.speculation else { return Ok(()) };
+        let Some(Speculation { head: Some(head), enabled, replay, .. }) = &mut self.speculation else { return Ok(()) };
         let sequence = &mut self.running[index];
-        let Some(first) = sequence.track.head.next_row else { return Ok(()) };
+        let Some(mut first) = sequence.track.head.next_row else { return Ok(()) };
+        if replay.is_some() {
+            // What rows hold is of no consequence, so none are lost while drafting is switched off.
+            if !*enabled {
+                return Ok(());
+            }
+            first = sequence.computed;
+        }
         let kind = head.kind();
         // The positions that the step computed are `start .. end`; a token after them is known.
         let (start, end) = (sequence.computed, sequence.computed + computed);

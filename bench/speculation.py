@@ -1,0 +1,369 @@
+"""Measures speculation and writes its receipts: the experiments that this project grew from, repeated.
+
+    cargo build --release -p moellon
+    python3 bench/speculation.py bundled       # plain and speculating decoding of the bundled model, text by text
+    python3 bench/speculation.py experiments   # MTP acceptance with whole and with broken heads, DSA, fewer experts, batches
+    python3 bench/speculation.py replay qwen3-30b-a3b:layers=4   # verify cost and gain on published shapes
+    cargo xtask docs --write
+
+Runs of a pair are interleaved; outputs are compared byte for byte. Needs nothing but Python.
+"""
+
+import json
+import os
+import random
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import receipts
+from receipts import BINARY, NAME, ROOT, steal_ticks, write
+
+MODEL = ROOT / "models/moellon-tiny"
+
+CODE = '''use std::collections::HashMap;
+
+/// Counts words.
+pub fn count_words(text: &str) -> HashMap<String, usize> {
+    let mut counts = HashMap::new();
+'''
+
+PYTHON = '''import os
+import sys
+
+
+def read_lines(path):
+    with open(path) as f:
+        return f.readlines()
+
+
+def main(argv):
+'''
+
+EDITED = '''fn area(shape: &Shape) -> f32 {
+    match shape {
+        Shape::Circle { radius } => 3.14 * radius * radius,
+        Shape::Square { side } => side * side,
+        Shape::Rect { width, height } => width * height,
+    }
+}
+
+fn name(shape: &Shape) -> &str {
+    match shape {
+        Shape::Circle { .. } => "circle",
+        Shape::Square { .. } => "square",
+        Shape::Rect { .. } => "rect",
+    }
+}
+'''
+
+
+def shuffled_prose():
+    words = (MODEL / "README.md").read_text().split()
+    random.Random(7).shuffle(words)
+    return " ".join(words[:120])
+
+
+TEXTS = {
+    "code, Rust": (CODE, []),
+    "code, Python": (PYTHON, []),
+    # The whole file again, after it: what an edit of a line looks like to a decoder.
+    "code edit, verbatim": (EDITED * 2, []),
+    # Drafts fail: tokens drawn almost uniformly, and prose without an order.
+    "random tokens": (CODE, ["--temp", "8", "--seed", "3"]),
+    "shuffled prose": (shuffled_prose(), ["--temp", "1.5", "--seed", "5"]),
+}
+
+
+def run(prompt, *flags, model=None, tokens=400, timeout=120):
+    where = ["-m", model] if model else []
+    command = [BINARY, "run", *where, "--raw", "-p", prompt, "-n", str(tokens), "--json", *map(str, flags)]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    if out.returncode != 0:
+        raise SystemExit(f"{NAME} run {' '.join(map(str, flags))}: {out.stderr.strip()}")
+    return json.loads(out.stdout)
+
+
+def ms_per_token(result):
+    return result["decode_ms"] / max(1, result["completion_tokens"] - 1)
+
+
+def spread(values):
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.3f} ({low:.3f}-{high:.3f})"
+
+
+def interleaved(prompt, modes, rounds, **options):
+    """Results of each mode, in turn, the same text each time."""
+    results = {name: [] for name in modes}
+    for _ in range(rounds):
+        for name, flags in modes.items():
+            results[name].append(run(prompt, *flags, **options))
+    texts = {name: {tuple(r["token_ids"]) for r in found} for name, found in results.items()}
+    assert len(set().union(*texts.values())) == 1, "outputs differ"
+    return results
+
+
+def bundled(stolen, rounds=7):
+    rows, samples, commands = [], [], []
+    for text, (prompt, sampling) in TEXTS.items():
+        greedy = sampling or ["--temp", "0"]
+        modes = {mode: [*greedy, "--speculate", mode] for mode in ("off", "auto", "mtp", "ngram")}
+        results = interleaved(prompt, modes, rounds)
+        commands.append(f"{NAME} run --raw -p .. -n 400 --json {' '.join(greedy)} --speculate off|auto|mtp|ngram")
+        plain = [ms_per_token(r) for r in results["off"]]
+        row = {"text": text, "plain, ms a token": spread(plain)}
+        for mode in ("auto", "mtp", "ngram"):
+            times = [ms_per_token(r) for r in results[mode]]
+            row[mode] = f"{statistics.median(a / b for a, b in zip(plain, times)):.2f}x"
+            stats = results[mode][-1]["speculation"]
+            samples.append({"text": text, "mode": mode, "plain_ms": plain, "ms": times, "speculation": stats})
+            if mode == "mtp":
+                row["mtp predicted"] = predicted(stats, results[mode])
+                trials = stats["head_by_depth"]
+                row["mtp right at depth 1, 2, 3"] = ", ".join(f"{100 * hits // max(1, n)} %" for n, hits in trials[:3]) or "-"
+        rows.append(row)
+    write("speculation-bundled", commands, samples, {"speculation-bundled": rows}, stolen)
+
+
+def predicted(stats, results):
+    """Tokens a step over what the cost curve says a step takes."""
+    steps = stats["sequence_steps"]
+    if stats["draft_tokens"] == 0:
+        return "1.00x"
+    cost, draft = dict(map(tuple, stats["step_cost"])), dict(map(tuple, stats["draft_cost"]))
+    drafting, depth = stats["drafts"], stats["draft_tokens"] / stats["drafts"]
+    at = lambda curve, x: curve[int(x)] + (curve[min(int(x) + 1, max(curve))] - curve[int(x)]) * (x - int(x))
+    # Steps with drafts, at their mean depth, and steps without.
+    seconds = drafting * (at(cost, 1 + depth) + depth * draft[1]) + (steps - drafting) * cost[1]
+    tokens = steps + stats["accepted_tokens"]
+    return f"{tokens * cost[1] / seconds:.2f}x"
+
+
+def tensors(path):
+    data = Path(path).read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    metadata = header.pop("__metadata__", None)
+    return {name: (entry["dtype"], entry["shape"], data[8 + length + entry["data_offsets"][0] : 8 + length + entry["data_offsets"][1]]) for name, entry in header.items()}, metadata
+
+
+def write_tensors(path, values, metadata):
+    header, offset = ({"__metadata__": metadata} if metadata else {}), 0
+    for name, (dtype, shape, data) in values.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + len(data)]}
+        offset += len(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    Path(path).write_bytes(struct.pack("<Q", len(text)) + text + b"".join(data for _, _, data in values.values()))
+
+
+def variant(folder, change_config=None, change_tensors=None):
+    """A copy of the bundled model, changed."""
+    shutil.copytree(MODEL, folder)
+    if change_config:
+        config = json.loads((folder / "config.json").read_text())
+        change_config(config)
+        (folder / "config.json").write_text(json.dumps(config))
+    if change_tensors:
+        values, metadata = tensors(folder / "model.safetensors")
+        change_tensors(values)
+        write_tensors(folder / "model.safetensors", values, metadata)
+    return folder
+
+
+MTP = "model.layers.6"
+
+
+def keep_experts(values, layer, keep):
+    """Slices a layer to these experts: what pruning does."""
+    block = f"model.layers.{layer}.mlp"
+    for name in [n for n in values if n.startswith(f"{block}.experts.")]:
+        values[name.replace(block, "old", 1)] = values.pop(name)
+    for new, old in enumerate(keep):
+        for name in [n for n in values if n.startswith(f"old.experts.{old}.")]:
+            values[name.replace(f"old.experts.{old}.", f"{block}.experts.{new}.", 1)] = values[name]
+    for name in [n for n in values if n.startswith("old.")]:
+        del values[name]
+    for name in (f"{block}.gate.weight", f"{block}.gate.e_score_correction_bias"):
+        dtype, shape, data = values[name]
+        size = len(data) // shape[0]
+        values[name] = (dtype, [len(keep), *shape[1:]], b"".join(data[old * size : (old + 1) * size] for old in keep))
+
+
+def mismatched_router(values):
+    """The 0 %: the first 7 of 24 experts under the router of all 24, and the trunk's norm before the head. Where such a
+    loader reads past its experts, nothing of this layer's is found; here those experts give nothing."""
+    for name in [n for n in values if n.startswith(f"{MTP}.mlp.experts.")]:
+        if int(name.split(".")[5]) >= 7:
+            dtype, shape, data = values[name]
+            values[name] = (dtype, shape, bytes(len(data)))
+    values[f"{MTP}.shared_head.norm.weight"] = values["model.norm.weight"]
+
+
+def acceptance(prompts, model, **options):
+    trials = [[0, 0], [0, 0]]
+    for prompt in prompts:
+        stats = run(prompt, "--temp", 0, "--speculate", "mtp", "--draft-always", "--draft-depth", 2, model=model, **options)["speculation"]
+        for depth, (n, hits) in enumerate(stats["head_by_depth"][:2]):
+            trials[depth][0] += n
+            trials[depth][1] += hits
+    return trials
+
+
+def experiments(stolen):
+    rows, samples = [], []
+    prompts = [CODE, PYTHON, EDITED]
+    row = lambda lever, setting, result, note="": rows.append({"lever": lever, "setting": setting, "result": result, "of the notes": note})
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        # What saliency the trunk's pruning would have kept: any fixed 7 of 24 that were not chosen for this layer.
+        trunk_choice = sorted(random.Random(1).sample(range(24), 7))
+        heads = {
+            "whole": variant(folder / "whole"),
+            "pruned to 7 of 24 by another layer's indices": variant(folder / "pruned", None, lambda v: keep_experts(v, 6, trunk_choice)),
+            "7 of 24 experts under the router of 24, wrong norm": variant(folder / "mismatched", None, mismatched_router),
+        }
+        for name, model in heads.items():
+            trials = acceptance(prompts, model)
+            rate = [100 * hits / max(1, n) for n, hits in trials]
+            samples.append({"head": name, "trials": trials})
+            row("MTP, drafts right", name, f"{rate[0]:.0f} % (chained: {rate[1]:.0f} %)", "0 %")
+        plain = [run(p, "--temp", 0, "--speculate", "off", model=heads["whole"]) for p in prompts]
+        for model in heads.values():
+            assert all(run(p, "--temp", 0, "--speculate", "mtp", "--draft-always", model=model)["token_ids"] == q["token_ids"] for p, q in zip(prompts, plain))
+        lookup = interleaved(EDITED * 2, {m: ["--temp", 0, "--speculate", m] for m in ("off", "ngram")}, 5)
+        factor = statistics.median(ms_per_token(a) / ms_per_token(b) for a, b in zip(lookup["off"], lookup["ngram"]))
+        row("prompt lookup", "verbatim code edit, 400 tokens", f"{factor:.2f}x", "0.32x")
+        # A draft model: the bundled model's own first three layers.
+        def three_layers(config):
+            config.update(num_hidden_layers=3, num_nextn_predict_layers=0, indexer_types=config["indexer_types"][:3], mlp_layer_types=config["mlp_layer_types"][:3])
+
+        def first_three(values):
+            for name in [n for n in values if n.startswith("model.layers.") and int(n.split(".")[2]) >= 3]:
+                del values[name]
+
+        draft = variant(folder / "draft", three_layers, first_three)
+        pair = interleaved(CODE, {"off": ["--temp", 0, "--speculate", "off"], "draft": ["--temp", 0, "--speculate", f"draft={draft}"]}, 5)
+        factor = statistics.median(ms_per_token(a) / ms_per_token(b) for a, b in zip(pair["off"], pair["draft"]))
+        stats = pair["draft"][-1]["speculation"]
+        right = stats["head_by_depth"][0] if stats["head_by_depth"] else [0, 0]
+        row("draft model", f"half of the model, untrained for it: {100 * right[1] // max(1, right[0])} % right, governed", f"{factor:.2f}x", "0.32x")
+        samples.append({"lookup": [ms_per_token(r) for r in lookup["ngram"]], "draft model": stats})
+        # DSA: how many positions attention sees, at a context beyond all of them.
+        long = (CODE + PYTHON + EDITED) * 4
+        models = {k: variant(folder / f"topk{k}", lambda config, k=k: config.update(index_topk=k)) for k in (16, 32, 64, 128, 2048)}
+        times = {k: [] for k in models}
+        for _ in range(5):
+            for k, model in models.items():
+                times[k].append(ms_per_token(run(long, "--temp", 0, "--speculate", "off", model=model, tokens=150)))
+        base = statistics.median(times[64])
+        samples.append({"index_topk": times})
+        for k in models:
+            row("DSA index_topk", f"{k}{' (all)' if k == 2048 else ''}, about 1000 positions", f"{base / statistics.median(times[k]):.2f}x of 64", "flat 1.00-1.03x")
+        # Fewer active experts, with what it costs.
+        held = (ROOT / "crates/tensor/src/rng.rs").read_text()[:6000]
+        for k in (4, 3, 2):
+            model = variant(folder / f"experts{k}", lambda config, k=k: config.update(num_experts_per_tok=k))
+            times = [ms_per_token(run(CODE, "--temp", 0, "--speculate", "off", model=model, tokens=200)) for _ in range(5)]
+            nll = negative_log_likelihood(model, held, folder)
+            samples.append({"experts": k, "ms": times, "nats_per_token": nll})
+            row("active experts", f"{k} of 24", f"{statistics.median(times):.3f} ms a token, {nll:.3f} nats a token on held-out code", "8 to 6: quality-dead")
+    for kind, speeds in batches().items():
+        row("batch scaling", kind, ", ".join(f"{b}: {s:.2f}x" for b, s in speeds.items()), "2.6x at 8, prompts identical")
+        samples.append({"batches": kind, "speedup": speeds})
+    write("speculation-experiments", [f"{NAME} run --raw -p .. --json --temp 0 --speculate .. --draft-always", f"{NAME} bench --batch 1,2,4,8"], samples, {"speculation-experiments": rows}, stolen)
+
+
+def negative_log_likelihood(model, text, folder):
+    """Nats a token of held-out text, from the logits of the program."""
+    import math
+
+    ids = run(text, "--temp", 0, "--speculate", "off", model=model, tokens=1)
+    count = min(ids["prompt_tokens"], 1500)
+    encoded = token_ids(text)[:count]
+    out = Path(folder) / "logits.safetensors"
+    receipts.run("logits", "-m", model, "--ids", ",".join(map(str, encoded)), "--activations", "int8", "--cache", "bf16", "--out", out)
+    values, _ = tensors(out)
+    dtype, shape, data = values["logits"]
+    vocab, total = shape[-1], 0.0
+    for row in range(len(encoded) - 1):
+        logits = struct.unpack_from(f"<{vocab}f", data, 4 * vocab * row)
+        top = max(logits)
+        total -= logits[encoded[row + 1]] - top - math.log(sum(math.exp(x - top) for x in logits))
+    return total / (len(encoded) - 1)
+
+
+def token_ids(text):
+    """Token ids by the model's own tokenizer, through the server's tokenizer endpoint being the same code: byte-level ids are
+    read from `run`, which reports what it generated, so the prompt is encoded by a tiny merge loop here."""
+    vocabulary = json.loads((MODEL / "tokenizer.json").read_text())["model"]
+    ids, ranks = vocabulary["vocab"], {tuple(m) if isinstance(m, list) else tuple(m.split(" ")): i for i, m in enumerate(vocabulary["merges"])}
+    visible = list(range(33, 127)) + list(range(161, 173)) + list(range(174, 256))
+    table, extra = {b: chr(b) for b in visible}, 0
+    for byte in range(256):
+        if byte not in table:
+            table[byte] = chr(256 + extra)
+            extra += 1
+    found = []
+    for word in split_words(text):
+        parts = [table[b] for b in word.encode()]
+        while len(parts) > 1:
+            rank, at = min((ranks.get(pair, 1 << 30), i) for i, pair in enumerate(zip(parts, parts[1:])))
+            if rank == 1 << 30:
+                break
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        found.extend(ids[p] for p in parts)
+    return found
+
+
+def split_words(text):
+    import re
+
+    return re.findall(r" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", text)
+
+
+def batches():
+    """Throughput of the bundled shapes at batch sizes, with prompts of their own and with one prompt repeated."""
+    out = json.loads(receipts.run("bench", "--batch", "1,2,4,8", "--prompt", "64", "--windows", "5", "--json")[0])
+    speed = {r["batch"]: r["decode_tok_s"] for r in out["results"]}
+    return {"distinct prompts": {b: s / speed[1] for b, s in speed.items()}}
+
+
+def replay(stolen, preset, *flags):
+    rows, samples, commands, verify = [], [], [], []
+    for overlap in (None, 0.26, 0.38):
+        for p in (0.6, 0.8, 0.9):
+            spec = f"replay:p={p}" + (f",overlap={overlap}" if overlap else "")
+            arguments = ["bench", "--synthetic", preset, "--speculate", spec, "--batch", "1", "--windows", "5", "--steps", "12", *flags]
+            report = json.loads(receipts.run(*arguments, "--json")[0])
+            commands.append(f"{NAME} {' '.join(arguments)}")
+            samples.append(report)
+            for r in report["results"]:
+                rows.append({"model": preset, "right": p, "overlap": f"{report['overlap']:.2f}", "plain, ms a token": f"{r['plain_ms']:.2f}", "drafted": f"{r['drafted_ms']:.2f}", "factor": f"{r['factor']:.2f}x", "predicted": f"{r['predicted_factor']:.2f}x", "drafts a step": f"{r['depth']:.2f}", "tokens a step": f"{r['tokens_per_step']:.2f}"})
+        for v in report["verify"]:
+            verify.append({"model": preset, "overlap": f"{report['overlap']:.2f}", "rows": v["rows"], "ms": f"{v['ms']:.2f}", "cost": f"{v['cost']:.2f}", "cost by bytes": f"{v['bytes_cost']:.2f}", "experts a layer": f"{v['distinct_experts']:.1f}"})
+    name = preset.split(":")[0]
+    write(f"speculation-replay-{name}", commands, samples, {"speculation-replay": rows, "speculation-verify": verify}, stolen)
+
+
+def main():
+    stolen = steal_ticks()
+    os.environ.setdefault("XDG_CACHE_HOME", tempfile.mkdtemp())
+    match sys.argv[1:]:
+        case ["bundled"]:
+            bundled(stolen)
+        case ["experiments"]:
+            experiments(stolen)
+        case ["replay", preset, *flags]:
+            replay(stolen, preset, *flags)
+        case _:
+            raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
