@@ -10,8 +10,10 @@ Runs of a pair are interleaved; outputs are compared byte for byte. Needs nothin
 """
 
 import json
+import math
 import os
 import random
+import re
 import shutil
 import statistics
 import struct
@@ -178,6 +180,9 @@ def variant(folder, change_config=None, change_tensors=None):
 
 MTP = "model.layers.6"
 
+# The tokenizer's words, for ASCII.
+WORDS = re.compile(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
 
 def keep_experts(values, layer, keep):
     """Slices a layer to these experts: what pruning does."""
@@ -281,11 +286,7 @@ def experiments(stolen):
 
 def negative_log_likelihood(model, text, folder):
     """Nats a token of held-out text, from the logits of the program."""
-    import math
-
-    ids = run(text, "--temp", 0, "--speculate", "off", model=model, tokens=1)
-    count = min(ids["prompt_tokens"], 1500)
-    encoded = token_ids(text)[:count]
+    encoded = token_ids(text)[:1000]
     out = Path(folder) / "logits.safetensors"
     receipts.run("logits", "-m", model, "--ids", ",".join(map(str, encoded)), "--activations", "int8", "--cache", "bf16", "--out", out)
     values, _ = tensors(out)
@@ -299,32 +300,23 @@ def negative_log_likelihood(model, text, folder):
 
 
 def token_ids(text):
-    """Token ids by the model's own tokenizer, through the server's tokenizer endpoint being the same code: byte-level ids are
-    read from `run`, which reports what it generated, so the prompt is encoded by a tiny merge loop here."""
-    vocabulary = json.loads((MODEL / "tokenizer.json").read_text())["model"]
-    ids, ranks = vocabulary["vocab"], {tuple(m) if isinstance(m, list) else tuple(m.split(" ")): i for i, m in enumerate(vocabulary["merges"])}
-    visible = list(range(33, 127)) + list(range(161, 173)) + list(range(174, 256))
-    table, extra = {b: chr(b) for b in visible}, 0
-    for byte in range(256):
-        if byte not in table:
-            table[byte] = chr(256 + extra)
-            extra += 1
+    """Token ids of ASCII code by the bundled model's tokenizer: its words, then its merges in the order of their ranks."""
+    model = json.loads((MODEL / "tokenizer.json").read_text())["model"]
+    ranks = {tuple(m) if isinstance(m, list) else tuple(m.split(" ")): i for i, m in enumerate(model["merges"])}
+    # Byte-level BPE writes bytes that are no visible character as others that are.
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    table = {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
     found = []
-    for word in split_words(text):
-        parts = [table[b] for b in word.encode()]
+    for word in WORDS.findall(text):
+        parts = [table[byte] for byte in word.encode()]
         while len(parts) > 1:
             rank, at = min((ranks.get(pair, 1 << 30), i) for i, pair in enumerate(zip(parts, parts[1:])))
             if rank == 1 << 30:
                 break
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        found.extend(ids[p] for p in parts)
+        found.extend(model["vocab"][part] for part in parts)
     return found
-
-
-def split_words(text):
-    import re
-
-    return re.findall(r" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", text)
 
 
 def batches():
