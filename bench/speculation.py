@@ -110,7 +110,7 @@ def interleaved(prompt, modes, rounds, **options):
     return results
 
 
-def bundled(stolen, rounds=7):
+def bundled(stolen, rounds=5):
     rows, samples, commands = [], [], []
     for text, (prompt, sampling) in TEXTS.items():
         greedy = sampling or ["--temp", "0"]

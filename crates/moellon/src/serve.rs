@@ -240,7 +240,6 @@ impl Generator for EngineGenerator {
             bytes_read_per_token: Some(self.bytes_per_token),
             bandwidth_fraction: stats.counted_step.map(|step| step.bytes_per_s() / self.read_bandwidth),
             experts_unique_per_step: stats.counted_step.and_then(|step| step.distinct_experts),
-            ..GeneratorStats::default()
         }
     }
 }
