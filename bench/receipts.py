@@ -23,7 +23,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BINARY = ROOT / "target/release/moellon"
+# Another binary than the one that cargo has built last, for runs that outlive a build.
+BINARY = Path(os.environ.get("MOELLON_BINARY", ROOT / "target/release/moellon")).resolve()
 NAME = "target/release/moellon"
 
 
@@ -48,13 +49,15 @@ def steal_ticks():
 
 def write(name, commands, samples, tables, stolen):
     git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    # A machine that has the binary alone cannot ask.
+    commit = os.environ.get("MOELLON_COMMIT") or git("rev-parse", "HEAD")
     doctor = json.loads(run("doctor", "--json")[0])
     after = steal_ticks()
     receipt = {
         "schema": 1,
         "name": name,
         "date": datetime.date.today().isoformat(),
-        "commit": git("rev-parse", "HEAD"),
+        "commit": commit,
         "binary_sha256": hashlib.sha256(BINARY.read_bytes()).hexdigest(),
         "machine": {key: doctor[key] for key in ("cpu", "cores", "cpu_level", "memory_bytes", "read_gb_s", "read_gb_s_1_thread")},
         "steal_pct": round(100 * (after[0] - stolen[0]) / max(1, after[1] - stolen[1]), 2),

@@ -85,9 +85,8 @@ pub struct ChunkGovernor {
     token_seconds: Option<f64>,
 }
 
-/// Fewer prompt tokens than this in a step make long prompts wait for nothing: a step that reads all weights takes about as
-/// long with eight rows more.
-const MIN_CHUNK: usize = 8;
+/// Prompt tokens of the first step that decodes beside a prompt, when nothing is known of their time.
+const FIRST_CHUNK: usize = 8;
 
 impl ChunkGovernor {
     /// Steps that decode may take `max_slowdown` times as long with prompt tokens in them as without.
@@ -98,10 +97,12 @@ impl ChunkGovernor {
     /// Prompt tokens for the next step that decodes.
     pub fn chunk(&self) -> usize {
         let (Some(decode), Some(token)) = (self.decode_seconds, self.token_seconds) else {
-            return self.max_chunk.min(4 * MIN_CHUNK);
+            return self.max_chunk.min(FIRST_CHUNK);
         };
         let chunk = (self.max_slowdown - 1.0) * decode / token.max(1e-9);
-        (chunk as usize).clamp(MIN_CHUNK.min(self.max_chunk), self.max_chunk)
+        // One at least: a token far behind in a long prompt can take longer than the step beside it, on a processor, and
+        // more of them would be a delay that nobody bounds.
+        (chunk as usize).clamp(1, self.max_chunk)
     }
 
     /// Learns from a step.
@@ -166,10 +167,16 @@ mod tests {
     #[test]
     fn the_chunk_follows_the_time_that_steps_take() {
         let mut governor = ChunkGovernor::new(2.5, 512);
-        assert_eq!(governor.chunk(), 32);
+        assert_eq!(governor.chunk(), 8);
         governor.observe(4, 0, 0.010);
         governor.observe(4, 32, 0.042);
         assert_eq!(governor.chunk(), 15);
+        // Tokens that are slower than the step beside them go one by one.
+        let mut slow = governor.clone();
+        for _ in 0..50 {
+            slow.observe(4, 4, 0.010 + 4.0 * 0.020);
+        }
+        assert_eq!(slow.chunk(), 1);
         governor.observe(0, 512, 0.0);
         for _ in 0..50 {
             governor.observe(0, 512, 0.001);

@@ -209,7 +209,8 @@ pub enum ThinkingChoice {
     On,
     /// Never.
     Off,
-    /// As the template does, but not right after a tool's result.
+    /// As the template does, but not on mechanical steps: after a tool's result that is no failure, for prescribed answers,
+    /// for a few tokens.
     Auto,
 }
 

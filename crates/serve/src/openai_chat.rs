@@ -28,6 +28,9 @@ pub(crate) fn parse(body: &Map<String, Value>, app: &App) -> Result<ChatRequest,
     let limits = &app.options.request;
     app.check_model(fields)?;
     fields.refuse(&[
+        ("adapter", "adapters"),
+        ("lora", "adapters"),
+        ("draft_model", "a draft model of the request's choice"),
         ("functions", "the old function interface (use tools)"),
         ("function_call", "the old function interface (use tool_choice)"),
         ("audio", "audio"),

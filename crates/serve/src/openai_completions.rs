@@ -33,6 +33,9 @@ pub(crate) fn parse(body: &Map<String, Value>, app: &App) -> Result<CompletionRe
     let limits = &app.options.request;
     app.check_model(fields)?;
     fields.refuse(&[
+        ("adapter", "adapters"),
+        ("lora", "adapters"),
+        ("draft_model", "a draft model of the request's choice"),
         ("suffix", "filling in the middle"),
         ("response_format", "structured output here (use /v1/chat/completions)"),
         ("structured_outputs", "structured output here (use /v1/chat/completions)"),

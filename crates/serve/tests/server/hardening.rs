@@ -179,6 +179,8 @@ async fn bad_fields_get_400_with_their_name() {
         (json!({"structured_outputs": {"regex": "(".repeat(1 << 20)}}), "structured_outputs.regex"),
         (json!({"grammar": "root ::= x"}), "grammar"),
         (json!({"functions": [{"name": "f"}]}), "functions"),
+        (json!({"adapter": "../../adapters/mine"}), "adapter"),
+        (json!({"draft_model": "/etc/passwd"}), "draft_model"),
         (json!({"modalities": ["audio"]}), "modalities"),
         (json!({"messages": [{"role": "user", "content": "word ".repeat(20_000)}]}), "messages"),
     ];

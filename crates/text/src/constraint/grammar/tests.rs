@@ -192,3 +192,74 @@ fn costly_but_legal_grammars_compile_or_fail_within_two_seconds() {
         assert!(started.elapsed() < Duration::from_secs(2), "{name} took {:?}", started.elapsed());
     }
 }
+
+/// Every feature of JSON schema that llguidance documents as supported: a value that fits and one that does not. What it
+/// does not support must be refused, never ignored.
+#[test]
+fn features_of_json_schema_constrain_or_are_refused() {
+    let tokenizer = tokenizer();
+    let compiler = compiler(&tokenizer);
+    let object = |extra: Value| {
+        let mut schema = json!({"type": "object", "additionalProperties": false});
+        schema.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        schema
+    };
+    let supported = [
+        (json!({"type": "null"}), "null", "nil"),
+        (json!({"type": "boolean"}), "true", "1"),
+        (json!({"type": ["integer", "null"]}), "null", "\"a\""),
+        (json!({"type": "integer", "minimum": 3, "maximum": 11}), "11", "12"),
+        (json!({"type": "integer", "exclusiveMinimum": 3}), "4", "3 "),
+        (json!({"type": "integer", "multipleOf": 5}), "15", "16 "),
+        (json!({"type": "number", "minimum": 0.5, "maximum": 1.5}), "0.75", "2"),
+        (json!({"type": "string", "minLength": 2, "maxLength": 3}), "\"abc\"", "\"abcd\""),
+        (json!({"type": "string", "pattern": "^[a-f]+[0-9]$"}), "\"abc7\"", "\"xyz\""),
+        (json!({"type": "string", "format": "date"}), "\"2026-11-21\"", "\"21.11.2026\""),
+        (json!({"type": "string", "format": "uuid"}), "\"123e4567-e89b-12d3-a456-426614174000\"", "\"nope\""),
+        (json!({"const": {"a": [1]}}), "{\"a\": [1]}", "{\"a\": [2]}"),
+        (json!({"enum": ["x", 7, null]}), "7", "8"),
+        (json!({"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2}), "[true, false]", "[]"),
+        (
+            json!({"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}], "items": false}),
+            "[1, \"a\"]",
+            "[1, 2]",
+        ),
+        (object(json!({"properties": {"a": {"type": "integer"}}, "required": ["a"]})), "{\"a\": 1}", "{}"),
+        (object(json!({"properties": {"a": {"type": "integer"}}})), "{}", "{\"b\": 1}"),
+        (json!({"type": "object", "additionalProperties": {"type": "integer"}}), "{\"z\": 1}", "{\"z\": \"a\"}"),
+        (object(json!({"patternProperties": {"^x": {"type": "integer"}}})), "{\"xy\": 1}", "{\"y\": 1}"),
+        (json!({"anyOf": [{"type": "integer"}, {"type": "boolean"}]}), "false", "\"a\""),
+        (json!({"oneOf": [{"const": "a"}, {"const": "b"}]}), "\"b\"", "\"c\""),
+        (json!({"allOf": [{"type": "integer", "minimum": 2}, {"maximum": 4}]}), "3", "5"),
+        (
+            json!({"$ref": "#/$defs/tree", "$defs": {"tree": object(json!({
+                "properties": {"left": {"$ref": "#/$defs/tree"}, "leaf": {"type": "integer"}}}))}}),
+            "{\"left\": {\"left\": {\"leaf\": 1}}}",
+            "{\"left\": {\"left\": 1}}",
+        ),
+        (json!({"definitions": {"n": {"type": "integer"}}, "$ref": "#/definitions/n"}), "5", "\"5\""),
+    ];
+    for (schema, good, bad) in supported {
+        let compile =
+            || compiler.compile(Grammar::JsonSchema(schema.clone())).unwrap_or_else(|e| panic!("{schema}: {e}"));
+        let mut constraint = compile();
+        assert_eq!(consume(constraint.as_mut(), &tokenizer, good), Ok(()), "{schema} with {good}");
+        assert!(constraint.may_end(), "{schema} after {good}");
+        let mut constraint = compile();
+        let refused = consume(constraint.as_mut(), &tokenizer, bad).is_err();
+        assert!(refused || !constraint.may_end(), "{schema} with {bad}");
+    }
+    let unsupported = [
+        json!({"not": {"type": "integer"}}),
+        json!({"if": {"type": "integer"}, "then": {"minimum": 3}}),
+        json!({"type": "array", "uniqueItems": true}),
+        json!({"type": "array", "contains": {"type": "integer"}}),
+        json!({"type": "object", "propertyNames": {"pattern": "^a"}}),
+        json!({"type": "object", "dependentRequired": {"a": ["b"]}}),
+        json!({"type": "object", "unevaluatedProperties": false}),
+        json!({"type": "string", "format": "made-up"}),
+    ];
+    for schema in unsupported {
+        assert!(compiler.compile(Grammar::JsonSchema(schema.clone())).is_err(), "{schema} must not be ignored");
+    }
+}
