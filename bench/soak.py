@@ -133,7 +133,7 @@ class Soak:
 
     async def messages(self, rng):
         prompt = rng.choice(PROMPTS)
-        body = {"model": "bundled", "max_tokens": 48, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
+        body = {"max_tokens": 48, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
         status, body = await exchange(self.port, "/v1/messages", body)
         if self.accept(status):
             text = "".join(block.get("thinking", "") + block.get("text", "") for block in json.loads(body)["content"])
