@@ -16,6 +16,7 @@ pub mod matrix;
 pub mod minifloat;
 pub mod owned;
 pub mod pool;
+mod random;
 pub mod rng;
 
 pub use dtype::Dtype;

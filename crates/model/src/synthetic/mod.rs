@@ -1,9 +1,8 @@
 //! Models of exact shapes with random weights, for measuring speed where no checkpoint is at hand.
 //!
-//! Weights are uniform and symmetric around zero with a standard deviation of `1 / sqrt(cols)`: one-sided codes would give
-//! all rows a common bias, routing would collapse and batches would look free. Of each shape and format a few matrices
-//! exist and are handed out in turn; a back end copies each into its own layout, so the loaded model has its full size in
-//! memory while the source takes a few hundred megabytes. Routers are all different.
+//! Weights are uniform over the codes of their format and symmetric around zero with a standard deviation of about
+//! `1 / sqrt(cols)` ([`OwnedMatrix::random`]): one-sided codes would give all rows a common bias, routing would collapse
+//! and batches would look free. Matrices are made when they are asked for and dropped once a back end has packed them.
 
 mod presets;
 
@@ -16,8 +15,8 @@ use moellon_checkpoint::{Matrix, MlaShape, Projection};
 use moellon_tensor::encode::{EncodeOptions, GlobalScale, encode_matrix};
 use moellon_tensor::rng::SplitMix64;
 use moellon_tensor::{MatrixView, OwnedMatrix, ScaleDtype, WeightFormat};
-use std::cell::RefCell;
-use std::collections::HashMap;
+use rayon::prelude::*;
+use std::cell::Cell;
 
 /// Which format each part of a synthetic model has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,10 +62,7 @@ impl FormatPlan {
     }
 }
 
-/// Matrices of a shape and format that exist at most.
-const VARIANTS: usize = 3;
-
-/// Elements that are drawn and encoded for one matrix; taller matrices repeat these rows.
+/// Elements that are drawn and encoded for an embedding with related tokens; taller ones repeat these rows.
 const DRAWN_ELEMENTS: usize = 1 << 21;
 
 /// Random weights for a config.
@@ -74,7 +70,8 @@ pub struct Synthetic {
     plan: FormatPlan,
     num_experts: usize,
     related_tokens: bool,
-    state: RefCell<State>,
+    /// Seed of the next matrix.
+    seed: Cell<u64>,
 }
 
 /// Correlations of neighbouring rows in the bands of an embedding with related tokens.
@@ -88,17 +85,10 @@ pub fn related_bands(config: &ModelConfig) -> Vec<std::ops::Range<u32>> {
     (0..RELATIONS.len()).map(|band| (band * rows) as u32..((band + 1) * rows) as u32).collect()
 }
 
-struct State {
-    rng: SplitMix64,
-    /// The matrices of each format and shape, and how often one was handed out.
-    made: HashMap<(WeightFormat, [usize; 2]), (Vec<OwnedMatrix>, usize)>,
-}
-
 impl Synthetic {
     /// Random weights with `plan`'s formats.
     pub fn new(config: &ModelConfig, plan: FormatPlan, seed: u64) -> Self {
-        let state = State { rng: SplitMix64::new(seed), made: HashMap::new() };
-        Synthetic { plan, num_experts: config.moe.num_experts, related_tokens: false, state: RefCell::new(state) }
+        Synthetic { plan, num_experts: config.moe.num_experts, related_tokens: false, seed: Cell::new(seed) }
     }
 
     /// The same with an embedding whose neighbouring tokens are related, by [`related_bands`].
@@ -119,35 +109,26 @@ impl Synthetic {
         if wanted.validate(cols).is_ok() { wanted } else { WeightFormat::Bf16 }
     }
 
-    fn matrix(&self, path: &str, shape: [usize; 2]) -> Result<OwnedMatrix> {
+    fn matrices(&self, path: &str, count: usize, shape: [usize; 2]) -> Result<Vec<Matrix<'_>>> {
         let format = self.format(path, shape[1]);
+        let first = self.seed.get();
+        self.seed.set(first + count as u64);
         if self.related_tokens && path == "model.embed_tokens" {
-            return related_matrix(&mut self.state.borrow_mut().rng, format, shape);
+            let rng = &mut SplitMix64::new(first);
+            return (0..count).map(|_| Ok(Matrix::Owned(related_matrix(rng, format, shape)?))).collect();
         }
-        let State { rng, made } = &mut *self.state.borrow_mut();
-        let (variants, handed_out) = made.entry((format, shape)).or_default();
-        // Plain matrices are cheap to draw and must differ: equal routers would choose equal experts.
-        if variants.len() < VARIANTS || !format.is_quantized() {
-            let matrix = random_matrix(rng, format, shape)?;
-            if !format.is_quantized() {
-                return Ok(matrix);
-            }
-            variants.push(matrix);
-        }
-        *handed_out += 1;
-        Ok(variants[*handed_out % variants.len()].clone())
+        let std = 1.0 / (shape[1] as f32).sqrt();
+        let matrices: Vec<_> = (0..count as u64)
+            .into_par_iter()
+            // Seeds of SplitMix64 that differ by little give unrelated sequences.
+            .map(|i| OwnedMatrix::random(format, shape, std, first + i).map(Matrix::Owned))
+            .collect::<moellon_tensor::Result<_>>()
+            .map_err(moellon_ops::Error::from)?;
+        Ok(matrices)
     }
 }
 
-/// Draws and encodes up to [`DRAWN_ELEMENTS`], and repeats those rows to the full height.
-fn random_matrix(rng: &mut SplitMix64, format: WeightFormat, shape: [usize; 2]) -> Result<OwnedMatrix> {
-    let cols = shape[1];
-    let amplitude = (12.0 / cols as f32).sqrt();
-    let values: Vec<f32> = (0..drawn_rows(shape) * cols).map(|_| (rng.next_f32() - 0.5) * amplitude).collect();
-    repeated_matrix(format, shape, &values)
-}
-
-/// As [`random_matrix`], each row a mixture of the row before and a new one.
+/// Random floats, encoded: each row a mixture of the row before and a new one.
 fn related_matrix(rng: &mut SplitMix64, format: WeightFormat, shape: [usize; 2]) -> Result<OwnedMatrix> {
     let (cols, rows) = (shape[1], drawn_rows(shape));
     let amplitude = (12.0 / cols as f32).sqrt();
@@ -186,7 +167,7 @@ fn repeated_matrix(format: WeightFormat, [rows, cols]: [usize; 2], values: &[f32
 
 impl WeightProvider for Synthetic {
     fn linear(&self, path: &str, shape: [usize; 2]) -> Result<Matrix<'_>> {
-        Ok(Matrix::Owned(self.matrix(path, shape)?))
+        Ok(self.matrices(path, 1, shape)?.remove(0))
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
@@ -206,8 +187,7 @@ impl WeightProvider for Synthetic {
         num_experts: usize,
         shape: [usize; 2],
     ) -> Result<Vec<Matrix<'_>>> {
-        let path = format!("{path}.experts");
-        (0..num_experts).map(|_| Ok(Matrix::Owned(self.matrix(&path, shape)?))).collect()
+        self.matrices(&format!("{path}.experts"), num_experts, shape)
     }
 
     fn expert_biases(&self, _path: &str, _projection: Projection, rows: usize) -> Result<Option<Vec<f32>>> {
@@ -215,11 +195,7 @@ impl WeightProvider for Synthetic {
     }
 
     fn mla_kv_b(&self, path: &str, shape: MlaShape) -> Result<KvB<'_>> {
-        let heads = |rows, cols| {
-            (0..shape.num_heads)
-                .map(|_| Ok(Matrix::Owned(self.matrix(path, [rows, cols])?)))
-                .collect::<Result<Vec<_>>>()
-        };
+        let heads = |rows, cols| self.matrices(path, shape.num_heads, [rows, cols]);
         Ok(KvB {
             embed_q: heads(shape.kv_lora_rank, shape.qk_nope_head_dim)?,
             unembed_out: heads(shape.v_head_dim, shape.kv_lora_rank)?,
