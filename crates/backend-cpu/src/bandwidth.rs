@@ -62,21 +62,17 @@ impl ReadProbe {
         assert!(total.into_inner() != 0, "the pages hold ones");
         self.buffer.len() as f64 / seconds / 1e9
     }
-}
 
-/// Reads `size_bytes` (several times the caches) `passes` times with all threads of `pool`.
-///
-/// # Errors
-/// If there is no memory for the buffer.
-///
-/// # Panics
-/// If `passes` is 0.
-pub fn measure_read(pool: &Pool, size_bytes: usize, passes: usize) -> io::Result<ReadBandwidth> {
-    assert!(passes > 0, "at least one pass");
-    let probe = ReadProbe::new(size_bytes)?;
-    let mut rates: Vec<f64> = (0..passes).map(|_| probe.pass(pool)).collect();
-    rates.sort_unstable_by(f64::total_cmp);
-    Ok(ReadBandwidth { median_gb_per_s: rates[passes / 2], best_gb_per_s: rates[passes - 1] })
+    /// Reads the buffer `passes` times.
+    ///
+    /// # Panics
+    /// If `passes` is 0.
+    pub fn measure(&self, pool: &Pool, passes: usize) -> ReadBandwidth {
+        assert!(passes > 0, "at least one pass");
+        let mut rates: Vec<f64> = (0..passes).map(|_| self.pass(pool)).collect();
+        rates.sort_unstable_by(f64::total_cmp);
+        ReadBandwidth { median_gb_per_s: rates[passes / 2], best_gb_per_s: rates[passes - 1] }
+    }
 }
 
 /// Something that depends on every line of `bytes`.
@@ -122,7 +118,7 @@ mod tests {
     #[test]
     fn reads_what_it_says() {
         let pool = Pool::new(PoolOptions { threads: Some(2), pin: false });
-        let bandwidth = measure_read(&pool, 3 << 20, 3).unwrap();
+        let bandwidth = ReadProbe::new(3 << 20).unwrap().measure(&pool, 3);
         assert!(bandwidth.median_gb_per_s > 0.0 && bandwidth.best_gb_per_s >= bandwidth.median_gb_per_s);
     }
 }

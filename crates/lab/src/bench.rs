@@ -5,7 +5,7 @@ use crate::statistics::{median, quantile};
 use moellon_model::Decoder;
 use moellon_model::batch::{Batch, LogitRows};
 use moellon_model::session::greedy;
-use moellon_ops::profile::Profiler;
+use moellon_ops::profile::{Profile, Profiler};
 use moellon_ops::{Backend, ElementType, Stage};
 use moellon_tensor::rng::SplitMix64;
 use serde::{Deserialize, Serialize};
@@ -23,15 +23,15 @@ pub enum Error {
     /// The engine refused a request or failed.
     #[error("engine: {0}")]
     Engine(String),
-    /// The machine's bandwidth could not be measured.
-    #[error("read bandwidth: {0}")]
-    Bandwidth(String),
 }
 
 type Result<T> = std::result::Result<T, Error>;
 
 /// Windows with more steal than this are discarded.
 pub const STEAL_LIMIT_PERCENT: f64 = 2.0;
+
+/// Steps whose operations are timed and counted one by one.
+const PROFILED_STEPS: u64 = 8;
 
 /// What to measure.
 #[derive(Debug, Clone)]
@@ -126,6 +126,8 @@ pub struct PrefillResult {
     pub tok_s: f64,
     /// CPU time stolen, in percent.
     pub steal_pct: f64,
+    /// Where the time goes, from a separate profiled run.
+    pub stages: Vec<StageResult>,
 }
 
 /// A model on a back end, and how its machine's bandwidth is measured.
@@ -135,7 +137,7 @@ pub struct Bench<'a> {
     /// Where it is.
     pub backend: &'a mut dyn Backend,
     /// Measures the host's read bandwidth now, for back ends that work in its memory.
-    pub measure_read: &'a dyn Fn() -> std::result::Result<ReadBandwidth, String>,
+    pub measure_read: &'a dyn Fn() -> ReadBandwidth,
     /// Called with a line of what is being done.
     pub progress: &'a mut dyn FnMut(&str),
 }
@@ -172,10 +174,10 @@ impl Bench<'_> {
     }
 
     fn read(&mut self) -> Result<ReadBandwidth> {
-        match self.backend.measure_read()? {
-            Some(bytes_per_s) => Ok(ReadBandwidth { gb_per_s: bytes_per_s / 1e9, steal_percent: 0.0 }),
-            None => (self.measure_read)().map_err(Error::Bandwidth),
-        }
+        Ok(match self.backend.measure_read()? {
+            Some(bytes_per_s) => ReadBandwidth { gb_per_s: bytes_per_s / 1e9, steal_percent: 0.0 },
+            None => (self.measure_read)(),
+        })
     }
 
     fn decode(&mut self, plan: &BenchPlan, batch: usize) -> Result<DecodeResult> {
@@ -209,14 +211,14 @@ impl Bench<'_> {
             bandwidths.push(read.gb_per_s);
         }
         self.backend.free(chosen.buffer);
+        // Random tokens choose more or fewer experts: bytes are a mean over steps as well.
         let mut profiler = Profiler::new(self.backend);
-        self.decoder.forward(
-            &decode_batch(self.decoder, batch, plan.context, &mut SplitMix64::new(plan.seed)),
-            &mut profiler,
-        )?;
+        for _ in 0..PROFILED_STEPS {
+            self.decoder.forward(&decode_batch(self.decoder, batch, plan.context, &mut rng), &mut profiler)?;
+        }
         let profile = profiler.profile().clone();
         let seconds = median(&samples);
-        let bytes = profile.total_bytes();
+        let bytes = profile.total_bytes() / PROFILED_STEPS;
         let measured = median(&bandwidths);
         let bandwidth = bytes as f64 / seconds / 1e9;
         let (experts, top_k) =
@@ -235,11 +237,7 @@ impl Bench<'_> {
             expected_experts: experts * (1.0 - (1.0 - top_k / experts).powi(batch as i32)),
             steal_pct: median(&steals),
             discarded_windows: discarded,
-            stages: Stage::ALL
-                .into_iter()
-                .map(|s| stage_result(s, profile.stage(s)))
-                .filter(|s| s.operations > 0)
-                .collect(),
+            stages: stage_results(&profile, PROFILED_STEPS),
         })
     }
 
@@ -258,18 +256,28 @@ impl Bench<'_> {
                 samples.push(tokens as f64 / started.elapsed().as_secs_f64());
             }
         }
-        Ok(PrefillResult { tokens, tok_s: median(&samples), steal_pct: steal.steal_percent() })
+        let steal_pct = steal.steal_percent();
+        let prompt = random_tokens(self.decoder, tokens, &mut rng);
+        let mut profiler = Profiler::new(self.backend);
+        moellon_model::Session::new().extend(&prompt, self.decoder, &mut profiler)?;
+        let stages = stage_results(profiler.profile(), 1);
+        Ok(PrefillResult { tokens, tok_s: median(&samples), steal_pct, stages })
     }
 }
 
-fn stage_result(stage: Stage, count: moellon_ops::profile::StageCount) -> StageResult {
-    StageResult {
-        stage: stage.name().to_owned(),
-        microseconds: count.seconds * 1e6,
-        bytes: count.bytes,
-        gb_s: count.bytes as f64 / count.seconds.max(1e-12) / 1e9,
-        operations: count.operations,
-    }
+/// The stages that had operations, each a mean over `steps`.
+fn stage_results(profile: &Profile, steps: u64) -> Vec<StageResult> {
+    let result = |stage: Stage| {
+        let count = profile.stage(stage);
+        StageResult {
+            stage: stage.name().to_owned(),
+            microseconds: count.seconds * 1e6 / steps as f64,
+            bytes: count.bytes / steps,
+            gb_s: count.bytes as f64 / count.seconds.max(1e-12) / 1e9,
+            operations: count.operations / steps,
+        }
+    };
+    Stage::ALL.into_iter().map(result).filter(|s| s.operations > 0).collect()
 }
 
 fn random_tokens(decoder: &Decoder, count: usize, rng: &mut SplitMix64) -> Vec<u32> {

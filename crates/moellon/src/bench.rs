@@ -35,8 +35,8 @@ pub fn run(options: &BenchOptions) -> Result<()> {
         windows: options.windows,
         seed: options.seed,
     };
-    let threads = options.device.threads;
-    let measure_read = || doctor::measure_bandwidth(threads).map_err(|e| format!("{e:#}"));
+    let meter = doctor::BandwidthMeter::new(options.device.threads)?;
+    let measure_read = || meter.measure();
     let mut progress = |line: &str| eprintln!("{line}");
     let mut bench = Bench {
         decoder: &mut decoder,
@@ -243,10 +243,11 @@ fn print(report: &BenchReport, stages: bool) {
         println!("prefill {} tokens: {:.1} tok/s, steal {:.1} %", prefill.tokens, prefill.tok_s, prefill.steal_pct);
     }
     if stages {
-        for result in &report.results {
-            println!("\nstages of a step, batch {} (profiled apart: each operation is waited for)", result.batch);
-            let rows: Vec<Vec<String>> = result
-                .stages
+        let of_steps = report.results.iter().map(|r| (format!("a step, batch {}", r.batch), &r.stages));
+        let of_prompts = report.prefill.iter().map(|p| (format!("a prompt of {}", p.tokens), &p.stages));
+        for (what, stages) in of_steps.chain(of_prompts) {
+            println!("\nstages of {what} (profiled apart: each operation is waited for)");
+            let rows: Vec<Vec<String>> = stages
                 .iter()
                 .map(|s| {
                     vec![

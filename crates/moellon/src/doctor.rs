@@ -3,7 +3,8 @@
 use crate::cli::DoctorOptions;
 use crate::table;
 use anyhow::{Context, Result};
-use moellon_backend_cpu::{CpuLevel, bandwidth};
+use moellon_backend_cpu::CpuLevel;
+use moellon_backend_cpu::bandwidth::ReadProbe;
 use moellon_lab::{Machine, ReadBandwidth, StealClock};
 use moellon_tensor::pool::{Pool, PoolOptions};
 use serde_json::{Value, json};
@@ -19,16 +20,33 @@ pub fn run(options: &DoctorOptions) -> Result<()> {
     Ok(())
 }
 
+/// Threads and memory to measure read bandwidth with, again and again.
+pub struct BandwidthMeter {
+    pool: Pool,
+    probe: ReadProbe,
+}
+
+impl BandwidthMeter {
+    /// With that many threads, all cores without a number.
+    pub fn new(threads: Option<usize>) -> Result<Self> {
+        /// Several times any last-level cache of a core, and still a fraction of a second.
+        const SIZE_BYTES: usize = 512 << 20;
+        let probe = ReadProbe::new(SIZE_BYTES).context("memory for the bandwidth measurement")?;
+        Ok(BandwidthMeter { pool: Pool::new(PoolOptions { threads, pin: false }), probe })
+    }
+
+    /// The median of a few passes now.
+    pub fn measure(&self) -> ReadBandwidth {
+        const PASSES: usize = 5;
+        let steal = StealClock::start();
+        let measured = self.probe.measure(&self.pool, PASSES);
+        ReadBandwidth { gb_per_s: measured.median_gb_per_s, steal_percent: steal.steal_percent() }
+    }
+}
+
 /// Read bandwidth with that many threads, all cores without a number.
 pub fn measure_bandwidth(threads: Option<usize>) -> Result<ReadBandwidth> {
-    /// Several times any last-level cache of a core, and still a fraction of a second.
-    const SIZE_BYTES: usize = 512 << 20;
-    const PASSES: usize = 5;
-    let pool = Pool::new(PoolOptions { threads, pin: false });
-    let steal = StealClock::start();
-    let measured =
-        bandwidth::measure_read(&pool, SIZE_BYTES, PASSES).context("memory for the bandwidth measurement")?;
-    Ok(ReadBandwidth { gb_per_s: measured.median_gb_per_s, steal_percent: steal.steal_percent() })
+    Ok(BandwidthMeter::new(threads)?.measure())
 }
 
 struct Report {
