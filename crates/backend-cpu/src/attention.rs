@@ -70,7 +70,9 @@ impl<'a> Heads<'a> {
         let (values, rest) = rest.split_at_mut(num_heads * value_dim.next_multiple_of(LANES));
         let (largest, rest) = rest.split_at_mut(num_heads);
         let sums = &mut rest[..num_heads];
-        queries.fill(0.0);
+        if key_dim % LANES != 0 {
+            queries.fill(0.0);
+        }
         values.fill(0.0);
         match sinks {
             Some(sinks) => {
@@ -101,11 +103,18 @@ impl<'a> Heads<'a> {
     }
 }
 
-/// Adds `slots` (up to [`CHUNK`]) to the state of all heads.
+/// Adds `slots` (up to [`CHUNK`]) to the state of all heads. `fetches`: whether rows are not in a cache yet.
 ///
 /// # Panics
 /// If a slot is not in the cache, or the work space has other sizes.
-pub(crate) fn attend_chunk(level: Level, shared: &KeysAndValues, scale: f32, heads: &mut Heads<'_>, slots: &[u32]) {
+pub(crate) fn attend_chunk(
+    level: Level,
+    shared: &KeysAndValues,
+    scale: f32,
+    heads: &mut Heads<'_>,
+    slots: &[u32],
+    fetches: bool,
+) {
     assert!(slots.len() <= CHUNK);
     let (key_stride, value_stride) = (shared.key_dim.next_multiple_of(LANES), shared.value_dim.next_multiple_of(LANES));
     assert_eq!(heads.queries.len(), heads.num_heads * key_stride, "queries");
@@ -119,6 +128,7 @@ pub(crate) fn attend_chunk(level: Level, shared: &KeysAndValues, scale: f32, hea
         shared,
         rows: &rows[..slots.len()],
         scale,
+        fetches,
         num_heads: heads.num_heads,
         queries: heads.queries.as_ptr(),
         largest: heads.largest.as_mut_ptr(),
@@ -151,6 +161,8 @@ struct ChunkArgs<'a> {
     shared: &'a KeysAndValues,
     rows: &'a [*const u8],
     scale: f32,
+    /// Whether rows are fetched ahead: the first time that a thread reads them.
+    fetches: bool,
     num_heads: usize,
     queries: *const f32,
     largest: *mut f32,
@@ -224,9 +236,18 @@ unsafe fn dots<S: Simd, const BF16: bool, const H: usize, const P: usize>(
         first += LANES;
     }
     let mut out = [[0.0; P]; H];
-    for h in 0..H {
-        for p in 0..P {
+    for p in 0..P {
+        let mut h = 0;
+        while h + 4 <= H {
+            let sums = s.sum_4([acc[h][p], acc[h + 1][p], acc[h + 2][p], acc[h + 3][p]]);
+            for i in 0..4 {
+                out[h + i][p] = sums[i];
+            }
+            h += 4;
+        }
+        while h < H {
             out[h][p] = s.sum(acc[h][p]);
+            h += 1;
         }
     }
     out
@@ -249,10 +270,11 @@ fn prefetch_row<S: Simd, const BF16: bool>(s: S, shared: &KeysAndValues, rows: &
     }
 }
 
-/// `scores[h][i]` for `H` heads and all rows of a chunk. The first heads of a chunk fetch rows ahead for all.
+/// `scores[h][i]` for `H` heads and all rows of a chunk, `scores` being `H` arrays of [`CHUNK`]. `is_first`: the first
+/// heads of a chunk fetch rows ahead for all.
 ///
 /// # Safety
-/// As [`dots`].
+/// As [`dots`]; `scores` is valid for writes.
 #[inline(always)]
 unsafe fn score_heads<S: Simd, const BF16: bool, const H: usize>(
     s: S,
@@ -261,7 +283,7 @@ unsafe fn score_heads<S: Simd, const BF16: bool, const H: usize>(
     shared: &KeysAndValues,
     is_first: bool,
     scale: f32,
-    scores: &mut [[f32; CHUNK]; HEADS],
+    scores: *mut [f32; CHUNK],
 ) {
     let (at, dim) = (shared.key_at, shared.key_dim);
     if is_first {
@@ -270,25 +292,33 @@ unsafe fn score_heads<S: Simd, const BF16: bool, const H: usize>(
         }
     }
     let mut i = 0;
-    while i + 2 <= rows.len() {
+    while S::MANY_REGISTERS && i + 2 <= rows.len() {
         if is_first {
             prefetch_row::<S, BF16>(s, shared, rows, i + PREFETCH_ROWS);
             prefetch_row::<S, BF16>(s, shared, rows, i + PREFETCH_ROWS + 1);
         }
         // SAFETY: the caller's promise.
-        let pair = unsafe { dots::<S, BF16, H, 2>(s, queries, &[rows[i], rows[i + 1]], at, dim) };
-        for h in 0..H {
-            scores[h][i] = pair[h][0] * scale;
-            scores[h][i + 1] = pair[h][1] * scale;
+        unsafe {
+            let pair = dots::<S, BF16, H, 2>(s, queries, &[rows[i], rows[i + 1]], at, dim);
+            for h in 0..H {
+                (*scores.add(h))[i] = pair[h][0] * scale;
+                (*scores.add(h))[i + 1] = pair[h][1] * scale;
+            }
         }
         i += 2;
     }
-    if i < rows.len() {
-        // SAFETY: the caller's promise.
-        let one = unsafe { dots::<S, BF16, H, 1>(s, queries, &[rows[i]], at, dim) };
-        for h in 0..H {
-            scores[h][i] = one[h][0] * scale;
+    while i < rows.len() {
+        if is_first {
+            prefetch_row::<S, BF16>(s, shared, rows, i + PREFETCH_ROWS);
         }
+        // SAFETY: the caller's promise.
+        unsafe {
+            let one = dots::<S, BF16, H, 1>(s, queries, &[rows[i]], at, dim);
+            for h in 0..H {
+                (*scores.add(h))[i] = one[h][0] * scale;
+            }
+        }
+        i += 1;
     }
 }
 
@@ -296,14 +326,14 @@ unsafe fn score_heads<S: Simd, const BF16: bool, const H: usize>(
 /// elements.
 ///
 /// # Safety
-/// Rows hold the elements from `at` on; `values` are `stride` apart.
+/// Rows hold the elements from `at` on; `values` are `stride` apart; `weights` are `H` arrays.
 #[inline(always)]
 unsafe fn add_values<S: Simd, const BF16: bool, const H: usize, const V: usize>(
     s: S,
     rows: &[*const u8],
     at: usize,
     last: usize,
-    weights: &[[f32; CHUNK]; HEADS],
+    weights: *const [f32; CHUNK],
     values: *mut f32,
     stride: usize,
 ) {
@@ -325,7 +355,7 @@ unsafe fn add_values<S: Simd, const BF16: bool, const H: usize, const V: usize>(
                 };
             }
             for h in 0..H {
-                let weight = s.splat(weights[h][i]);
+                let weight = s.splat((*weights.add(h))[i]);
                 for v in 0..V {
                     acc[h][v] = s.mul_add(weight, value[v], acc[h][v]);
                 }
@@ -348,14 +378,19 @@ unsafe fn attend_heads<S: Simd, const BF16: bool, const H: usize>(s: S, args: &C
     let shared = args.shared;
     let (key_stride, value_stride) = (shared.key_dim.next_multiple_of(LANES), shared.value_dim.next_multiple_of(LANES));
     let count = args.rows.len();
-    // Behind the last score: nothing is larger, and it weighs nothing.
-    let mut scores = [[f32::NEG_INFINITY; CHUNK]; HEADS];
-    // SAFETY: the caller's promise; scores are whole vectors.
+    let mut scores = std::mem::MaybeUninit::<[[f32; CHUNK]; H]>::uninit();
+    let scores: *mut [f32; CHUNK] = scores.as_mut_ptr().cast();
+    // SAFETY: the caller's promise; scores are whole vectors, and those read were written before.
     unsafe {
         let queries = args.queries.add(head * key_stride);
-        score_heads::<S, BF16, H>(s, queries, args.rows, shared, head == 0, args.scale, &mut scores);
+        let fetches = args.fetches && head == 0;
+        score_heads::<S, BF16, H>(s, queries, args.rows, shared, fetches, args.scale, scores);
         for h in 0..H {
-            let scores = scores[h].as_mut_ptr();
+            let scores = scores.add(h).cast::<f32>();
+            // Behind the last score: nothing is larger, and it weighs nothing.
+            for i in count..count.next_multiple_of(LANES) {
+                *scores.add(i) = f32::NEG_INFINITY;
+            }
             let mut largest = s.load(scores);
             for first in (LANES..count).step_by(LANES) {
                 largest = s.max(largest, s.load(scores.add(first)));
@@ -382,14 +417,14 @@ unsafe fn attend_heads<S: Simd, const BF16: bool, const H: usize>(s: S, args: &C
         }
         let values = args.values.add(head * value_stride);
         let mut first = 0;
-        while first + 2 * LANES <= shared.value_dim {
+        while S::MANY_REGISTERS && first + 2 * LANES <= shared.value_dim {
             let to = values.add(first);
-            add_values::<S, BF16, H, 2>(s, args.rows, shared.value_at + first, LANES, &scores, to, value_stride);
+            add_values::<S, BF16, H, 2>(s, args.rows, shared.value_at + first, LANES, scores, to, value_stride);
             first += 2 * LANES;
         }
         while first < shared.value_dim {
             let (to, last) = (values.add(first), (shared.value_dim - first).min(LANES));
-            add_values::<S, BF16, H, 1>(s, args.rows, shared.value_at + first, last, &scores, to, value_stride);
+            add_values::<S, BF16, H, 1>(s, args.rows, shared.value_at + first, last, scores, to, value_stride);
             first += LANES;
         }
     }
@@ -469,11 +504,12 @@ struct Index<const BF16: bool>;
 unsafe fn index_heads<S: Simd, const BF16: bool, const H: usize>(s: S, args: &IndexArgs<'_>, head: usize) {
     let shared = args.shared;
     let stride = shared.key_dim.next_multiple_of(LANES);
-    let mut scores = [[0.0; CHUNK]; HEADS];
+    // Zeros behind the last score: whole vectors are read.
+    let mut scores = [[0.0; CHUNK]; H];
     // SAFETY: the caller's promise; scores and outputs are whole vectors.
     unsafe {
         let queries = args.queries.as_ptr().add(head * stride);
-        score_heads::<S, BF16, H>(s, queries, args.rows, shared, head == 0, args.scale, &mut scores);
+        score_heads::<S, BF16, H>(s, queries, args.rows, shared, head == 0, args.scale, scores.as_mut_ptr());
         for first in (0..args.rows.len()).step_by(LANES) {
             let mut total = s.load(args.out.add(first));
             for h in 0..H {

@@ -7,7 +7,7 @@ use crate::product::ActivationMode;
 use crate::scratch::Scratch;
 use crate::simd::{CpuLevel, Level};
 use crate::weights::{LoadedExperts, LoadedWeight, out_of_memory};
-use crate::work::Item;
+use crate::work::{Item, Queues};
 use moellon_ops::backend::WeightFormatSet;
 use moellon_ops::{
     ActivationPrecision, Add, Argmax, AttendGqa, AttendMla, Backend, Buffer, Cache, CacheDtype, Caps, ElementType,
@@ -47,6 +47,7 @@ pub struct CpuBackend {
     pub(crate) scratch: Scratch,
     pub(crate) lists: ExpertLists,
     pub(crate) items: Vec<Item>,
+    pub(crate) queues: Queues,
 }
 
 /// Memory for work space ran out.
@@ -100,6 +101,7 @@ impl CpuBackend {
             scratch: Scratch::default(),
             lists: ExpertLists::default(),
             items: Vec::new(),
+            queues: Queues::default(),
         })
     }
 

@@ -8,10 +8,10 @@ use crate::layout::TILE_ROWS;
 use crate::linear::write_tile;
 use crate::pack::TileMap;
 use crate::prepare::RowSource;
-use crate::product::{ActivationMode, MAX_ROWS, MAX_STREAMS, Product, Rows, for_each_tile_group};
+use crate::product::{ActivationMode, MAX_ROWS, MAX_STREAMS, Product, ROW_BLOCK, Rows, for_each_tile_group};
 use crate::simd::{Kernel, Level, Simd, math};
 use crate::weights::Bias;
-use crate::work::{Item, share, tile_cost};
+use crate::work::{Item, tile_cost};
 use moellon_ops::{Activation, GateUp, Result};
 use std::ops::Range;
 
@@ -21,9 +21,6 @@ pub(crate) struct Half<'a> {
     pub(crate) bias: Option<&'a Bias>,
     pub(crate) rows: Rows<'a>,
 }
-
-/// Results of up to four tiles and eight rows, row by row within a tile.
-type Outputs = [[f32; TILE_ROWS]; MAX_STREAMS * MAX_ROWS];
 
 /// `gate[i] = f(gate[i], up[i])` for the first `count` vectors.
 struct Activate<'a> {
@@ -58,8 +55,14 @@ impl Kernel for Activate<'_> {
     }
 }
 
-fn activate(level: Level, gate: &mut Outputs, up: &Outputs, count: usize, activation: Activation) {
-    assert!(count <= gate.len());
+fn activate(
+    level: Level,
+    gate: &mut [[f32; TILE_ROWS]],
+    up: &[[f32; TILE_ROWS]],
+    count: usize,
+    activation: Activation,
+) {
+    assert!(count <= gate.len() && count <= up.len());
     let args = Activate { gate: gate.as_mut_ptr().cast(), up: up.as_ptr().cast(), count, activation: &activation };
     // SAFETY: both arrays hold `count` vectors; the kernel keeps no reference, so the lifetime may be called static.
     unsafe { level.call::<Activate<'static>>(&std::mem::transmute::<Activate<'_>, Activate<'static>>(args)) };
@@ -74,18 +77,37 @@ pub(crate) fn gate_up_tiles(
     matrix: usize,
     tiles: Range<usize>,
     activation: Activation,
+    sink: impl FnMut(usize, usize, &[f32; TILE_ROWS]),
+) {
+    // Few rows are the common case, and clearing room for many would cost as much as reading a tile.
+    if gate.rows.ids().len() <= MAX_ROWS {
+        tiles_with_room::<{ MAX_STREAMS * MAX_ROWS }>((level, mode), gate, up, matrix, tiles, activation, sink);
+    } else {
+        tiles_with_room::<{ 2 * ROW_BLOCK }>((level, mode), gate, up, matrix, tiles, activation, sink);
+    }
+}
+
+/// [`gate_up_tiles`] with room for `ROOM` results of each half: streams times rows.
+fn tiles_with_room<const ROOM: usize>(
+    (level, mode): (Level, ActivationMode),
+    gate: &Half<'_>,
+    up: &Half<'_>,
+    matrix: usize,
+    tiles: Range<usize>,
+    activation: Activation,
     mut sink: impl FnMut(usize, usize, &[f32; TILE_ROWS]),
 ) {
     let gate_product = Product::new(level, mode, gate.weights, matrix, tiles.clone(), &gate.rows);
     let up_product = Product::new(level, mode, up.weights, matrix, tiles.clone(), &up.rows);
     let num_rows = gate.rows.ids().len();
-    let streams = gate_product.max_streams(num_rows).min(up_product.max_streams(num_rows));
-    let (mut gated, mut upped): (Outputs, Outputs) = ([[0.0; TILE_ROWS]; _], [[0.0; TILE_ROWS]; _]);
-    for_each_tile_group(streams, tiles, |first, step, streams| {
-        let tile = |t: usize| first + t * step;
-        for start in (0..num_rows).step_by(MAX_ROWS) {
-            let range = start..(start + MAX_ROWS).min(num_rows);
-            let count = range.len();
+    // Results of the rows of a tile stand together: `[streams][rows]`.
+    let (mut gated, mut upped) = ([[0.0; TILE_ROWS]; ROOM], [[0.0; TILE_ROWS]; ROOM]);
+    for start in (0..num_rows).step_by(ROW_BLOCK) {
+        let range = start..(start + ROW_BLOCK).min(num_rows);
+        let count = range.len();
+        let streams = gate_product.max_streams(count).min(up_product.max_streams(count));
+        for_each_tile_group(streams, tiles.clone(), |first, step, streams| {
+            let tile = |t: usize| first + t * step;
             for (product, half, out) in [(&gate_product, gate, &mut gated), (&up_product, up, &mut upped)] {
                 let rows = half.rows.with_ids(&half.rows.ids()[range.clone()]);
                 product.run(&rows, tile, streams, &mut |t, i, values| {
@@ -102,8 +124,8 @@ pub(crate) fn gate_up_tiles(
                     sink(tile(t), start + i, &gated[t * count + i]);
                 }
             }
-        }
-    });
+        });
+    }
 }
 
 pub(crate) fn run(backend: &mut CpuBackend, op: &GateUp) -> Result<()> {
@@ -117,14 +139,15 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &GateUp) -> Result<()> {
     let out = backend.memory.floats(op.out);
     let tile_bytes = gate_map.layout.tile_bytes + up_map.layout.tile_bytes;
     let items = [Item { tiles: gate_map.tiles, tile_cost: tile_cost(tile_bytes, 2 * op.x.cols, num_rows) }];
-    let pool = &backend.pool;
+    backend.queues.fill_for_items(&items, backend.pool.num_threads());
+    let (pool, queues) = (&backend.pool, &backend.queues);
     pool.run(|index, num_threads| {
         if prepared.needs_fill() {
             // SAFETY: `x` is not the output; the barrier stands between this and the reads.
             unsafe { prepared.fill(level, index, num_threads) };
             pool.barrier();
         }
-        share(&items, num_threads, index, |_, tiles| {
+        queues.share(&items, index, |_, tiles| {
             // SAFETY: filled before the barrier.
             let rows = forms.map(|form| unsafe { prepared.rows(form) });
             let gate = Half { weights: (&gate.packed.bytes, gate_map), bias: gate.bias.as_ref(), rows: rows[0] };

@@ -6,7 +6,7 @@
 //! | `layout`, `pack`, `weights` | weights as tiles of 16 rows, each one sequential stream |
 //! | `activations`, `prepare` | activation rows as f32 or as 8-bit integers |
 //! | `product` | tiles times rows: where nearly all bytes of a step are read |
-//! | `attention` | scores, softmax and values over paged cache rows |
+//! | `attend`, `attention` | whose turn it is; scores, softmax and values over paged cache rows |
 //! | `work`, `expert_lists` | who does what |
 //! | `simd` | 16 lanes, whatever the processor has; all levels give the same bits |
 
@@ -16,6 +16,7 @@ compile_error!("weights are read as they lie in checkpoints, which are little-en
 mod activations;
 mod add;
 mod argmax;
+mod attend;
 mod attend_gqa;
 mod attend_mla;
 mod attention;

@@ -8,7 +8,7 @@ use crate::layout::TILE_ROWS;
 use crate::memory::Floats;
 use crate::prepare::RowSource;
 use crate::product::multiply;
-use crate::work::{Item, share, tile_cost};
+use crate::work::{Item, tile_cost};
 use moellon_ops::{Linear, Result};
 
 /// Copies the outputs of a tile to its columns of row `row`, as far as they exist.
@@ -46,14 +46,15 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &Linear<'_>) -> Result<()> {
         let map = &weight(part).packed.map;
         Item { tiles: map.tiles, tile_cost: tile_cost(map.layout.tile_bytes, map.layout.cols, num_rows) }
     }));
-    let (pool, memory, items) = (&backend.pool, &backend.memory, &backend.items);
+    backend.queues.fill_for_items(&backend.items, backend.pool.num_threads());
+    let (pool, memory, items, queues) = (&backend.pool, &backend.memory, &backend.items, &backend.queues);
     pool.run(|index, num_threads| {
         if prepared.needs_fill() {
             // SAFETY: `x` is not an output; the barrier stands between this and the reads.
             unsafe { prepared.fill(level, index, num_threads) };
             pool.barrier();
         }
-        share(items, num_threads, index, |part, tiles| {
+        queues.share(items, index, |part, tiles| {
             let loaded = weight(part);
             let out = memory.floats(op.parts[part].1);
             // SAFETY: filled before the barrier.

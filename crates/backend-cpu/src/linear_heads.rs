@@ -7,7 +7,7 @@ use crate::backend::CpuBackend;
 use crate::linear::write_tile;
 use crate::prepare::RowSource;
 use crate::product::multiply;
-use crate::work::{Item, share, tile_cost};
+use crate::work::{Item, tile_cost};
 use moellon_ops::{LinearHeads, Result};
 
 pub(crate) fn run(backend: &mut CpuBackend, op: &LinearHeads) -> Result<()> {
@@ -22,7 +22,8 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &LinearHeads) -> Result<()> {
     let item = Item { tiles: map.tiles, tile_cost: tile_cost(map.layout.tile_bytes, map.layout.cols, num_tokens) };
     backend.items.clear();
     backend.items.resize(op.weight.count, item);
-    let (pool, items) = (&backend.pool, &backend.items);
+    backend.queues.fill_for_items(&backend.items, backend.pool.num_threads());
+    let (pool, items, queues) = (&backend.pool, &backend.items, &backend.queues);
     pool.run(|index, num_threads| {
         if prepared.needs_fill() {
             // SAFETY: `x` is not the output; the barrier stands between this and the reads.
@@ -31,7 +32,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &LinearHeads) -> Result<()> {
         }
         // SAFETY: filled before the barrier.
         let rows = unsafe { prepared.rows(form) };
-        share(items, num_threads, index, |head, tiles| {
+        queues.share(items, index, |head, tiles| {
             let rows = rows.with_ids(prepared.ids(head * num_tokens..(head + 1) * num_tokens));
             multiply(level, mode, (&loaded.packed.bytes, map), head, tiles, &rows, |tile, row, values| {
                 let mut values = *values;

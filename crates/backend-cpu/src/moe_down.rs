@@ -1,7 +1,7 @@
 //! [`moellon_ops::MoeDown`]: down of the chosen experts and their weighted sum.
 //!
-//! Threads own columns of the output, so every expert is read once, in as many pieces as there are threads, and sums
-//! need no second buffer. A row adds up its experts in ascending order, whatever else is in the batch.
+//! Threads take pieces of the output's columns, so every expert is read once, in as many pieces, and sums need no second
+//! buffer. A row adds up its experts in ascending order, whatever else is in the batch.
 //!
 //! `unsafe`: threads write disjoint columns of the output.
 #![allow(unsafe_code)]
@@ -12,6 +12,9 @@ use crate::prepare::RowSource;
 use crate::product::multiply;
 use moellon_ops::{MoeDown, Result};
 use moellon_tensor::pool::partition;
+
+/// Tiles of a piece, at least: each expert is read in runs of this length.
+const PIECE_TILES: usize = 8;
 
 pub(crate) fn run(backend: &mut CpuBackend, op: &MoeDown) -> Result<()> {
     let (level, mode) = (backend.level, backend.mode);
@@ -28,7 +31,9 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &MoeDown) -> Result<()> {
     let plus = op.plus.filter(|plus| *plus != op.out).map(|plus| backend.memory.floats(plus));
     let starts_as_plus = op.plus == Some(op.out);
     let out = backend.memory.floats(op.out);
-    let pool = &backend.pool;
+    let num_pieces = (map.tiles / PIECE_TILES).max(backend.pool.num_threads());
+    backend.queues.fill(num_pieces, backend.pool.num_threads());
+    let (pool, queues) = (&backend.pool, &backend.queues);
     pool.run(|index, num_threads| {
         if prepared.needs_fill() {
             // SAFETY: `h` is not the output; the barrier stands between this and the reads.
@@ -37,48 +42,50 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &MoeDown) -> Result<()> {
         }
         // SAFETY: filled before the barrier.
         let rows = unsafe { prepared.rows(form) };
-        let tiles = partition(map.tiles, num_threads, index, 1);
-        let (first, end) = (tiles.start * TILE_ROWS, (tiles.end * TILE_ROWS).min(hidden_size));
-        if tiles.is_empty() {
-            return;
-        }
-        for t in 0..out.rows {
-            // SAFETY: this thread owns columns `first..end` of every row of `out`.
-            let sum = unsafe { out.part_mut(t, first, end - first) };
-            match &plus {
-                // SAFETY: nobody writes `plus`.
-                Some(plus) => sum.copy_from_slice(unsafe { &plus.row(t)[first..end] }),
-                None if starts_as_plus => {}
-                None => sum.fill(0.0),
+        while let Some(piece) = queues.take(index) {
+            let tiles = partition(map.tiles, num_pieces, piece, 1);
+            let (first, end) = (tiles.start * TILE_ROWS, (tiles.end * TILE_ROWS).min(hidden_size));
+            if tiles.is_empty() {
+                continue;
             }
-        }
-        for expert in lists.active() {
-            let expert = *expert as usize;
-            let pairs = lists.pairs(expert);
-            multiply(
-                level,
-                mode,
-                (&packed.bytes, map),
-                expert,
-                tiles.clone(),
-                &rows.with_ids(pairs),
-                |tile, i, values| {
-                    let pair = pairs[i] as usize;
-                    let mut values = *values;
-                    if let Some(biases) = &loaded.biases {
-                        biases[2].add_to(expert, tile, &mut values);
-                    }
-                    let first = tile * TILE_ROWS;
-                    // SAFETY: nobody writes `weights`; the columns are this thread's.
-                    let (weight, sum) = unsafe {
-                        let sum = out.part_mut(pair / top_k, first, (hidden_size - first).min(TILE_ROWS));
-                        (weights.row(pair / top_k)[pair % top_k], sum)
-                    };
-                    for (sum, value) in sum.iter_mut().zip(&values) {
-                        *sum += weight * value;
-                    }
-                },
-            );
+            for t in 0..out.rows {
+                // SAFETY: this piece is columns `first..end` of every row of `out`, and this thread took it.
+                let sum = unsafe { out.part_mut(t, first, end - first) };
+                match &plus {
+                    // SAFETY: nobody writes `plus`.
+                    Some(plus) => sum.copy_from_slice(unsafe { &plus.row(t)[first..end] }),
+                    None if starts_as_plus => {}
+                    None => sum.fill(0.0),
+                }
+            }
+            for expert in lists.active() {
+                let expert = *expert as usize;
+                let pairs = lists.pairs(expert);
+                multiply(
+                    level,
+                    mode,
+                    (&packed.bytes, map),
+                    expert,
+                    tiles.clone(),
+                    &rows.with_ids(pairs),
+                    |tile, i, values| {
+                        let pair = pairs[i] as usize;
+                        let mut values = *values;
+                        if let Some(biases) = &loaded.biases {
+                            biases[2].add_to(expert, tile, &mut values);
+                        }
+                        let first = tile * TILE_ROWS;
+                        // SAFETY: nobody writes `weights`; the columns are this thread's.
+                        let (weight, sum) = unsafe {
+                            let sum = out.part_mut(pair / top_k, first, (hidden_size - first).min(TILE_ROWS));
+                            (weights.row(pair / top_k)[pair % top_k], sum)
+                        };
+                        for (sum, value) in sum.iter_mut().zip(&values) {
+                            *sum += weight * value;
+                        }
+                    },
+                );
+            }
         }
     });
     Ok(())

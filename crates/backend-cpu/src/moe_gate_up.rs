@@ -8,7 +8,7 @@ use crate::backend::CpuBackend;
 use crate::gate_up::{Half, gate_up_tiles};
 use crate::linear::write_tile;
 use crate::prepare::RowSource;
-use crate::work::{Item, share, tile_cost};
+use crate::work::{Item, tile_cost};
 use moellon_ops::{MoeGateUp, Result};
 
 pub(crate) fn run(backend: &mut CpuBackend, op: &MoeGateUp) -> Result<()> {
@@ -29,7 +29,8 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &MoeGateUp) -> Result<()> {
         let num_rows = lists.tokens(*expert as usize).len();
         Item { tiles: gate_map.tiles, tile_cost: tile_cost(tile_bytes, 2 * op.x.cols, num_rows) }
     }));
-    let (pool, items) = (&backend.pool, &backend.items);
+    backend.queues.fill_for_items(&backend.items, backend.pool.num_threads());
+    let (pool, items, queues) = (&backend.pool, &backend.items, &backend.queues);
     pool.run(|index, num_threads| {
         if prepared.needs_fill() {
             // SAFETY: `x` is not the output; the barrier stands between this and the reads.
@@ -38,7 +39,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &MoeGateUp) -> Result<()> {
         }
         // SAFETY: filled before the barrier.
         let rows = forms.map(|form| unsafe { prepared.rows(form) });
-        share(items, num_threads, index, |item, tiles| {
+        queues.share(items, index, |item, tiles| {
             let expert = lists.active()[item] as usize;
             let (tokens, pairs_of_expert) = (lists.tokens(expert), lists.pairs(expert));
             let bias = |which: usize| loaded.biases.as_ref().map(|b| &b[which]);

@@ -9,6 +9,10 @@ pub(super) trait Codes {
     const LINES: usize;
     /// Whether operands may exceed 127.
     const FULL_BYTE: bool;
+    /// Steps of four columns whose sums [`Simd::dot4_pairs`] holds: 1, 2, 4 or 8.
+    const STEPS: usize;
+    /// Whether tiles were expanded: one operand a byte, scales in f32.
+    const WIDE: bool = false;
 
     /// Columns `4 M .. 4 M + 4` of the block at `block`: byte `4 r + j` is column `4 M + j` of row `r`.
     ///
@@ -22,6 +26,9 @@ pub(super) struct Affine<const BITS: usize>;
 
 /// E2M1 codes as `2 * value + 12`, which is 0 to 24.
 pub(super) struct E2m1;
+
+/// Operands of small codes that [`super::wide::Expand`] made.
+pub(super) struct Wide<const STEPS: usize>;
 
 /// What [`E2m1`] adds so that operands are unsigned.
 pub(super) const E2M1_BIAS: i32 = 12;
@@ -38,6 +45,16 @@ pub(super) const E2M1_OPERANDS: [u8; 16] = {
     }
     table
 };
+
+/// [`Codes::STEPS`] of unsigned codes: `254 * steps * (2^bits - 1)` stays below 2^15.
+pub(super) const fn steps_of_bits(bits: usize) -> usize {
+    match bits {
+        0..=4 => 8,
+        5 => 4,
+        6 => 2,
+        _ => 1,
+    }
+}
 
 /// Bits of a plane of width `width` whose lines start `first_line` lines into the block, as bits `lowest ..` of each byte.
 ///
@@ -72,6 +89,7 @@ unsafe fn plane<S: Simd, const M: usize>(
 impl<const BITS: usize> Codes for Affine<BITS> {
     const LINES: usize = BITS;
     const FULL_BYTE: bool = BITS == 8;
+    const STEPS: usize = steps_of_bits(BITS);
 
     #[inline(always)]
     unsafe fn operand<S: Simd, const M: usize>(s: S, block: *const u8) -> S::I {
@@ -90,6 +108,8 @@ impl<const BITS: usize> Codes for Affine<BITS> {
 impl Codes for E2m1 {
     const LINES: usize = 4;
     const FULL_BYTE: bool = false;
+    // 254 * 4 * 24 < 2^15.
+    const STEPS: usize = 4;
 
     #[inline(always)]
     unsafe fn operand<S: Simd, const M: usize>(s: S, block: *const u8) -> S::I {
@@ -99,10 +119,24 @@ impl Codes for E2m1 {
     }
 }
 
+impl<const STEPS: usize> Codes for Wide<STEPS> {
+    const LINES: usize = 8;
+    const FULL_BYTE: bool = false;
+    const STEPS: usize = STEPS;
+    const WIDE: bool = true;
+
+    #[inline(always)]
+    unsafe fn operand<S: Simd, const M: usize>(s: S, block: *const u8) -> S::I {
+        // SAFETY: the caller's promise.
+        unsafe { s.load_i(block.add(M * LINE_BYTES)) }
+    }
+}
+
 /// Fetches line `M` of the blocks `PREFETCH_BYTES` ahead of each stream, if blocks have so many lines.
 #[inline(always)]
 pub(super) fn prefetch_line<S: Simd, C: Codes, const T: usize, const M: usize>(s: S, at: &[*const u8; T]) {
-    if M < C::LINES {
+    // Expanded tiles are in the nearest cache.
+    if M < C::LINES && !C::WIDE {
         for block in at {
             s.prefetch(block.wrapping_add(super::PREFETCH_BYTES + M * LINE_BYTES));
         }

@@ -2,7 +2,7 @@
 // Loops run over arrays of registers, several at once; iterators would hide vectors in closures.
 #![allow(clippy::needless_range_loop)]
 
-use super::codes::{Codes, E2M1_FACTOR, E2m1, prefetch_line};
+use super::codes::{Codes, E2M1_FACTOR, prefetch_line};
 use super::{PREFETCH_BYTES, TileArgs, TileKernel, finish, load_e4m3, load_e8m0, load_scales};
 use crate::activations::Int8Layout;
 use crate::layout::{BLOCK_COLS, LINE_BYTES, TILE_ROWS};
@@ -12,11 +12,26 @@ use std::marker::PhantomData;
 /// Affine codes: `Σ_groups scale * Σ_blocks activation_scale * Σ codes x + offset * Σ x`.
 pub(super) struct Grouped<C>(PhantomData<C>);
 /// E2M1 with E8M0 scales per 32 columns.
-pub(super) struct Mxfp4;
+pub(super) struct Mxfp4<C>(PhantomData<C>);
 /// E2M1 with E4M3 scales per 16 columns.
-pub(super) struct Nvfp4;
+pub(super) struct Nvfp4<C>(PhantomData<C>);
 
-/// Adds the products of columns `4 M .. 4 M + 4` of a block to `acc`.
+/// 32-bit sums of `T` tiles and `R` rows, and the products that are not yet in them.
+struct Sums<S: Simd, const T: usize, const R: usize> {
+    acc: [[S::I; R]; T],
+    pairs: [[S::Pairs; R]; T],
+}
+
+impl<S: Simd, const T: usize, const R: usize> Sums<S, T, R> {
+    /// All zeros.
+    #[inline(always)]
+    fn zero(s: S) -> Self {
+        let zero = s.splat_i(0);
+        Sums { acc: [[zero; R]; T], pairs: [[s.open_pairs(zero); R]; T] }
+    }
+}
+
+/// Adds the products of columns `4 M .. 4 M + 4` of a block to `sums`; after columns `4 STEPS k` they are in `acc`.
 ///
 /// # Safety
 /// Each of `at` holds a block, each of `x` a block of 8-bit activations.
@@ -25,7 +40,7 @@ unsafe fn step<S: Simd, C: Codes, const T: usize, const R: usize, const M: usize
     s: S,
     at: &[*const u8; T],
     x: &[*const u8; R],
-    acc: &mut [[S::I; R]; T],
+    sums: &mut Sums<S, T, R>,
 ) {
     prefetch_line::<S, C, T, M>(s, at);
     // SAFETY: the caller's promise.
@@ -37,11 +52,18 @@ unsafe fn step<S: Simd, C: Codes, const T: usize, const R: usize, const M: usize
         for r in 0..R {
             let four = s.splat_4_bytes(x[r].add(4 * M));
             for t in 0..T {
-                acc[t][r] = if C::FULL_BYTE {
-                    s.dot4_u8(acc[t][r], operand[t], four)
-                } else {
-                    s.dot4_u7(acc[t][r], operand[t], four)
-                };
+                let (acc, pairs) = (&mut sums.acc[t][r], &mut sums.pairs[t][r]);
+                if C::FULL_BYTE {
+                    *acc = s.dot4_u8(*acc, operand[t], four);
+                    continue;
+                }
+                if M.is_multiple_of(C::STEPS) {
+                    *pairs = s.open_pairs(*acc);
+                }
+                *pairs = s.dot4_pairs(*pairs, operand[t], four);
+                if M % C::STEPS == C::STEPS - 1 {
+                    *acc = s.close_pairs(*acc, *pairs);
+                }
             }
         }
     }
@@ -56,14 +78,14 @@ unsafe fn first_half<S: Simd, C: Codes, const T: usize, const R: usize>(
     s: S,
     at: &[*const u8; T],
     x: &[*const u8; R],
-    acc: &mut [[S::I; R]; T],
+    sums: &mut Sums<S, T, R>,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        step::<S, C, T, R, 0>(s, at, x, acc);
-        step::<S, C, T, R, 1>(s, at, x, acc);
-        step::<S, C, T, R, 2>(s, at, x, acc);
-        step::<S, C, T, R, 3>(s, at, x, acc);
+        step::<S, C, T, R, 0>(s, at, x, sums);
+        step::<S, C, T, R, 1>(s, at, x, sums);
+        step::<S, C, T, R, 2>(s, at, x, sums);
+        step::<S, C, T, R, 3>(s, at, x, sums);
     }
 }
 
@@ -76,14 +98,37 @@ unsafe fn second_half<S: Simd, C: Codes, const T: usize, const R: usize>(
     s: S,
     at: &[*const u8; T],
     x: &[*const u8; R],
-    acc: &mut [[S::I; R]; T],
+    sums: &mut Sums<S, T, R>,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        step::<S, C, T, R, 4>(s, at, x, acc);
-        step::<S, C, T, R, 5>(s, at, x, acc);
-        step::<S, C, T, R, 6>(s, at, x, acc);
-        step::<S, C, T, R, 7>(s, at, x, acc);
+        step::<S, C, T, R, 4>(s, at, x, sums);
+        step::<S, C, T, R, 5>(s, at, x, sums);
+        step::<S, C, T, R, 6>(s, at, x, sums);
+        step::<S, C, T, R, 7>(s, at, x, sums);
+    }
+}
+
+/// All columns of a block.
+///
+/// # Safety
+/// As [`step`].
+#[inline(always)]
+unsafe fn whole_block<S: Simd, C: Codes, const T: usize, const R: usize>(
+    s: S,
+    args: &TileArgs<'_>,
+    at: &[*const u8; T],
+    x: &[*const u8; R],
+    sums: &mut Sums<S, T, R>,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if C::WIDE {
+            wide_steps::<S, C, T, R>(s, args, at, x, [0, 8], sums);
+        } else {
+            first_half::<S, C, T, R>(s, at, x, sums);
+            second_half::<S, C, T, R>(s, at, x, sums);
+        }
     }
 }
 
@@ -114,6 +159,103 @@ struct RowParts<const R: usize> {
     scales: [*const f32; R],
 }
 
+/// Columns `4 FIRST .. 4 (FIRST + COUNT)` of a block of expanded codes. A loop whose end the compiler does not know: it
+/// would unroll it, move all loads to the top and spill them.
+///
+/// # Safety
+/// As [`step`].
+#[inline(always)]
+unsafe fn wide_steps<S: Simd, C: Codes, const T: usize, const R: usize>(
+    s: S,
+    args: &TileArgs<'_>,
+    at: &[*const u8; T],
+    x: &[*const u8; R],
+    [first, count]: [usize; 2],
+    sums: &mut Sums<S, T, R>,
+) {
+    let mut start = first;
+    while start < first + count {
+        for t in 0..T {
+            for r in 0..R {
+                sums.pairs[t][r] = s.open_pairs(sums.acc[t][r]);
+            }
+        }
+        // SAFETY: the caller's promise; `wide_steps` is `C::STEPS`.
+        unsafe {
+            for m in start..start + args.wide_steps {
+                let mut operand = [s.splat_i(0); T];
+                for t in 0..T {
+                    operand[t] = s.load_i(at[t].add(m * LINE_BYTES));
+                }
+                for r in 0..R {
+                    let four = s.splat_4_bytes(x[r].add(4 * m));
+                    for t in 0..T {
+                        sums.pairs[t][r] = s.dot4_pairs(sums.pairs[t][r], operand[t], four);
+                    }
+                }
+            }
+        }
+        for t in 0..T {
+            for r in 0..R {
+                sums.acc[t][r] = s.close_pairs(sums.acc[t][r], sums.pairs[t][r]);
+            }
+        }
+        start += C::STEPS;
+    }
+}
+
+/// Blocks that a call multiplies: all of a tile, or the part of it that was expanded.
+#[inline(always)]
+fn blocks_of_call<C: Codes>(args: &TileArgs<'_>) -> std::ops::Range<usize> {
+    if C::WIDE { args.first_block..args.end_block } else { 0..args.layout.blocks }
+}
+
+/// What calls for earlier parts of the tiles left in `args.out`, else zeros.
+///
+/// # Safety
+/// `args.out` has room for `T * R * 16` floats.
+#[inline(always)]
+unsafe fn totals_before<S: Simd, C: Codes, const T: usize, const R: usize>(
+    s: S,
+    args: &TileArgs<'_>,
+) -> [[S::F; R]; T] {
+    let mut total = [[s.splat(0.0); R]; T];
+    if C::WIDE && args.first_block > 0 {
+        for t in 0..T {
+            for r in 0..R {
+                // SAFETY: the caller's promise.
+                total[t][r] = unsafe { s.load(args.out.add((t * R + r) * TILE_ROWS)) };
+            }
+        }
+    }
+    total
+}
+
+/// Leaves the totals for the next part of the tiles, or finishes them.
+///
+/// # Safety
+/// As [`totals_before`].
+#[inline(always)]
+unsafe fn leave_totals<S: Simd, C: Codes, const T: usize, const R: usize>(
+    s: S,
+    args: &TileArgs<'_>,
+    factor: f32,
+    total: &[[S::F; R]; T],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if C::WIDE && args.end_block < args.layout.blocks {
+            for t in 0..T {
+                for r in 0..R {
+                    s.store(total[t][r], args.out.add((t * R + r) * TILE_ROWS));
+                }
+            }
+        } else {
+            finish::<S, T, R>(s, args, factor, total);
+        }
+    }
+}
+
 /// # Safety
 /// `args` holds `R` 8-bit rows.
 #[inline(always)]
@@ -137,30 +279,31 @@ impl<C: Codes> TileKernel for Grouped<C> {
         let blocks_per_group = layout.record_blocks;
         let offsets_at = TILE_ROWS * layout.scale_dtype.size_bytes();
         let zero = s.splat(0.0);
-        let mut total = [[zero; R]; T];
+        let blocks = blocks_of_call::<C>(args);
         // SAFETY: tiles are `blocks / blocks_per_group` records of that many blocks and their scales; rows hold
         // `blocks` blocks and one sum a group.
         unsafe {
+            let mut total = totals_before::<S, C, T, R>(s, args);
             let mut at = [args.tiles[0]; T];
             at[..T].copy_from_slice(&args.tiles[..T]);
             let row = row_parts::<R>(args, int8);
             let mut x = row.codes;
             let mut sums = [std::ptr::null::<f32>(); R];
             for r in 0..R {
+                x[r] = x[r].add(blocks.start * BLOCK_COLS);
                 sums[r] = args.rows[r].add(int8.sums_of_group(blocks_per_group * BLOCK_COLS)).cast();
             }
-            let mut block = 0;
-            for group in 0..layout.blocks / blocks_per_group {
+            let mut block = blocks.start;
+            for group in blocks.start / blocks_per_group..blocks.end / blocks_per_group {
                 let mut part = [[zero; R]; T];
                 for _ in 0..blocks_per_group {
-                    let mut acc = [[s.splat_i(0); R]; T];
-                    first_half::<S, C, T, R>(s, &at, &x, &mut acc);
-                    second_half::<S, C, T, R>(s, &at, &x, &mut acc);
+                    let mut dots = Sums::zero(s);
+                    whole_block::<S, C, T, R>(s, args, &at, &x, &mut dots);
                     let mut float = [[zero; R]; T];
                     for t in 0..T {
                         at[t] = at[t].add(C::LINES * LINE_BYTES);
                         for r in 0..R {
-                            float[t][r] = s.to_f(acc[t][r]);
+                            float[t][r] = s.to_f(dots.acc[t][r]);
                         }
                     }
                     for r in 0..R {
@@ -170,22 +313,28 @@ impl<C: Codes> TileKernel for Grouped<C> {
                     block += 1;
                 }
                 for t in 0..T {
-                    let scale = load_scales(s, layout.scale_dtype, at[t]);
-                    let offset = load_scales(s, layout.scale_dtype, at[t].add(offsets_at));
-                    s.prefetch(at[t].wrapping_add(PREFETCH_BYTES));
+                    let (scale, offset) = if C::WIDE {
+                        (s.load(at[t].cast()), s.load(at[t].add(LINE_BYTES).cast()))
+                    } else {
+                        s.prefetch(at[t].wrapping_add(PREFETCH_BYTES));
+                        (
+                            load_scales(s, layout.scale_dtype, at[t]),
+                            load_scales(s, layout.scale_dtype, at[t].add(offsets_at)),
+                        )
+                    };
                     for r in 0..R {
                         total[t][r] = s.mul_add(part[t][r], scale, total[t][r]);
                         total[t][r] = s.mul_add(offset, s.splat(*sums[r].add(group)), total[t][r]);
                     }
-                    at[t] = at[t].add(layout.record_scale_bytes);
+                    at[t] = at[t].add(if C::WIDE { 2 * LINE_BYTES } else { layout.record_scale_bytes });
                 }
             }
-            finish::<S, T, R>(s, args, 1.0, &total);
+            leave_totals::<S, C, T, R>(s, args, 1.0, &total);
         }
     }
 }
 
-impl TileKernel for Mxfp4 {
+impl<C: Codes> TileKernel for Mxfp4<C> {
     const BYTE_DOTS: bool = true;
 
     #[inline(always)]
@@ -193,50 +342,58 @@ impl TileKernel for Mxfp4 {
         let layout = args.layout;
         let Some(int8) = args.int8 else { unreachable!("8-bit rows come with their layout") };
         let zero = s.splat(0.0);
-        let mut total = [[zero; R]; T];
+        let blocks = blocks_of_call::<C>(args);
         // SAFETY: tiles are records of up to `record_blocks` blocks and a line of scales; rows hold `blocks` blocks.
         unsafe {
+            let mut total = totals_before::<S, C, T, R>(s, args);
             let mut at = [args.tiles[0]; T];
             at[..T].copy_from_slice(&args.tiles[..T]);
             let row = row_parts::<R>(args, int8);
-            let mut block = 0;
-            while block < layout.blocks {
-                let count = layout.record_blocks.min(layout.blocks - block);
+            let mut block = blocks.start;
+            while block < blocks.end {
+                let count = layout.record_blocks.min(blocks.end - block);
                 for within in 0..count {
-                    let mut acc = [[s.splat_i(0); R]; T];
+                    let mut dots = Sums::zero(s);
                     let mut x = row.codes;
                     for r in 0..R {
                         x[r] = row.codes[r].add(block * BLOCK_COLS);
                         let start = s.splat_4_bytes(args.rows[r].add(int8.e2m1_starts_32 + 4 * block));
                         for t in 0..T {
-                            acc[t][r] = start;
+                            dots.acc[t][r] = start;
                         }
                     }
-                    first_half::<S, E2m1, T, R>(s, &at, &x, &mut acc);
-                    second_half::<S, E2m1, T, R>(s, &at, &x, &mut acc);
+                    whole_block::<S, C, T, R>(s, args, &at, &x, &mut dots);
                     let mut float = [[zero; R]; T];
                     for t in 0..T {
-                        let left = (count - within) * E2m1::LINES * LINE_BYTES;
-                        let scale = load_e8m0(s, at[t].add(left + within * TILE_ROWS));
-                        at[t] = at[t].add(E2m1::LINES * LINE_BYTES);
+                        let scales = at[t].add((count - within) * C::LINES * LINE_BYTES);
+                        let scale = if C::WIDE {
+                            s.load(scales.add(within * LINE_BYTES).cast())
+                        } else {
+                            load_e8m0(s, scales.add(within * TILE_ROWS))
+                        };
+                        at[t] = at[t].add(C::LINES * LINE_BYTES);
                         for r in 0..R {
-                            float[t][r] = s.mul(s.to_f(acc[t][r]), scale);
+                            float[t][r] = s.mul(s.to_f(dots.acc[t][r]), scale);
                         }
                     }
                     add_block::<S, T, R>(s, &row.scales, block, &float, &mut total);
                     block += 1;
                 }
                 for t in 0..T {
-                    s.prefetch(at[t].wrapping_add(PREFETCH_BYTES));
-                    at[t] = at[t].add(layout.record_scale_bytes);
+                    if C::WIDE {
+                        at[t] = at[t].add(count * LINE_BYTES);
+                    } else {
+                        s.prefetch(at[t].wrapping_add(PREFETCH_BYTES));
+                        at[t] = at[t].add(layout.record_scale_bytes);
+                    }
                 }
             }
-            finish::<S, T, R>(s, args, 1.0 / E2M1_FACTOR, &total);
+            leave_totals::<S, C, T, R>(s, args, 1.0 / E2M1_FACTOR, &total);
         }
     }
 }
 
-impl TileKernel for Nvfp4 {
+impl<C: Codes> TileKernel for Nvfp4<C> {
     const BYTE_DOTS: bool = true;
 
     #[inline(always)]
@@ -244,49 +401,63 @@ impl TileKernel for Nvfp4 {
         let layout = args.layout;
         let Some(int8) = args.int8 else { unreachable!("8-bit rows come with their layout") };
         let zero = s.splat(0.0);
-        let mut total = [[zero; R]; T];
+        let blocks = blocks_of_call::<C>(args);
         // SAFETY: as in `Mxfp4`.
         unsafe {
+            let mut total = totals_before::<S, C, T, R>(s, args);
             let mut at = [args.tiles[0]; T];
             at[..T].copy_from_slice(&args.tiles[..T]);
             let row = row_parts::<R>(args, int8);
-            let mut block = 0;
-            while block < layout.blocks {
-                let count = layout.record_blocks.min(layout.blocks - block);
+            let mut block = blocks.start;
+            while block < blocks.end {
+                let count = layout.record_blocks.min(blocks.end - block);
                 for within in 0..count {
-                    let mut low = [[s.splat_i(0); R]; T];
-                    let mut high = [[s.splat_i(0); R]; T];
+                    let (mut low, mut high) = (Sums::zero(s), Sums::zero(s));
                     let mut x = row.codes;
                     for r in 0..R {
                         x[r] = row.codes[r].add(block * BLOCK_COLS);
                         let starts = args.rows[r].add(int8.e2m1_starts_16 + 8 * block);
                         for t in 0..T {
-                            low[t][r] = s.splat_4_bytes(starts);
-                            high[t][r] = s.splat_4_bytes(starts.add(4));
+                            low.acc[t][r] = s.splat_4_bytes(starts);
+                            high.acc[t][r] = s.splat_4_bytes(starts.add(4));
                         }
                     }
-                    first_half::<S, E2m1, T, R>(s, &at, &x, &mut low);
-                    second_half::<S, E2m1, T, R>(s, &at, &x, &mut high);
+                    if C::WIDE {
+                        wide_steps::<S, C, T, R>(s, args, &at, &x, [0, 4], &mut low);
+                        wide_steps::<S, C, T, R>(s, args, &at, &x, [4, 4], &mut high);
+                    } else {
+                        first_half::<S, C, T, R>(s, &at, &x, &mut low);
+                        second_half::<S, C, T, R>(s, &at, &x, &mut high);
+                    }
                     let mut float = [[zero; R]; T];
                     for t in 0..T {
-                        let left = (count - within) * E2m1::LINES * LINE_BYTES;
-                        let scales = at[t].add(left + within * 2 * TILE_ROWS);
-                        let (scale_low, scale_high) = (load_e4m3(s, scales), load_e4m3(s, scales.add(TILE_ROWS)));
-                        at[t] = at[t].add(E2m1::LINES * LINE_BYTES);
+                        let scales = at[t].add((count - within) * C::LINES * LINE_BYTES);
+                        let (scale_low, scale_high) = if C::WIDE {
+                            let scales = scales.add(within * 2 * LINE_BYTES);
+                            (s.load(scales.cast()), s.load(scales.add(LINE_BYTES).cast()))
+                        } else {
+                            let scales = scales.add(within * 2 * TILE_ROWS);
+                            (load_e4m3(s, scales), load_e4m3(s, scales.add(TILE_ROWS)))
+                        };
+                        at[t] = at[t].add(C::LINES * LINE_BYTES);
                         for r in 0..R {
-                            float[t][r] = s.mul(s.to_f(low[t][r]), scale_low);
-                            float[t][r] = s.mul_add(s.to_f(high[t][r]), scale_high, float[t][r]);
+                            float[t][r] = s.mul(s.to_f(low.acc[t][r]), scale_low);
+                            float[t][r] = s.mul_add(s.to_f(high.acc[t][r]), scale_high, float[t][r]);
                         }
                     }
                     add_block::<S, T, R>(s, &row.scales, block, &float, &mut total);
                     block += 1;
                 }
                 for t in 0..T {
-                    s.prefetch(at[t].wrapping_add(PREFETCH_BYTES));
-                    at[t] = at[t].add(layout.record_scale_bytes);
+                    if C::WIDE {
+                        at[t] = at[t].add(count * 2 * LINE_BYTES);
+                    } else {
+                        s.prefetch(at[t].wrapping_add(PREFETCH_BYTES));
+                        at[t] = at[t].add(layout.record_scale_bytes);
+                    }
                 }
             }
-            finish::<S, T, R>(s, args, 1.0 / E2M1_FACTOR, &total);
+            leave_totals::<S, C, T, R>(s, args, 1.0 / E2M1_FACTOR, &total);
         }
     }
 }

@@ -184,9 +184,12 @@ fn the_largest_codes_and_activations_do_not_overflow() {
         for sign in [1.0f32, -1.0] {
             let prepared = Prepared::new(RowForm::Int8, &[vec![sign * 127.0; 256]]);
             for level in CpuLevel::available() {
-                let out = products(level, ActivationMode::Int8, &packed, &prepared, &[0]);
-                let expected = sign * 127.0 * 256.0 * ((1u32 << bits) - 1) as f32;
-                assert_eq!(out[0], [expected; 16], "{bits} bits at {level}");
+                // Alone, and with expanded tiles.
+                for num_rows in [1, 12] {
+                    let out = products(level, ActivationMode::Int8, &packed, &prepared, &vec![0; num_rows]);
+                    let expected = sign * 127.0 * 256.0 * ((1u32 << bits) - 1) as f32;
+                    assert_eq!(out, vec![[expected; 16]; num_rows], "{bits} bits at {level}");
+                }
             }
         }
     }
@@ -199,8 +202,10 @@ proptest! {
     fn a_row_gives_the_same_bits_in_any_batch(
         format_index in 0..formats().len(),
         rows in 1usize..100,
-        units in 1usize..6,
-        batch in 1usize..18,
+        // Some wider than a part of an expanded tile.
+        units in prop_oneof![4 => 1usize..6, 1 => 34usize..38],
+        // Some more than a block of rows.
+        batch in prop_oneof![4 => 1usize..18, 1 => 60usize..75],
         seed in 0u64..1000,
         mode in prop_oneof![Just(ActivationMode::Exact), Just(ActivationMode::Int8)],
     ) {

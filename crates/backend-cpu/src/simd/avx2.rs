@@ -39,11 +39,37 @@ macro_rules! both {
     };
 }
 
+/// Lanes (i, i + 8).
+#[inline(always)]
+fn both_added<const VNNI: bool>(_proof: Avx2<VNNI>, x: F) -> __m256 {
+    intrinsic!(_mm256_add_ps(x.0, x.1))
+}
+
+/// Sums of four vectors of eight lanes, each as the tree (i, i+4), (i, i+2), (i, i+1): the trees share instructions.
+///
+/// # Safety
+/// The processor has AVX.
+#[inline(always)]
+pub(super) unsafe fn sum_4_eights([a, b, c, d]: [__m256; 4]) -> [f32; 4] {
+    intrinsic!({
+        // [a a a a b b b b] and [c c c c d d d d], then [a a c c b b d d], then one of each.
+        let fours = |x, y| _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(x, y), _mm256_permute2f128_ps::<0x31>(x, y));
+        let (ab, cd) = (fours(a, b), fours(c, d));
+        let twos = _mm256_add_ps(_mm256_shuffle_ps::<0x44>(ab, cd), _mm256_shuffle_ps::<0xee>(ab, cd));
+        let ones = _mm256_add_ps(twos, _mm256_movehdup_ps(twos));
+        let (low, high) = (_mm256_castps256_ps128(ones), _mm256_extractf128_ps::<1>(ones));
+        let lane_2 = |x| _mm_cvtss_f32(_mm_movehl_ps(x, x));
+        [_mm_cvtss_f32(low), _mm_cvtss_f32(high), lane_2(low), lane_2(high)]
+    })
+}
+
 impl<const VNNI: bool> Simd for Avx2<VNNI> {
     type F = F;
     type I = I;
+    type Pairs = I;
 
     const STREAMS: [usize; 4] = [2, 2, 1, 0];
+    const MANY_REGISTERS: bool = false;
 
     #[inline(always)]
     fn splat(self, x: f32) -> F {
@@ -107,6 +133,12 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
         })
+    }
+
+    #[inline(always)]
+    fn sum_4(self, x: [F; 4]) -> [f32; 4] {
+        // SAFETY: `self` proves AVX.
+        unsafe { sum_4_eights(x.map(|x| both_added(self, x))) }
     }
 
     #[inline(always)]
@@ -283,6 +315,31 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         let weights = I(weights, weights);
         let fours = both!(I: _mm256_madd_epi16(pairs, weights));
         self.dot4_u7(self.add_i(acc, fours), low, b)
+    }
+
+    #[inline(always)]
+    fn open_pairs(self, acc: I) -> I {
+        if VNNI { acc } else { self.splat_i(0) }
+    }
+
+    #[inline(always)]
+    fn dot4_pairs(self, pairs: I, a: I, b: I) -> I {
+        if VNNI {
+            return self.dot4_u7(pairs, a, b);
+        }
+        // Two instructions instead of three: widening waits until `close_pairs`.
+        let products = both!(I: _mm256_maddubs_epi16(a, b));
+        both!(I: _mm256_add_epi16(pairs, products))
+    }
+
+    #[inline(always)]
+    fn close_pairs(self, acc: I, pairs: I) -> I {
+        if VNNI {
+            return pairs;
+        }
+        let ones = intrinsic!(_mm256_set1_epi16(1));
+        let ones = I(ones, ones);
+        self.add_i(acc, both!(I: _mm256_madd_epi16(pairs, ones)))
     }
 
     #[inline(always)]

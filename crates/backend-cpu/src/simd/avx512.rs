@@ -29,8 +29,10 @@ macro_rules! intrinsic {
 impl Simd for Avx512 {
     type F = __m512;
     type I = __m512i;
+    type Pairs = __m512i;
 
     const STREAMS: [usize; 4] = [4, 2, 2, 1];
+    const MANY_REGISTERS: bool = true;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -90,6 +92,15 @@ impl Simd for Avx512 {
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
         })
+    }
+
+    #[inline(always)]
+    fn sum_4(self, x: [__m512; 4]) -> [f32; 4] {
+        let mut eights = [intrinsic!(_mm256_setzero_ps()); 4];
+        for i in 0..4 {
+            eights[i] = intrinsic!(_mm256_add_ps(_mm512_castps512_ps256(x[i]), _mm512_extractf32x8_ps::<1>(x[i])));
+        }
+        intrinsic!(super::avx2::sum_4_eights(eights))
     }
 
     #[inline(always)]
@@ -215,6 +226,21 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn dot4_u8(self, acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
         intrinsic!(_mm512_dpbusd_epi32(acc, a, b))
+    }
+
+    #[inline(always)]
+    fn open_pairs(self, acc: __m512i) -> __m512i {
+        acc
+    }
+
+    #[inline(always)]
+    fn dot4_pairs(self, pairs: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        self.dot4_u7(pairs, a, b)
+    }
+
+    #[inline(always)]
+    fn close_pairs(self, _acc: __m512i, pairs: __m512i) -> __m512i {
+        pairs
     }
 
     #[inline(always)]

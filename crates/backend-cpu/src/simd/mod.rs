@@ -33,10 +33,14 @@ pub(crate) trait Simd: Copy {
     type F: Copy;
     /// 16 i32, or 64 bytes.
     type I: Copy;
+    /// Sums of products of bytes on their way to 16 i32: 16-bit pairs where that saves instructions, else just `I`.
+    type Pairs: Copy;
 
     /// Weight streams that one kernel call may read at once when it multiplies each line with 1, 2, up to 4, and 8
     /// activation rows: as many as there are registers for accumulators. 0: not so many rows.
     const STREAMS: [usize; 4];
+    /// Whether eight accumulators of 16 lanes and what feeds them fit the registers.
+    const MANY_REGISTERS: bool;
 
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::F;
@@ -66,6 +70,11 @@ pub(crate) trait Simd: Copy {
     fn min(self, a: Self::F, b: Self::F) -> Self::F;
     /// Sum of the lanes, as the tree (i, i+8), (i, i+4), (i, i+2), (i, i+1).
     fn sum(self, x: Self::F) -> f32;
+    /// [`Simd::sum`] of four vectors.
+    #[inline(always)]
+    fn sum_4(self, x: [Self::F; 4]) -> [f32; 4] {
+        [self.sum(x[0]), self.sum(x[1]), self.sum(x[2]), self.sum(x[3])]
+    }
     /// Largest lane.
     fn max_lane(self, x: Self::F) -> f32;
 
@@ -148,6 +157,13 @@ pub(crate) trait Simd: Copy {
     fn dot4_u7(self, acc: Self::I, a: Self::I, b: Self::I) -> Self::I;
     /// The same for any unsigned byte.
     fn dot4_u8(self, acc: Self::I, a: Self::I, b: Self::I) -> Self::I;
+    /// Starts sums that [`Simd::close_pairs`] adds to `acc`.
+    fn open_pairs(self, acc: Self::I) -> Self::Pairs;
+    /// [`Simd::dot4_u7`] onto `pairs`. Exact as long as `254 * steps * (largest byte of any a)` stays below 2^15, counting
+    /// steps since [`Simd::open_pairs`].
+    fn dot4_pairs(self, pairs: Self::Pairs, a: Self::I, b: Self::I) -> Self::Pairs;
+    /// `acc` (what [`Simd::open_pairs`] was given) plus the sums.
+    fn close_pairs(self, acc: Self::I, pairs: Self::Pairs) -> Self::I;
     /// Hint that the line at `address` will be read soon. Any address is allowed.
     fn prefetch(self, address: *const u8);
 

@@ -89,8 +89,10 @@ fn signed_dot4<const DOTPROD: bool>(_proof: Neon<DOTPROD>, acc: int32x4_t, a: in
 impl<const DOTPROD: bool> Simd for Neon<DOTPROD> {
     type F = F;
     type I = I;
+    type Pairs = I;
 
     const STREAMS: [usize; 4] = [2, 2, 1, 0];
+    const MANY_REGISTERS: bool = false;
 
     #[inline(always)]
     fn splat(self, x: f32) -> F {
@@ -290,6 +292,21 @@ impl<const DOTPROD: bool> Simd for Neon<DOTPROD> {
         let low = self.and(a, self.splat_i(0x7f7f_7f7f));
         let half = self.and(self.shr(a, 1), self.splat_i(0x4040_4040));
         self.dot4_u7(self.dot4_u7(self.dot4_u7(acc, low, b), half, b), half, b)
+    }
+
+    #[inline(always)]
+    fn open_pairs(self, acc: I) -> I {
+        acc
+    }
+
+    #[inline(always)]
+    fn dot4_pairs(self, pairs: I, a: I, b: I) -> I {
+        self.dot4_u7(pairs, a, b)
+    }
+
+    #[inline(always)]
+    fn close_pairs(self, _acc: I, pairs: I) -> I {
+        pairs
     }
 
     #[inline(always)]

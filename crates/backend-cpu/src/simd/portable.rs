@@ -29,8 +29,10 @@ fn bytes(x: I) -> [u8; 64] {
 impl Simd for Portable {
     type F = F;
     type I = I;
+    type Pairs = I;
 
     const STREAMS: [usize; 4] = [1, 0, 0, 0];
+    const MANY_REGISTERS: bool = false;
 
     #[inline(always)]
     fn splat(self, x: f32) -> F {
@@ -245,6 +247,21 @@ impl Simd for Portable {
             }
         }
         out
+    }
+
+    #[inline(always)]
+    fn open_pairs(self, acc: I) -> I {
+        acc
+    }
+
+    #[inline(always)]
+    fn dot4_pairs(self, pairs: I, a: I, b: I) -> I {
+        self.dot4_u7(pairs, a, b)
+    }
+
+    #[inline(always)]
+    fn close_pairs(self, _acc: I, pairs: I) -> I {
+        pairs
     }
 
     #[inline(always)]

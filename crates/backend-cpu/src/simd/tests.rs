@@ -53,6 +53,10 @@ impl Kernel for AllOperations {
             float!("max", s.max(a, b));
             float!("min", s.min(a, b));
             float!("sum", s.splat(s.sum(a)));
+            for (sum, x) in s.sum_4([a, b, c, s.mul(a, b)]).into_iter().zip([a, b, c, s.mul(a, b)]) {
+                float!("sum_4", s.splat(sum));
+                float!("sum", s.splat(s.sum(x)));
+            }
             float!("max_lane", s.splat(s.max_lane(a)));
             float!("abs", math::abs(s, a));
             float!("exp", math::exp(s, a));
@@ -81,6 +85,14 @@ impl Kernel for AllOperations {
             );
             int!("dot4_u7", s.dot4_u7(i, s.and(codes, s.splat_i(0x7f7f_7f7f)), x));
             int!("dot4_u8", s.dot4_u8(i, codes, x));
+            // As many steps with as large codes as 16 bits hold.
+            for (steps, mask) in [(8, 0x0f0f_0f0f), (4, 0x1f1f_1f1f), (2, 0x3f3f_3f3f)] {
+                let mut pairs = s.open_pairs(i);
+                for _ in 0..steps {
+                    pairs = s.dot4_pairs(pairs, s.and(codes, s.splat_i(mask)), x);
+                }
+                int!("dot4_pairs", s.close_pairs(i, pairs));
+            }
             let mut low = [0u8; 16];
             s.store_low_bytes(i, low.as_mut_ptr());
             out.push(("store_low_bytes", low.iter().map(|b| u32::from(*b)).collect()));

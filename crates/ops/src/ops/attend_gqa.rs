@@ -124,6 +124,8 @@ pub(crate) fn cases() -> Vec<Case> {
         case("one key", 1, 1, CacheDtype::F32, None, false),
         case("one past a block", 2, 17, CacheDtype::F32, None, false),
         case("long", 5, 300, CacheDtype::Bf16, None, false),
+        case("many tokens", 19, 150, CacheDtype::Bf16, None, true),
+        case("many tokens, window", 10, 200, CacheDtype::F32, Some(140), false),
         case("window", 4, 100, CacheDtype::F32, Some(24), false),
         case("window and sinks", 3, 70, CacheDtype::Bf16, Some(128), true),
     ]

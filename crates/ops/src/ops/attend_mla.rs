@@ -157,6 +157,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("one key", 1, 1, CacheDtype::F32, None),
         case("all positions", 4, 50, CacheDtype::F32, None),
         case("long, all positions", 3, 700, CacheDtype::Bf16, None),
+        case("many tokens", 19, 150, CacheDtype::Bf16, None),
         case("index set shorter than it could be", 2, 9, CacheDtype::F32, Some(24)),
         case("index set", 5, 200, CacheDtype::Bf16, Some(24)),
     ]

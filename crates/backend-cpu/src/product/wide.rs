@@ -1,0 +1,96 @@
+//! Tiles expanded for many rows: codes one operand a byte and scales as f32, so that unpacking is paid once and not for
+//! every four rows. A part of a tile at a time, small enough to stay in the nearest cache; sums go on from part to part.
+//! The numbers and their order are those of the packed tile, so results are the same bits.
+
+use super::codes::{Codes, prefetch_line};
+use super::{PREFETCH_BYTES, load_e4m3, load_e8m0, load_scales};
+use crate::layout::{Coding, LINE_BYTES, TILE_ROWS, TileLayout};
+use crate::simd::{Kernel, Simd};
+use std::marker::PhantomData;
+
+/// Blocks of a part: 512 columns, whole records of every format.
+pub(super) const PART_BLOCKS: usize = 16;
+/// Bytes of an expanded part: eight lines a block, and up to two lines of scales.
+const PART_BYTES: usize = PART_BLOCKS * (8 + 2) * LINE_BYTES;
+
+/// An expanded part of one tile.
+#[repr(align(64))]
+pub(super) struct Part(pub(super) [std::mem::MaybeUninit<u8>; PART_BYTES]);
+
+/// What to expand.
+pub(super) struct ExpandArgs<'a> {
+    pub(super) layout: &'a TileLayout,
+    /// The first block of the part.
+    pub(super) from: *const u8,
+    /// Up to [`PART_BLOCKS`].
+    pub(super) blocks: usize,
+    /// A [`Part`].
+    pub(super) to: *mut u8,
+}
+
+/// Expands codes of kind `C`: records of blocks and the scales of these blocks, without padding.
+pub(super) struct Expand<C>(PhantomData<C>);
+
+impl<C: Codes> Kernel for Expand<C> {
+    type Args = ExpandArgs<'static>;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(s: S, args: &ExpandArgs<'static>) {
+        let layout = args.layout;
+        let (mut at, mut to, mut left) = (args.from, args.to, args.blocks);
+        // SAFETY: the tile holds these blocks and their scales from `from` on, a part has room for them.
+        unsafe {
+            while left > 0 {
+                let count = layout.record_blocks.min(left);
+                for _ in 0..count {
+                    store_block::<S, C>(s, at, to);
+                    at = at.add(C::LINES * LINE_BYTES);
+                    to = to.add(8 * LINE_BYTES);
+                }
+                s.prefetch(at.wrapping_add(PREFETCH_BYTES));
+                let lines = match layout.coding {
+                    Coding::Affine { .. } => 2,
+                    Coding::Mxfp4 => count,
+                    Coding::Nvfp4 => 2 * count,
+                    Coding::F32 | Coding::F16 | Coding::Bf16 | Coding::Fp8Block | Coding::Mxfp8 => {
+                        unreachable!("`Product::expands` names the codings that are expanded")
+                    }
+                };
+                for line in 0..lines {
+                    let scale = match layout.coding {
+                        Coding::Affine { .. } => {
+                            let offset = line * TILE_ROWS * layout.scale_dtype.size_bytes();
+                            load_scales(s, layout.scale_dtype, at.add(offset))
+                        }
+                        Coding::Mxfp4 => load_e8m0(s, at.add(line * TILE_ROWS)),
+                        _ => load_e4m3(s, at.add(line * TILE_ROWS)),
+                    };
+                    s.store(scale, to.add(line * LINE_BYTES).cast());
+                }
+                at = at.add(layout.record_scale_bytes);
+                to = to.add(lines * LINE_BYTES);
+                left -= count;
+            }
+        }
+    }
+}
+
+/// The eight operands of a block.
+///
+/// # Safety
+/// `block` is a block, `to` has room for eight lines.
+#[inline(always)]
+unsafe fn store_block<S: Simd, C: Codes>(s: S, block: *const u8, to: *mut u8) {
+    macro_rules! store {
+        ($($m:literal)+) => {
+            $(
+                prefetch_line::<S, C, 1, $m>(s, &[block]);
+                s.store(s.cast_to_f(C::operand::<S, $m>(s, block)), to.add($m * LINE_BYTES).cast());
+            )+
+        };
+    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        store!(0 1 2 3 4 5 6 7);
+    }
+}
