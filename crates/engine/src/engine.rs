@@ -1,6 +1,8 @@
 //! The loop: admit, propose drafts, plan, forward, choose, commit. One step serves every running request; what a request gets does not
 //! depend on the others, bit for bit, so how steps are put together is a matter of speed only.
 //!
+//! The file is one piece: the phases of a step share the same few fields, and splitting them would only hide that.
+//!
 //! An engine belongs to one thread ([`crate::thread`]); tests and batch programs may call [`Engine::step`] themselves.
 
 use crate::block_rows::BlockRows;
