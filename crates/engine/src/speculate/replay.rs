@@ -30,6 +30,11 @@ impl Replaying {
         Replaying { replay, rng }
     }
 
+    /// Chance that a draft is accepted: known here, where free drafts that are not verified teach nothing.
+    pub(crate) fn acceptance(&self) -> f64 {
+        self.replay.acceptance
+    }
+
     /// The token that a draft proposes after `previous`.
     pub(crate) fn draft(&self, previous: u32) -> u32 {
         self.after(previous, 1)

@@ -440,27 +440,13 @@ impl Speculation {
         let track = &sequence.track;
         let head = track.head_offer(&self.experience, depth);
         if let (Some(replay), None) = (&self.replay, &self.head) {
-            return self.replayed_offer(replay, sequence, depth);
+            return replayed_offer(replay, sequence, depth);
         }
         if !self.options.suffix || self.replay.is_some() {
             return head;
         }
         let seen = track.suffix_offer(self.corpora.get(sequence.salt()), &self.experience, depth);
         SequenceTrack::better(head, seen)
-    }
-
-    /// Drafts that cost nothing, with outcomes by a coin: they count as looked up.
-    fn replayed_offer(&self, replay: &super::replay::Replaying, sequence: &Sequence, depth: usize) -> Offer {
-        let mut last = sequence.tokens.last().copied().unwrap_or_default();
-        let mut chance = 1.0;
-        let mut offer = Offer { source: Some(Source::Suffix), ..Offer::default() };
-        for depth in 0..depth {
-            last = replay.draft(last);
-            offer.tokens.push(last);
-            chance *= sequence.track.head.chance(depth, &self.experience).lower();
-            offer.chances.push(chance);
-        }
-        offer
     }
 
     fn learn(&mut self, sequence: &mut Sequence, drafts: &[u32], came: usize) {
@@ -548,4 +534,18 @@ impl Speculation {
     fn is_hopeless_for_all(&self, running: &[Sequence]) -> bool {
         running.iter().filter(|s| s.track.head.next_row.is_some()).all(|s| self.is_hopeless(Some(s)))
     }
+}
+
+/// Drafts that cost nothing, with outcomes by a coin: they count as looked up.
+fn replayed_offer(replay: &super::replay::Replaying, sequence: &Sequence, depth: usize) -> Offer {
+    let mut last = sequence.tokens.last().copied().unwrap_or_default();
+    let mut chance = 1.0;
+    let mut offer = Offer { source: Some(Source::Suffix), ..Offer::default() };
+    for _ in 0..depth {
+        last = replay.draft(last);
+        offer.tokens.push(last);
+        chance *= replay.acceptance();
+        offer.chances.push(chance);
+    }
+    offer
 }
