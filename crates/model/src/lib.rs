@@ -13,6 +13,7 @@
 //! | `decoder.rs` | one step: [`Batch`] in, logits out |
 //! | `attention_mla.rs`, `attention_gqa.rs`, `indexer.rs`, `ffn.rs` | the parts of a layer |
 //! | `mtp.rs`, `draft_precision.rs` | the multi-token-prediction layer, and cheaper weights for it |
+//! | `layer_pass.rs` | one part at a time, for models larger than memory |
 //! | `account.rs` | parameters and bytes per token, by component |
 //! | `tap.rs` | a hook to look at values inside a step |
 
@@ -28,6 +29,7 @@ pub mod error;
 mod ffn;
 mod fields;
 mod indexer;
+pub mod layer_pass;
 pub mod mtp;
 pub mod provider;
 pub mod rope;
@@ -42,5 +44,6 @@ pub use batch::Batch;
 pub use config::ModelConfig;
 pub use decoder::{Decoder, DecoderOptions};
 pub use error::{Error, Result};
+pub use layer_pass::LayerPass;
 pub use session::Session;
 pub use tap::{Tap, TapPoint};

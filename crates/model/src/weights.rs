@@ -3,6 +3,7 @@
 use crate::account::{Account, Component, Entry};
 use crate::config::{Attention, Ffn, Gqa, IndexSource, Layer, Mla, ModelConfig};
 use crate::draft_precision::DRAFT_HEAD;
+use crate::layer_pass::Part;
 use crate::provider::WeightProvider;
 use crate::{Error, Result};
 use moellon_checkpoint::{Checkpoint, Matrix, MlaShape, Projection};
@@ -200,6 +201,22 @@ impl Weights {
         .run()
     }
 
+    /// Loads one part alone. Handles of what was not loaded are empty (no matrix), and an operation on one is refused.
+    ///
+    /// # Errors
+    /// As [`Weights::load`].
+    pub(crate) fn load_part(
+        config: &ModelConfig,
+        provider: &dyn WeightProvider,
+        part: Part,
+        backend: &mut dyn Backend,
+        progress: &mut dyn FnMut(Progress<'_>),
+    ) -> Result<Self> {
+        let account = Account::default();
+        Loader { config, provider, target: Some((backend, progress)), account, done_bytes: 0, mtp: false }
+            .run_part(part)
+    }
+
     /// Checks every shape and counts every byte without reading weights or touching a device; the handles are empty.
     ///
     /// # Errors
@@ -287,6 +304,42 @@ impl Loader<'_> {
             }
         }
         Ok(Weights { embed_tokens, layers, norm, lm_head, mtp, account: self.account })
+    }
+
+    fn run_part(mut self, part: Part) -> Result<Weights> {
+        let config = self.config;
+        let shape = [config.vocab_size, config.hidden_size];
+        let nothing = Weight { id: 0, format: WeightFormat::F32, count: 0, rows: 0, cols: 0, has_bias: false };
+        let no_norm = Buffer { id: 0, element: ElementType::F32, len: 0 }.tensor(0, 0);
+        let mut weights = Weights {
+            embed_tokens: nothing,
+            layers: Vec::new(),
+            norm: no_norm,
+            lm_head: nothing,
+            mtp: Vec::new(),
+            account: Account::default(),
+        };
+        if let Part::Embedding | Part::Mtp(_) = part {
+            weights.embed_tokens = self.linear(Component::Embedding, "model.embed_tokens", shape, false)?;
+        }
+        if let Part::Head | Part::Mtp(_) = part {
+            let tied = config.tie_word_embeddings && !self.provider.has("lm_head.weight");
+            let name = if tied { "model.embed_tokens" } else { "lm_head" };
+            weights.lm_head = self.linear(Component::Head, name, shape, false)?;
+            self.head_is_quantized = weights.lm_head.format.is_quantized();
+        }
+        match part {
+            Part::Embedding => {}
+            Part::Layer(layer) => {
+                weights.layers.push(self.layer(&format!("model.layers.{layer}"), &config.layers[layer])?);
+            }
+            Part::Head => weights.norm = self.vector("model.norm.weight", config.hidden_size)?,
+            Part::Mtp(layer) => {
+                weights.mtp.push(self.mtp_layer(&format!("model.layers.{}", config.layers.len() + layer))?);
+            }
+        }
+        weights.account = self.account;
+        Ok(weights)
     }
 
     fn mtp_layer(&mut self, prefix: &str) -> Result<MtpWeights> {

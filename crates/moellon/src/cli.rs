@@ -1,5 +1,6 @@
 //! Flags. Every flag can also be given in the environment as `MOELLON_<FLAG>`; the flag wins.
 
+use crate::surgery::options as surgery;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -41,6 +42,12 @@ pub enum Command {
     Bench(BenchOptions),
     /// Say what this machine has and what would run where.
     Doctor(DoctorOptions),
+    /// Measure what weights are given and what experts add, with texts, a layer at a time.
+    Calibrate(surgery::CalibrateOptions),
+    /// Write a model in other weight formats. A killed run goes on where it was when it is started again.
+    Quantize(surgery::QuantizeOptions),
+    /// Say how far a model's predictions are from another's: KL divergence, agreement, perplexity, layer by layer.
+    Compare(surgery::CompareOptions),
 }
 
 /// Which model.

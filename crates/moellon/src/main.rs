@@ -15,6 +15,7 @@ mod model_source;
 mod run;
 mod serve;
 mod speculation;
+mod surgery;
 mod table;
 
 use clap::Parser;
@@ -30,6 +31,9 @@ fn main() -> ExitCode {
         cli::Command::Logits(options) => logits::run(&options),
         cli::Command::Bench(options) => bench::run(&options),
         cli::Command::Doctor(options) => doctor::run(&options),
+        cli::Command::Calibrate(options) => surgery::calibrate(&options),
+        cli::Command::Quantize(options) => surgery::quantize(&options),
+        cli::Command::Compare(options) => surgery::compare(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -59,6 +59,36 @@ impl ModelSource {
         Ok(ModelSource { name, checkpoint, config, generation_config })
     }
 
+    /// Files that go with a model that is made of this one: tokenizer, chat template, generation config, an earlier
+    /// receipt. All files of the directory but weights, `config.json`, hidden ones and what is larger than 64 MiB.
+    pub fn companion_files(&self, directory: Option<&Path>) -> Result<Vec<(String, Vec<u8>)>> {
+        const LARGEST_BYTES: u64 = 64 << 20;
+        let Some(directory) = directory else {
+            let files = [
+                ("generation_config.json", bundled::GENERATION_CONFIG),
+                ("tokenizer.json", bundled::TOKENIZER),
+                ("tokenizer_config.json", bundled::TOKENIZER_CONFIG),
+                ("chat_template.jinja", bundled::CHAT_TEMPLATE),
+            ];
+            return Ok(files.map(|(name, bytes)| (name.to_owned(), bytes.to_vec())).into());
+        };
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(directory).with_context(|| directory.display().to_string())? {
+            let path = entry?.path();
+            let Some(name) = path.file_name().and_then(|name| name.to_str()).map(str::to_owned) else { continue };
+            let weights = name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json");
+            if weights || name == "config.json" || name.starts_with('.') {
+                continue;
+            }
+            let metadata = std::fs::metadata(&path).with_context(|| path.display().to_string())?;
+            if metadata.is_file() && metadata.len() <= LARGEST_BYTES {
+                files.push((name, std::fs::read(&path).with_context(|| path.display().to_string())?));
+            }
+        }
+        files.sort();
+        Ok(files)
+    }
+
     /// Its tokenizer, checked against the model's vocabulary.
     pub fn tokenizer(&self, directory: Option<&Path>) -> Result<Arc<Tokenizer>> {
         let tokenizer = match directory {

@@ -74,6 +74,14 @@ impl Golden {
         Decoder::new(self.config.clone(), weights, options, backend).expect("decoder fits")
     }
 
+    pub(crate) fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    pub(crate) fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
     pub(crate) fn has(&self, key: &str) -> bool {
         SafeTensors::deserialize(&self.golden).expect("golden file is sound").tensor(key).is_ok()
     }
