@@ -44,6 +44,10 @@ pub enum Command {
     Doctor(DoctorOptions),
     /// Measure what weights are given and what experts add, with texts, a layer at a time.
     Calibrate(surgery::CalibrateOptions),
+    /// Write a model with fewer experts: those that the calibration says matter.
+    Prune(surgery::PruneOptions),
+    /// Decide which module gets how many bits under a budget, by measured sensitivities or by depth.
+    Plan(surgery::PlanOptions),
     /// Write a model in other weight formats. A killed run goes on where it was when it is started again.
     Quantize(surgery::QuantizeOptions),
     /// Say how far a model's predictions are from another's: KL divergence, agreement, perplexity, layer by layer.

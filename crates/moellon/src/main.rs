@@ -32,6 +32,8 @@ fn main() -> ExitCode {
         cli::Command::Bench(options) => bench::run(&options),
         cli::Command::Doctor(options) => doctor::run(&options),
         cli::Command::Calibrate(options) => surgery::calibrate(&options),
+        cli::Command::Prune(options) => surgery::prune(&options),
+        cli::Command::Plan(options) => surgery::plan(&options),
         cli::Command::Quantize(options) => surgery::quantize(&options),
         cli::Command::Compare(options) => surgery::compare(&options),
     };

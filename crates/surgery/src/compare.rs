@@ -212,6 +212,16 @@ fn log_sum_exp(logits: &[f32]) -> (f64, u32) {
     (max + sum.ln(), best as u32)
 }
 
+/// Sum over rows of `KL(reference || model)`.
+pub(crate) fn total_divergence(model: &[f32], reference: &[f32], vocab_size: usize) -> f64 {
+    let rows: Vec<f64> = model
+        .par_chunks_exact(vocab_size)
+        .zip(reference.par_chunks_exact(vocab_size))
+        .map(|(model, reference)| compare_row(model, reference, None).kl)
+        .collect();
+    rows.iter().sum()
+}
+
 fn compare_row(model: &[f32], reference: &[f32], next: Option<u32>) -> Row {
     let (model_sum, model_best) = log_sum_exp(model);
     let (reference_sum, reference_best) = log_sum_exp(reference);

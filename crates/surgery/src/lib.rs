@@ -3,6 +3,8 @@
 //! | step | file | what |
 //! |---|---|---|
 //! | calibrate | `calibrate.rs`, `stream.rs`, `observe.rs`, `stats.rs` | texts through a model, a layer at a time |
+//! | prune | `prune.rs` | fewer experts, by their saliency |
+//! | plan | `plan.rs`, `sensitivity.rs`, `allocate.rs` | which module gets how many bits |
 //! | quantize | `quantize.rs`, `encoder.rs`, `search_*.rs`, `feedback.rs` | other formats, module by module |
 //! | compare | `compare.rs`, `picture.rs` | how far predictions are from another model's |
 //!
@@ -10,6 +12,7 @@
 //! under a temporary name and with a journal, so that a killed run goes on (`product.rs`), and carry a receipt and a model
 //! card (`report.rs`). Nothing here names a back end: the caller hands in what makes one.
 
+pub mod allocate;
 pub mod calibrate;
 pub mod compare;
 pub mod encoder;
@@ -25,10 +28,12 @@ pub mod picture;
 pub mod plan;
 mod product;
 mod progress;
+pub mod prune;
 pub mod quantize;
 pub mod report;
 mod search_affine;
 mod search_float;
+pub mod sensitivity;
 mod simd;
 pub mod stats;
 pub mod stream;

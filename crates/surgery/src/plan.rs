@@ -98,6 +98,12 @@ impl Plan {
         Ok(Plan { schema: 1, name: name.to_owned(), rules })
     }
 
+    /// A rule for every module by its full name.
+    pub(crate) fn explicit(name: &str, modules: &[(String, WeightFormat)]) -> Self {
+        let rules = modules.iter().map(|(module, format)| Rule::new(module, &formats::name(*format))).collect();
+        Plan { schema: 1, name: name.to_owned(), rules }
+    }
+
     /// Reads a plan file.
     ///
     /// # Errors

@@ -113,9 +113,8 @@ pub fn quantize(
 
 /// The share of the whole that a module's error is: relative, so that modules of different scales can be added up.
 fn module_error(entry: &Value) -> ErrorSum {
-    let number = |key: &str| entry.get(key).and_then(Value::as_f64).unwrap_or(0.0);
-    let (noise, weights) = (number("relative_error"), number("weights"));
-    ErrorSum { error: noise * weights, signal: weights }
+    let weights = entry["weights"].as_u64().unwrap_or(0) as f64;
+    ErrorSum { error: report::relative_error(entry) * weights, signal: weights }
 }
 
 /// Encodes one module, notes its error and writes its tensors.
@@ -149,6 +148,8 @@ fn encode_module(
         parts.push(matrix);
     }
     let relative_error = if sum.signal > 0.0 { sum.error / sum.signal } else { 0.0 };
+    // As text: a float that went through the journal's JSON may come back one unit in the last place off.
+    let relative_error = format!("{relative_error:.6e}");
     let entry = json!({
         "weights": module.num_weights(),
         "bytes": tensors.iter().filter_map(|(_, spec)| spec.size_bytes()).sum::<usize>(),

@@ -73,7 +73,7 @@ impl Receipt {
             format: formats::name(format),
             weights: module.num_weights(),
             bytes: integer("bytes"),
-            relative_error: entry.get("relative_error").and_then(Value::as_f64).unwrap_or(0.0),
+            relative_error: relative_error(entry),
             lossless: entry.get("lossless").and_then(Value::as_bool).unwrap_or(false),
         });
     }
@@ -211,6 +211,11 @@ impl Receipt {
         }
         sentences
     }
+}
+
+/// The relative squared error that a journal entry notes, as text; 0 where nothing was lost.
+pub(crate) fn relative_error(entry: &Value) -> f64 {
+    entry.get("relative_error").and_then(Value::as_str).and_then(|text| text.parse().ok()).unwrap_or(0.0)
 }
 
 fn bits_per_weight(weights: u64, bytes: u64) -> f64 {

@@ -101,8 +101,18 @@ impl<'a> Stream<'a> {
     }
 
     pub(crate) fn layer(&mut self, layer: usize, backend: &mut dyn Backend) -> Result<()> {
-        let mut pass = self.load(Part::Layer(layer), backend)?;
-        for chunk in &mut self.chunks {
+        let mut pass = self.load_layer(layer, backend)?;
+        Self::run_layer(&mut pass, &mut self.chunks, backend)
+    }
+
+    /// A layer, loaded, for callers that run several versions of the hidden states through it.
+    pub(crate) fn load_layer(&self, layer: usize, backend: &mut dyn Backend) -> Result<LayerPass> {
+        self.load(Part::Layer(layer), backend)
+    }
+
+    /// Runs a loaded layer over chunks of any stream of the same sequences.
+    pub(crate) fn run_layer(pass: &mut LayerPass, chunks: &mut [Chunk], backend: &mut dyn Backend) -> Result<()> {
+        for chunk in chunks {
             pass.layer(&chunk.batch, &mut chunk.hidden, &mut chunk.index_set, backend, None)?;
         }
         Ok(())

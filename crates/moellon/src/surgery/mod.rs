@@ -3,12 +3,16 @@
 mod calibrate;
 mod compare;
 pub mod options;
+mod plan;
+mod prune;
 mod quantize;
 mod reporter;
 mod texts;
 
 pub use calibrate::run as calibrate;
 pub use compare::run as compare;
+pub use plan::run as plan;
+pub use prune::run as prune;
 pub use quantize::run as quantize;
 
 use crate::backend;

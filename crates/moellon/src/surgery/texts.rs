@@ -14,6 +14,7 @@ pub struct Texts {
 
 /// Reads, tokenizes and cuts the texts. They are text, whatever they contain: no special tokens are recognised in them.
 pub fn read(options: &TextOptions, tokenizer: &Tokenizer, max_position: usize) -> Result<Texts> {
+    anyhow::ensure!(!options.text.is_empty(), "--text is missing, expected one file at least");
     anyhow::ensure!(
         (2..=max_position).contains(&options.sequence),
         "--sequence is {}, expected 2 to {max_position}, what the model was made for",
