@@ -6,7 +6,7 @@
 //! `|(w - ŵ) R|²`, and its column `j` is `R_jj (e_j + sum_{i<j} e_i N_ij)` with `e = w - ŵ` and `N_ij = R_ij / R_jj`. So
 //! `ŵ_j` is the code nearest to `w_j + sum_{i<j} e_i N_ij`.
 
-use crate::linear_algebra::{add_product, upper_cholesky};
+use crate::linear_algebra::{add_gram, add_product, mirror, upper_cholesky};
 use crate::search_float::FloatCode;
 use crate::simd::{Kernel, dispatch};
 
@@ -119,6 +119,16 @@ impl Feedback {
     }
 }
 
+/// `E[x xᵀ]` over rows `x` (`[rows, width]`), both triangles.
+pub fn second_moments(x: &[f32], width: usize) -> Vec<f32> {
+    let mut moments = vec![0.0; width * width];
+    add_gram(x, width, &mut moments);
+    mirror(&mut moments, width);
+    let factor = width as f32 / x.len().max(1) as f32;
+    moments.iter_mut().for_each(|moment| *moment *= factor);
+    moments
+}
+
 fn scale_of(column_scales: Option<&[f32]>, column: u32) -> f32 {
     column_scales.map_or(1.0, |scales| scales[column as usize])
 }
@@ -208,7 +218,6 @@ impl Kernel for RoundBlock<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linear_algebra::{add_gram, mirror};
     use moellon_tensor::rng::SplitMix64;
 
     /// Inputs with strong correlations, their moments, and a row of weights with a coarse grid.
@@ -224,10 +233,7 @@ mod tests {
                 noise[at] + (0..4).map(|k| shared[t * 4 + k] * mix[k * width + c]).sum::<f32>()
             })
             .collect();
-        let mut moments = vec![0.0; width * width];
-        add_gram(&x, width, &mut moments);
-        mirror(&mut moments, width);
-        moments.iter_mut().for_each(|m| *m /= 512.0);
+        let moments = second_moments(&x, width);
         let weights = rng.normals(width, 0.05);
         let grid = RowGrid { scales: vec![0.03; 3], offsets: vec![-0.105; 3], scale_codes: Vec::new() };
         (width, moments, weights, grid)

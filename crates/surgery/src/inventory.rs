@@ -162,10 +162,20 @@ impl Inventory {
     /// # Errors
     /// As [`Weights::describe`].
     pub fn take(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Self> {
-        let recorder = Recorder { checkpoint, num_layers: config.layers.len(), notes: RefCell::default() };
+        let recorder = Recorder { checkpoint, num_layers: config.layers.len(), modules: RefCell::default() };
         Weights::describe(config, &recorder)?;
-        let Notes { modules, expert_biases } = recorder.notes.into_inner();
-        let mut inventory = Inventory { modules, kept: Vec::new(), expert_biases };
+        let modules = recorder.modules.into_inner();
+        let mut inventory = Inventory { modules, kept: Vec::new(), expert_biases: Vec::new() };
+        // A description has no use for biases and does not ask for them.
+        for module in &inventory.modules {
+            if let Place::Experts { block, projection } = &module.place
+                && checkpoint.expert_biases(block, *projection, module.rows)?.is_some()
+            {
+                let (block, projection) = (block.clone(), *projection);
+                let bias = ExpertBias { block, projection, count: module.count, rows: module.rows };
+                inventory.expert_biases.push(bias);
+            }
+        }
         inventory.kept = inventory.unclaimed(checkpoint);
         Ok(inventory)
     }
@@ -216,17 +226,11 @@ const PARTS: [&str; 13] = [
     "weight_zero_point",
 ];
 
-#[derive(Default)]
-struct Notes {
-    modules: Vec<Module>,
-    expert_biases: Vec<ExpertBias>,
-}
-
 /// Hands the checkpoint's weights through and notes what was asked for.
 struct Recorder<'a> {
     checkpoint: &'a Checkpoint,
     num_layers: usize,
-    notes: RefCell<Notes>,
+    modules: RefCell<Vec<Module>>,
 }
 
 impl Recorder<'_> {
@@ -242,7 +246,7 @@ impl Recorder<'_> {
         let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
         let mtp = layer.is_some_and(|layer: usize| layer >= self.num_layers);
         let module = Module { name, role, layer, mtp, count, rows, cols, source_format: format, place };
-        self.notes.borrow_mut().modules.push(module);
+        self.modules.borrow_mut().push(module);
     }
 
     fn note_heads(&self, attention: &str, shape: MlaShape, queries: WeightFormat, values: WeightFormat) {
@@ -289,12 +293,7 @@ impl WeightProvider for Recorder<'_> {
         projection: Projection,
         rows: usize,
     ) -> moellon_model::Result<Option<Vec<f32>>> {
-        let biases = self.checkpoint.expert_biases(path, projection, rows)?;
-        if let Some(biases) = &biases {
-            let bias = ExpertBias { block: path.to_owned(), projection, count: biases.len() / rows, rows };
-            self.notes.borrow_mut().expert_biases.push(bias);
-        }
-        Ok(biases)
+        Ok(self.checkpoint.expert_biases(path, projection, rows)?)
     }
 
     fn mla_kv_b(&self, path: &str, shape: MlaShape) -> moellon_model::Result<KvB<'_>> {

@@ -1,18 +1,9 @@
-//! Pictures as SVG text: the distribution of a divergence, and curves of quality over size.
+//! A comparison as an SVG picture: the distribution of the divergence, and the error after every layer.
 
 use crate::compare::Comparison;
 use std::fmt::Write as _;
 
-/// One curve of a [`curves`] picture.
-#[derive(Debug, Clone)]
-pub struct Curve {
-    /// What it is.
-    pub name: String,
-    /// Points in order.
-    pub points: Vec<[f64; 2]>,
-}
-
-const COLORS: [&str; 8] = ["#1b6ca8", "#c8553d", "#3a7d44", "#7d4e9e", "#b8860b", "#5f6b6d", "#d16ba5", "#2aa198"];
+const COLORS: [&str; 3] = ["#1b6ca8", "#c8553d", "#3a7d44"];
 
 /// Left, top, width and height of a plot in the picture.
 #[derive(Clone, Copy)]
@@ -127,37 +118,6 @@ impl Canvas {
     }
 }
 
-/// Curves over a linear x axis and a logarithmic y axis, with a legend.
-pub fn curves(title: &str, x_label: &str, y_label: &str, curves: &[Curve]) -> String {
-    let points = || curves.iter().flat_map(|curve| &curve.points);
-    let range = |of: fn(&[f64; 2]) -> f64| {
-        points().map(of).fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| (low.min(v), high.max(v)))
-    };
-    let ((x_low, x_high), (y_low, y_high)) = (range(|p| p[0]), range(|p| p[1]));
-    let (x, y) = (Axis::linear(x_low, x_high), Axis::decades(y_low, y_high));
-    let frame = Frame { left: 70.0, top: 60.0, width: 620.0, height: 360.0 };
-    let mut canvas = Canvas::new(900.0, 480.0);
-    canvas.text(70.0, 26.0, "start", title);
-    canvas.axes(frame, x, y, [x_label, y_label]);
-    for (at, curve) in curves.iter().enumerate() {
-        let color = COLORS[at % COLORS.len()];
-        let place =
-            |p: &[f64; 2]| [frame.left + x.place(p[0]) * frame.width, frame.top + (1.0 - y.place(p[1])) * frame.height];
-        let path: Vec<String> = curve.points.iter().map(place).map(|[x, y]| format!("{x:.1},{y:.1}")).collect();
-        canvas.put(format_args!(
-            "<polyline points=\"{}\" fill=\"none\" stroke=\"{color}\" stroke-width=\"2\"/>",
-            path.join(" ")
-        ));
-        for [x, y] in curve.points.iter().map(place) {
-            canvas.put(format_args!("<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.5\" fill=\"{color}\"/>"));
-        }
-        let row = 70.0 + at as f64 * 20.0;
-        canvas.put(format_args!("<rect x=\"705\" y=\"{:.1}\" width=\"14\" height=\"4\" fill=\"{color}\"/>", row - 5.0));
-        canvas.text(725.0, row, "start", &curve.name);
-    }
-    canvas.finish()
-}
-
 /// The distribution of the divergence over tokens, and the signal to noise after every layer.
 pub fn comparison(title: &str, comparison: &Comparison) -> String {
     const BINS: usize = 48;
@@ -220,11 +180,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn points_stand_where_their_values_are() {
-        let curve = Curve { name: "a<b".to_owned(), points: vec![[2.0, 0.01], [4.0, 1.0]] };
-        let svg = curves("title", "bits", "KL", &[curve]);
-        // The whole width and both decades: the corners of the frame.
-        assert!(svg.contains("points=\"70.0,420.0 690.0,60.0\""), "{svg}");
-        assert!(svg.contains("a&lt;b") && svg.contains(">0.1<") && svg.ends_with("</svg>\n"));
+    fn axes_map_their_ends_and_decades() {
+        let axis = Axis::decades(2e-3, 0.5);
+        assert_eq!((axis.low, axis.high), (1e-3, 1.0));
+        assert!((axis.place(1e-3), axis.place(1.0)) == (0.0, 1.0) && (axis.place(0.1) - 2.0 / 3.0).abs() < 1e-9);
+        assert_eq!(axis.ticks().len(), 4);
+        let axis = Axis::linear(0.0, 6.0);
+        assert_eq!(axis.ticks(), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        assert_eq!((axis.place(3.0), axis.label(3.0)), (0.5, "3".to_owned()));
     }
 }

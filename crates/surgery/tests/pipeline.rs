@@ -135,6 +135,23 @@ fn a_model_is_at_no_distance_from_itself() {
     assert_eq!(comparison.tokens, 3 * 39);
 }
 
+/// Every tensor arrives under the name that the reader looks for, biases and transposed halves included.
+#[test]
+fn a_model_written_without_loss_predicts_the_same_bits() {
+    for name in ["glm_moe_dsa_pattern", "deepseek_v3_direct", "glm4_moe", "qwen3_moe", "gpt_oss", "mixtral"] {
+        let model = Opened::fixture(name);
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let out = dir.path().join("f32");
+        let plan = Plan::uniform(formats::parse("f32").expect("known"));
+        let encoder = EncoderOptions { method: Method::Search, nvfp4_global_scale: true };
+        let options = QuantizeOptions { plan: &plan, stats: None, encoder, max_shard_bytes: 1 << 30 };
+        quantize(model.source(), options, &out, &mut |_| {}).expect("the model is written");
+        let comparison = distance(&Opened::new(&out), &model, &model.tokens(2, 30));
+        assert_eq!(comparison.kl_max, 0.0, "{name}");
+        assert!(comparison.layer_snr_db.iter().all(|db| *db == f64::INFINITY), "{name}: {comparison:?}");
+    }
+}
+
 #[test]
 fn pruned_experts_are_the_same_bytes_and_the_rest_is_untouched() {
     for name in ["glm_moe_dsa", "qwen3_moe", "gpt_oss", "mixtral", "glm4_moe_group"] {

@@ -22,7 +22,7 @@ pub fn run(options: &PlanOptions) -> Result<()> {
         (_, Some(gb), _) => Budget::Bytes(gb * 1e9),
         (.., gb) => Budget::BytesPerToken(gb.unwrap_or_default() * 1e9),
     };
-    let parse = |name: &String| formats::parse(name);
+    let parse = |name: &String| formats::parse(name).map_err(anyhow::Error::from);
     if let Some(names) = &options.depth_u {
         let [wide, narrow] = [&names[0], &names[1]].map(parse);
         let inventory = Inventory::take(&model.config, &model.checkpoint)?;
@@ -37,7 +37,7 @@ pub fn run(options: &PlanOptions) -> Result<()> {
         println!("{}: {}", options.out.display(), plan.name);
         return Ok(());
     }
-    let candidates = options.formats.iter().map(parse).collect::<Result<Vec<_>, _>>().context("--formats")?;
+    let candidates = options.formats.iter().map(parse).collect::<Result<Vec<_>>>().context("--formats")?;
     let sensitivities = read_or_measure(options, &model, source, &candidates)?;
     let (plan, expected) = sensitivity::plan(source, &sensitivities, &candidates, budget)?;
     plan.write(&options.out)?;
