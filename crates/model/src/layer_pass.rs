@@ -3,8 +3,8 @@
 
 use crate::batch::Batch;
 use crate::config::ModelConfig;
-use crate::decoder::{Decoder, DecoderOptions};
-use crate::mtp::MtpHidden;
+use crate::decoder::{Decoder, DecoderOptions, Pass};
+use crate::mtp::{MtpHidden, MtpStep};
 use crate::provider::WeightProvider;
 use crate::tap::Tap;
 use crate::weights::{Progress, Weights};
@@ -97,7 +97,7 @@ impl LayerPass {
         hidden: &mut [f32],
         index_set: &mut Option<HostIndexSet>,
         backend: &mut dyn Backend,
-        mut tap: Option<&mut dyn Tap>,
+        tap: Option<&mut dyn Tap>,
     ) -> Result<()> {
         let Part::Layer(_) = self.part else { return Err(self.wrong_part("a layer")) };
         let step = self.decoder.begin(batch, backend)?;
@@ -105,7 +105,7 @@ impl LayerPass {
         let space = &self.decoder.workspace;
         let [device_hidden, delta] = [space.hidden, space.delta].map(|b| b.tensor(tokens, hidden_size));
         backend.write_f32(device_hidden, hidden)?;
-        let mut device_set = match index_set {
+        let device_set = match index_set {
             Some(set) => {
                 let ids = space.index_ids.tensor(tokens, set.ids.len() / tokens);
                 let counts = space.index_counts.tensor(1, tokens);
@@ -116,7 +116,16 @@ impl LayerPass {
             None => None,
         };
         let weights = &self.decoder.weights.layers[0];
-        self.decoder.layer_with(weights, 0, &step, None, &mut device_set, backend, &mut tap)?;
+        let mut run = Pass {
+            decoder: &self.decoder,
+            step: &step,
+            backend: &mut *backend,
+            tap,
+            index_set: device_set,
+            shares_index: false,
+        };
+        run.layer(weights, 0, None)?;
+        let device_set = run.index_set;
         // The next layer's norm would add the feed-forward's output; the sum is the same.
         backend.add(&Add { x: device_hidden, y: delta })?;
         backend.read_f32(device_hidden, hidden)?;
@@ -161,7 +170,8 @@ impl LayerPass {
         let rows = self.decoder.workspace.final_hidden.tensor(tokens, self.decoder.config.hidden_size);
         backend.write_f32(rows, final_hidden)?;
         let all: Vec<u32> = (0..tokens as u32).collect();
-        self.decoder.forward_mtp(batch, &all, MtpHidden::Trunk, backend)
+        let step = MtpStep { batch, hidden_rows: &all, hidden: MtpHidden::Trunk, share_index_of: None };
+        self.decoder.forward_mtp(&step, backend)
     }
 
     fn expect(&self, part: Part) -> Result<()> {

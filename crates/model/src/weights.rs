@@ -213,8 +213,16 @@ impl Weights {
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<Self> {
         let account = Account::default();
-        Loader { config, provider, target: Some((backend, progress)), account, done_bytes: 0, mtp: false }
-            .run_part(part)
+        Loader {
+            config,
+            provider,
+            target: Some((backend, progress)),
+            account,
+            done_bytes: 0,
+            mtp: false,
+            head_is_quantized: false,
+        }
+        .run_part(part)
     }
 
     /// Checks every shape and counts every byte without reading weights or touching a device; the handles are empty.
