@@ -4,8 +4,13 @@
 // are joined by `attend_join` in order. Which keys make a part depends on their rank in the row's own list alone.
 #include "common.cuh"
 
-#define SPLIT 128
+#define SPLIT 64
 #define TILE 32
+
+// 16 bytes to shared memory.
+DEVICE void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from));
+}
 
 struct AttendArgs {
   Mat q, q_rope, out;          // q_rope.p null: no second part
@@ -33,9 +38,11 @@ DEVICE void keys_of(const AttendArgs& a, u32 t, u32& first, u32& count) {
   count = p + 1 - first;
 }
 
-// DPL: value columns a lane has.
-template <int DPL> DEVICE void attend(const AttendArgs& a) {
-  extern __shared__ float shared[];
+// T: type of the cached rows, kept in shared memory as they are. DPL: pairs of value columns a lane has.
+template <typename T, int DPL> DEVICE void attend(const AttendArgs& a) {
+  extern __shared__ __align__(16) u8 shared[];
+  constexpr bool BF16 = sizeof(T) == 2;
+  constexpr u32 PER = 16 / sizeof(T);                         // elements of 16 bytes
   pdl_launch();
   pdl_wait();
   u32 t = blockIdx.z, split = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -45,62 +52,71 @@ template <int DPL> DEVICE void attend(const AttendArgs& a) {
   if (begin >= count) return;
   u32 end = begin + SPLIT < count ? begin + SPLIT : count;
   u32 head = blockIdx.y * a.heads_per_block + warp, key_head = blockIdx.y * a.heads_per_block / a.heads_per_key;
-  u32 key_dim = a.q_dim + a.q_rope_dim, stride = (key_dim + 3) / 4 * 4 + 4, value_stride = a.value_dim;
-  float* q = shared;                                          // [heads_per_block][stride]
-  float* keys = q + a.heads_per_block * stride;               // [TILE][stride]
-  float* values = a.values_are_keys ? keys : keys + TILE * stride;  // [TILE][value_dim]
-  if (a.values_are_keys) value_stride = stride;
-  for (u32 i = threadIdx.x; i < a.heads_per_block * stride; i += blockDim.x) {
-    u32 h = blockIdx.y * a.heads_per_block + i / stride, c = i % stride;
+  // Rows are padded to whole 16 bytes and then by 16 more, so that the keys of eight lanes lie in different banks.
+  u32 key_dim = a.q_dim + a.q_rope_dim, padded = (key_dim + PER - 1) / PER * PER, stride = padded + PER;
+  u32 value_stride = a.values_are_keys ? stride : (a.value_dim + PER - 1) / PER * PER;
+  float* q = (float*)shared;                                  // [heads_per_block][padded]
+  T* keys = (T*)(q + a.heads_per_block * padded);             // [TILE][stride]
+  T* values = a.values_are_keys ? keys : keys + TILE * stride;  // [TILE][value_stride]
+  for (u32 i = threadIdx.x; i < a.heads_per_block * padded; i += blockDim.x) {
+    u32 h = blockIdx.y * a.heads_per_block + i / padded, c = i % padded;
     float v = 0.f;
     if (c < a.q_dim) v = a.q.p[(u64)t * a.q.stride + h * a.q_dim + c];
     else if (c < key_dim) v = a.q_rope.p[(u64)t * a.q_rope.stride + h * a.q_rope_stride + c - a.q_dim];
     q[i] = v;
   }
   const u32* table = a.paging.block_table + (u64)a.paging.sequences[t] * a.paging.max_blocks;
-  float m = -INFINITY, l = 0.f, acc[DPL];
+  u32 key_column = a.key_first + key_head * a.key_step, value_column = a.value_first + key_head * a.value_step;
+  bool wide = a.cache_width % PER == 0 && key_column % PER == 0 && key_dim % PER == 0 && value_column % PER == 0 && a.value_dim % PER == 0;
+  float m = -INFINITY, l = 0.f;
+  float2 acc[DPL];
 #pragma unroll
-  for (int i = 0; i < DPL; i++) acc[i] = 0.f;
+  for (int i = 0; i < DPL; i++) acc[i] = make_float2(0.f, 0.f);
+  __shared__ u64 row_of[TILE];
   for (u32 base = begin; base < end; base += TILE) {
     __syncthreads();
-    // A warp copies whole rows.
-    for (u32 k = warp; k < TILE; k += blockDim.x / 32) {
-      float* key = keys + k * stride;
-      if (base + k < end) {
-        u32 p = a.index_ids ? a.index_ids[(u64)t * a.index_stride + base + k] : first + base + k;
-        u64 row = ((u64)table[p / a.paging.block_size] * a.paging.block_size + p % a.paging.block_size) * a.cache_width;
-        u64 key_row = row + a.key_first + key_head * a.key_step, value_row = row + a.value_first + key_head * a.value_step;
-        auto copy = [&](float* to, u64 from, u32 n, u32 padded) {
-          if (a.cache_bf16) {
-            const u16* p = (const u16*)a.cache + from;
-            if (n % 2 == 0 && from % 2 == 0) {
-#pragma unroll 9
-              for (u32 c = 2 * lane; c < n; c += 64) { u32 v = *(const u32*)(p + c); to[c] = __uint_as_float(v << 16); to[c + 1] = __uint_as_float(v & 0xffff0000u); }
-            } else for (u32 c = lane; c < n; c += 32) to[c] = bf16_to_f32(p[c]);
-          } else {
-            const float* p = (const float*)a.cache + from;
-            for (u32 c = lane; c < n; c += 32) to[c] = p[c];
-          }
-          for (u32 c = n + lane; c < padded; c += 32) to[c] = 0.f;
-        };
-        copy(key, key_row, key_dim, stride);
-        if (!a.values_are_keys) copy(values + k * value_stride, value_row, a.value_dim, a.value_dim);
-      } else {
-        for (u32 c = lane; c < stride; c += 32) key[c] = 0.f;
-        if (!a.values_are_keys) for (u32 c = lane; c < a.value_dim; c += 32) values[k * value_stride + c] = 0.f;
-      }
+    if (threadIdx.x < TILE && base + threadIdx.x < end) {
+      u32 p = a.index_ids ? a.index_ids[(u64)t * a.index_stride + base + threadIdx.x] : first + base + threadIdx.x;
+      row_of[threadIdx.x] = ((u64)table[p / a.paging.block_size] * a.paging.block_size + p % a.paging.block_size) * a.cache_width;
     }
     __syncthreads();
+    auto copy = [&](T* to, u32 to_stride, u32 column, u32 n) {
+      if (wide) {
+        u32 pieces = n / PER;
+        for (u32 i = threadIdx.x; i < TILE * pieces; i += blockDim.x) {
+          u32 k = i / pieces, c = i % pieces * PER;
+          if (base + k < end) copy_async(to + k * to_stride + c, (const T*)a.cache + row_of[k] + column + c);
+        }
+      } else {
+        for (u32 i = threadIdx.x; i < TILE * to_stride; i += blockDim.x) {
+          u32 k = i / to_stride, c = i % to_stride;
+          to[i] = base + k < end && c < n ? ((const T*)a.cache)[row_of[k] + column + c] : (T)0;
+        }
+      }
+    };
+    copy(keys, stride, key_column, key_dim);
+    if (!a.values_are_keys) copy(values, value_stride, value_column, a.value_dim);
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
     if (warp < a.heads_per_block) {
-      // A key a lane.
-      const float4* k4 = (const float4*)(keys + lane * stride);
-      const float4* q4 = (const float4*)(q + warp * stride);
-      // Four chains, so that one product does not wait for the one before.
+      // A key a lane. Four chains, so that one product does not wait for the one before.
+      const uint4* k4 = (const uint4*)(keys + lane * stride);
+      const float4* q4 = (const float4*)(q + warp * padded);
       float4 part = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 8
-      for (u32 c = 0; c < stride / 4 - 1; c++) {
-        float4 x = k4[c], y = q4[c];
-        part.x = fmaf(x.x, y.x, part.x); part.y = fmaf(x.y, y.y, part.y); part.z = fmaf(x.z, y.z, part.z); part.w = fmaf(x.w, y.w, part.w);
+#pragma unroll 4
+      for (u32 c = 0; c < padded / PER; c++) {
+        uint4 k = k4[c];
+        if constexpr (BF16) {
+          float4 lo = q4[2 * c], hi = q4[2 * c + 1];
+          part.x = fmaf(__uint_as_float(k.x << 16), lo.x, part.x); part.y = fmaf(__uint_as_float(k.x & 0xffff0000u), lo.y, part.y);
+          part.z = fmaf(__uint_as_float(k.y << 16), lo.z, part.z); part.w = fmaf(__uint_as_float(k.y & 0xffff0000u), lo.w, part.w);
+          part.x = fmaf(__uint_as_float(k.z << 16), hi.x, part.x); part.y = fmaf(__uint_as_float(k.z & 0xffff0000u), hi.y, part.y);
+          part.z = fmaf(__uint_as_float(k.w << 16), hi.z, part.z); part.w = fmaf(__uint_as_float(k.w & 0xffff0000u), hi.w, part.w);
+        } else {
+          float4 y = q4[c];
+          part.x = fmaf(__uint_as_float(k.x), y.x, part.x); part.y = fmaf(__uint_as_float(k.y), y.y, part.y);
+          part.z = fmaf(__uint_as_float(k.z), y.z, part.z); part.w = fmaf(__uint_as_float(k.w), y.w, part.w);
+        }
       }
       float s = (part.x + part.y) + (part.z + part.w);
       s = base + lane < end ? s * a.scale : -INFINITY;
@@ -108,13 +124,25 @@ template <int DPL> DEVICE void attend(const AttendArgs& a) {
       m = m_new;
       l = l * old + warp_sum(p);
 #pragma unroll
-      for (int i = 0; i < DPL; i++) acc[i] *= old;
+      for (int i = 0; i < DPL; i++) { acc[i].x *= old; acc[i].y *= old; }
+      u32 here = end - base < TILE ? end - base : TILE;
 #pragma unroll 4
-      for (u32 k = 0; k < TILE; k++) {
+      for (u32 k = 0; k < here; k++) {
         float w = __shfl_sync(0xffffffffu, p, k);
-        const float* v = values + k * value_stride + lane;
+        const T* v = values + k * value_stride + 2 * lane;
 #pragma unroll
-        for (int i = 0; i < DPL; i++) if (lane + 32 * i < a.value_dim) acc[i] = fmaf(w, v[32 * i], acc[i]);
+        for (int i = 0; i < DPL; i++)
+          if (2 * lane + 64 * i < a.value_dim) {
+            if constexpr (BF16) {
+              u32 pair = *(const u32*)(v + 64 * i);
+              acc[i].x = fmaf(w, __uint_as_float(pair << 16), acc[i].x);
+              acc[i].y = fmaf(w, __uint_as_float(pair & 0xffff0000u), acc[i].y);
+            } else {
+              float2 pair = *(const float2*)(v + 64 * i);
+              acc[i].x = fmaf(w, pair.x, acc[i].x);
+              acc[i].y = fmaf(w, pair.y, acc[i].y);
+            }
+          }
       }
     }
   }
@@ -122,13 +150,17 @@ template <int DPL> DEVICE void attend(const AttendArgs& a) {
     float* out = a.partial + (((u64)t * a.num_heads + head) * a.max_splits + split) * (2 + a.value_dim);
     if (lane == 0) { out[0] = m; out[1] = l; }
 #pragma unroll
-    for (int i = 0; i < DPL; i++) if (lane + 32 * i < a.value_dim) out[2 + lane + 32 * i] = acc[i];
+    for (int i = 0; i < DPL; i++)
+      if (2 * lane + 64 * i < a.value_dim) {
+        out[2 + 2 * lane + 64 * i] = acc[i].x;
+        if (2 * lane + 64 * i + 1 < a.value_dim) out[3 + 2 * lane + 64 * i] = acc[i].y;
+      }
   }
 }
-KERNEL __launch_bounds__(256) attend2(const __grid_constant__ AttendArgs a) { attend<2>(a); }
-KERNEL __launch_bounds__(256) attend4(const __grid_constant__ AttendArgs a) { attend<4>(a); }
-KERNEL __launch_bounds__(256) attend8(const __grid_constant__ AttendArgs a) { attend<8>(a); }
-KERNEL __launch_bounds__(256) attend16(const __grid_constant__ AttendArgs a) { attend<16>(a); }
+#define ATTEND(D) \
+  KERNEL __launch_bounds__(256) attend##D##_bf16(const __grid_constant__ AttendArgs a) { attend<u16, D>(a); } \
+  KERNEL __launch_bounds__(256) attend##D##_f32(const __grid_constant__ AttendArgs a) { attend<float, D>(a); }
+ATTEND(1) ATTEND(2) ATTEND(4) ATTEND(8)
 
 // Joins the parts of a head. Grid (heads, tokens).
 KERNEL attend_join(const __grid_constant__ AttendArgs a) {

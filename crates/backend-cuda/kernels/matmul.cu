@@ -61,21 +61,22 @@ template <> struct Scales<AFFINE5, false> : SlowScales<AFFINE5> {};
 template <> struct Scales<AFFINE6, false> : SlowScales<AFFINE6> {};
 template <> struct Scales<AFFINE8, false> : SlowScales<AFFINE8> {};
 
-// FAST: 16-bit bfloat16 scales, groups of 64 or 128 columns (`group_shift` 0 or 1). Otherwise any.
-template <int F, bool FAST> DEVICE void load_scales(Scales<F, FAST>& out, const Packed& w, const u8* scales, u32 j, u32 g, u32 t) {
-  if constexpr (F == NVFP4) out.raw = load_stream((const u32*)scales + (j * 8 + g) * 2 + t / 2);
-  else if constexpr (Is<F>::e8m0) out.raw = load_stream((const u32*)scales + j * 8 + g);
-  else if constexpr (F == FP8) {
-    float2 v = *((const float2*)scales + (j / 2) * 8 + g);
-    out.s[0] = v.x; out.s[1] = v.y;
-  } else if constexpr (FAST) {
-    out.v = load_stream((const uint2*)scales + (w.group == 64 ? j : j / 2) * 8 + g);
-  } else {
-    affine_scale(w, scales, j * 64 / w.group, g, out.s[0], out.b[0]);
-    if (w.group == 32 && j * 64 + 32 < w.cols) affine_scale(w, scales, j * 2 + 1, g, out.s[1], out.b[1]);
+// FAST: bfloat16 scales, groups of 64 or 128 columns: `p` is the tile's own scales. Otherwise any: `p` is the row tile's.
+template <int F, bool FAST> DEVICE void load_scales(Scales<F, FAST>& out, const Packed& w, const u8* p, u32 j, u32 g, u32 t) {
+  if constexpr (F == NVFP4) out.raw = *((const u32*)p + g * 2 + t / 2);
+  else if constexpr (Is<F>::e8m0) out.raw = *((const u32*)p + g);
+  else if constexpr (F == FP8) { float2 v = *((const float2*)p + g); out.s[0] = v.x; out.s[1] = v.y; }
+  else if constexpr (FAST) out.v = *((const uint2*)p + g);
+  else {
+    affine_scale(w, p, j * 64 / w.group, g, out.s[0], out.b[0]);
+    if (w.group == 32 && j * 64 + 32 < w.cols) affine_scale(w, p, j * 2 + 1, g, out.s[1], out.b[1]);
     else
       for (int k = 0; k < 2; k++) { out.s[1][k] = w.group == 32 ? 0.f : out.s[0][k]; out.b[1][k] = w.group == 32 ? 0.f : out.b[0][k]; }
   }
+}
+template <int F, bool FAST> DEVICE const u8* scales_for(const Packed& w, u32 matrix, u32 row_tile, u32 j) {
+  if constexpr (FAST) return tile_scales<F>(w, matrix, row_tile, j);
+  else return row_tile_scales(w, matrix, row_tile);
 }
 
 // What a tile's 64 columns of 8 rows of activations are to a lane.
@@ -210,7 +211,7 @@ struct Stream {
   u8* ring;
   const u32* code[R];  // cursor of copying: the next tile
   const u8* scale[R];
-  u32 at, end;         // tile of the cursor, end of its slice
+  u32 at, end, step;   // tile of the cursor, end of the row, slices
   u32 issued, taken, lane;
 
   METHOD void start(u8* shared) {
@@ -218,14 +219,14 @@ struct Stream {
     lane = threadIdx.x & 31;
     issued = taken = at = end = 0;
   }
-  // Points the cursor at a slice.
-  METHOD void aim(const Packed* const w[R], u32 matrix, u32 row_tile, u32 first, u32 last) {
+  // Points the cursor at the slice of the tiles first, first + slices, .. before `last`.
+  METHOD void aim(const Packed* const w[R], u32 matrix, u32 row_tile, u32 first, u32 last, u32 slices) {
     at = first;
     end = last;
+    step = slices;
 #pragma unroll
     for (int r = 0; r < R; r++) {
-      u32 tiles = num_tiles(*w[r]);
-      code[r] = w[r]->codes + matrix * w[r]->codes_stride + ((u64)row_tile * tiles + first) * (N * 32);
+      code[r] = tile_at(*w[r], matrix, row_tile, first);
       scale[r] = w[r]->scales + matrix * w[r]->scales_stride + row_tile * scale_tile_bytes(*w[r], F);
     }
   }
@@ -240,14 +241,14 @@ struct Stream {
         for (int k = 0; k < four; k += 4) copy_async<16>(slot + k * 128 + lane * 16, code[r] + k * 32 + lane * 4);
         if constexpr (N % 4 >= 2) copy_async<8>(slot + four * 128 + lane * 8, code[r] + four * 32 + lane * 2);
         if constexpr (N % 2 == 1) copy_async<4>(slot + (N - 1) * 128 + lane * 4, code[r] + (N - 1) * 32 + lane);
-        code[r] += N * 32;
         if constexpr (RING_SCALES) {
-          u32 group = F == FP8 || (BYTES && w[r]->group == 128) ? at / 2 : at;
           constexpr u32 bytes = Is<F>::e8m0 ? 32 : 64;
-          if (lane < bytes / 16) copy_async<16>(slot + N * 128 + lane * 16, scale[r] + group * bytes + lane * 16);
+          const u8* from = w[r]->inline_scales ? (const u8*)(code[r] + N * 32) : scale[r] + (at / 2) * 64;
+          if (lane < bytes / 16) copy_async<16>(slot + N * 128 + lane * 16, from + lane * 16);
         }
+        code[r] += step * w[r]->tile_words;
       }
-      at++;
+      at += step;
     }
     asm volatile("cp.async.commit_group;");
     issued++;
@@ -270,13 +271,7 @@ struct Stream {
       codes.w[four] = v.x; codes.w[four + 1] = v.y;
     }
     if constexpr (N % 2 == 1) codes.w[N - 1] = *(const u32*)(slot + (N - 1) * 128 + lane * 4);
-    const u8* p = slot + N * 128;
-    u32 g = lane / 4, t = lane % 4;
-    if constexpr (!RING_SCALES) load_scales<F, FAST>(scales, w, scale_base, j, g, t);
-    else if constexpr (F == NVFP4) scales.raw = *((const u32*)p + g * 2 + t / 2);
-    else if constexpr (Is<F>::e8m0) scales.raw = *((const u32*)p + g);
-    else if constexpr (F == FP8) { float2 v = *((const float2*)p + g); scales.s[0] = v.x; scales.s[1] = v.y; }
-    else scales.v = *((const uint2*)p + g);
+    load_scales<F, FAST>(scales, w, RING_SCALES ? slot + N * 128 : scale_base, j, lane / 4, lane % 4);
   }
   METHOD void columns(Columns<BYTES> x[NT], const Row rows[NT], u32 j, u32 cols) {
     u32 t = lane % 4;
@@ -298,21 +293,21 @@ struct Stream {
       }
     }
   }
-  // Multiplies the tiles first .. last of a slice, which have been issued in this order; `refill` keeps the ring full.
+  // Multiplies the tiles of a slice, which have been issued in this order; `refill` keeps the ring full.
   template <typename Refill>
-  METHOD void run(float acc[R][NT][4], const Packed* const w[R], const u8* const scale_base[R], const Row rows[NT], u32 first, u32 last, Refill refill) {
+  METHOD void run(float acc[R][NT][4], const Packed* const w[R], const u8* const scale_base[R], const Row rows[NT], u32 first, u32 last, u32 slices, Refill refill) {
     if (first >= last) return;
     u32 cols = w[0]->cols;
     bool halves = w[0]->group == 32;
     Columns<BYTES> x[NT];
     columns(x, rows, first, cols);
-    for (u32 j = first; j < last; j++) {
+    for (u32 j = first; j < last; j += slices) {
       const u8* slot = next();
       refill();
       Columns<BYTES> now[NT];
 #pragma unroll
       for (int nt = 0; nt < NT; nt++) now[nt] = x[nt];
-      columns(x, rows, min(j + 1, last - 1), cols);
+      columns(x, rows, j + slices < last ? j + slices : j, cols);
 #pragma unroll
       for (int r = 0; r < R; r++) {
         Codes<F> codes;
@@ -326,10 +321,6 @@ struct Stream {
     }
   }
 };
-template <int F> DEVICE const u8* scales_of(const Packed& w, u32 matrix, u32 row_tile) {
-  return w.scales + matrix * w.scales_stride + row_tile * scale_tile_bytes(w, F);
-}
-
 // Partial sums of a warp into shared memory [row 16][8 NT].
 template <int NT> DEVICE void put(float* red, const float acc[NT][4], u32 lane) {
   u32 g = lane / 4, t = lane % 4;
@@ -379,10 +370,10 @@ template <int F, bool FAST, int NT, bool ONE> DEVICE void gemv_linear(const Matm
   u32 row_tiles = (part.w.rows + 15) / 16, tiles = num_tiles(part.w);
   Stream<F, FAST, NT, 1, ONE> stream;
   bool active = row_tile < row_tiles;
-  u32 first = slice * tiles / S, last = active ? (slice + 1) * tiles / S : 0;
+  u32 first = slice, last = active ? tiles : 0;
   if (!active) row_tile = 0;
   stream.start(ring);
-  stream.aim(w, matrix, row_tile, first, last);
+  stream.aim(w, matrix, row_tile, first, last, S);
 #pragma unroll
   for (int i = 0; i < stream.D - 1; i++) stream.issue(w);
   pdl_wait();
@@ -390,8 +381,8 @@ template <int F, bool FAST, int NT, bool ONE> DEVICE void gemv_linear(const Matm
 #pragma unroll
   for (int nt = 0; nt < NT; nt++) rows[nt] = row_of<F>(a, nt, a.x.rows, matrix, [](u32 n) { return n; });
   float acc[1][NT][4] = {};
-  const u8* scale_base[1] = {scales_of<F>(part.w, matrix, row_tile)};
-  stream.run(acc, w, scale_base, rows, first, last, [&] { stream.issue(w); });
+  const u8* scale_base[1] = {row_tile_scales(part.w, matrix, row_tile)};
+  stream.run(acc, w, scale_base, rows, first, last, S, [&] { stream.issue(w); });
   put<NT>(red[warp], acc[0], lane);
   __syncthreads();
   for (u32 i = threadIdx.x; i < per_block * 16 * a.x.rows; i += blockDim.x) {
@@ -433,13 +424,13 @@ template <int F, bool FAST, int NT, bool ONE> DEVICE void gemv_gate_up(const Mat
   u32 row_tile = blockIdx.x * per_block + warp / S;
   u32 row_tiles = (w[0]->rows + 15) / 16, tiles = num_tiles(*w[0]);
   bool active = row_tile < row_tiles;
-  u32 first = slice * tiles / S, last = active ? (slice + 1) * tiles / S : 0;
+  u32 first = slice, last = active ? tiles : 0;
   if (!active) row_tile = 0;
   Stream<F, FAST, NT, 2, ONE> stream;
   stream.start(ring);
   u32 expert = 0, count = a.x.rows;
   auto fill = [&] {
-    stream.aim(w, expert, row_tile, first, last);
+    stream.aim(w, expert, row_tile, first, last, S);
 #pragma unroll
     for (int i = 0; i < stream.D - 1; i++) stream.issue(w);
   };
@@ -470,8 +461,8 @@ template <int F, bool FAST, int NT, bool ONE> DEVICE void gemv_gate_up(const Mat
 #pragma unroll
   for (int nt = 0; nt < NT; nt++) rows[nt] = row_of<F>(a, nt, count, 0, [&](u32 n) { return a.routing.ids ? (u32)list[n] : n; });
   float acc[2][NT][4] = {};
-  const u8* scale_base[2] = {scales_of<F>(*w[0], expert, row_tile), scales_of<F>(*w[1], expert, row_tile)};
-  stream.run(acc, w, scale_base, rows, first, last, [&] { stream.issue(w); });
+  const u8* scale_base[2] = {row_tile_scales(*w[0], expert, row_tile), row_tile_scales(*w[1], expert, row_tile)};
+  stream.run(acc, w, scale_base, rows, first, last, S, [&] { stream.issue(w); });
   put<NT>(red[warp][0], acc[0], lane);
   put<NT>(red[warp][1], acc[1], lane);
   __syncthreads();
@@ -506,7 +497,7 @@ template <int F, bool FAST, int NT, bool ONE> DEVICE void gemv_down(const Matmul
   const Packed* w[1] = {&a.part[0].w};
   const Routing& r = a.routing;
   u32 S = a.slices, side = WARPS / S, slice = warp % S, total = r.num_tokens * r.top_k;
-  u32 tiles = num_tiles(*w[0]), first = slice * tiles / S, last = (slice + 1) * tiles / S;
+  u32 first = slice, last = num_tiles(*w[0]);
   if (threadIdx.x == 0) num_unique = 0;
   pdl_wait();
   __syncthreads();
@@ -524,8 +515,8 @@ template <int F, bool FAST, int NT, bool ONE> DEVICE void gemv_down(const Matmul
   stream.start(ring);
   // The ring runs on from one expert to the next.
   auto issue = [&] {
-    if (stream.at == stream.end && ahead < count_unique) {
-      stream.aim(w, ids[unique[ahead]], blockIdx.x, first, last);
+    if (stream.at >= stream.end && ahead < count_unique) {
+      stream.aim(w, ids[unique[ahead]], blockIdx.x, first, last, S);
       ahead += side;
     }
     stream.issue(w);
@@ -553,8 +544,8 @@ template <int F, bool FAST, int NT, bool ONE> DEVICE void gemv_down(const Matmul
 #pragma unroll
     for (int nt = 0; nt < NT; nt++) rows[nt] = row_of<F>(a, nt, count, 0, [&](u32 n) { return (u32)lists[warp][n]; });
     float acc[1][NT][4] = {};
-    const u8* scale_base[1] = {scales_of<F>(*w[0], expert, blockIdx.x)};
-    stream.run(acc, w, scale_base, rows, first, last, issue);
+    const u8* scale_base[1] = {row_tile_scales(*w[0], expert, blockIdx.x)};
+    stream.run(acc, w, scale_base, rows, first, last, S, issue);
 #pragma unroll
     for (int nt = 0; nt < NT; nt++)
 #pragma unroll
@@ -652,7 +643,7 @@ template <int F, bool FAST> DEVICE void gemm(const MatmulArgs& a) {
       source[i] = (const u8*)(twin + piece % PIECES * 8);
     }
   }
-  auto copy = [&](u32 j) {
+  auto copy = [&](u32 q, u32 j) {
     if (j < tiles) {
 #pragma unroll
       for (u32 i = 0; i < MINE; i++) {
@@ -661,19 +652,11 @@ template <int F, bool FAST> DEVICE void gemm(const MatmulArgs& a) {
         // Swizzled (bfloat16) or with an odd number of pieces a row (digits): rows g and g + 1 lie in different banks.
         u32 at = BYTES ? piece : row * 8 + (column ^ (row & 1) * 4);
         bool valid = source[i] && (BYTES || j * 64 + column * 8 < w.cols);
-        cp_async16((u32)__cvta_generic_to_shared(&tile_b[j % GEMM_STAGES][at]), valid ? source[i] + (u64)j * (BYTES ? DIGITS_BYTES : 128) : (const u8*)w.codes, valid);
+        cp_async16((u32)__cvta_generic_to_shared(&tile_b[q % GEMM_STAGES][at]), valid ? source[i] + (u64)j * (BYTES ? DIGITS_BYTES : 128) : (const u8*)w.codes, valid);
       }
     }
     asm volatile("cp.async.commit_group;");
   };
-  const u32* code_base[R];
-  const u8* scale_base[R];
-#pragma unroll
-  for (int r = 0; r < R; r++) {
-    u32 tile = row_tile + r < row_tiles ? row_tile + r : 0;
-    code_base[r] = w.codes + matrix * w.codes_stride + (u64)tile * tiles * (Words<F>::n * 32);
-    scale_base[r] = w.scales + matrix * w.scales_stride + tile * scale_tile_bytes(w, F);
-  }
   float acc[R][NT][4] = {}, total[R][NT][4] = {};
   Codes<F> codes[R];
   Scales<F, FAST> scales[R];
@@ -681,25 +664,28 @@ template <int F, bool FAST> DEVICE void gemm(const MatmulArgs& a) {
     if (j >= tiles) return;
 #pragma unroll
     for (int r = 0; r < R; r++) {
-      codes[r] = load_codes<F>(code_base[r] + (u64)j * (Words<F>::n * 32), lane);
-      load_scales<F, FAST>(scales[r], w, scale_base[r], j, g, t);
+      u32 tile = row_tile + r < row_tiles ? row_tile + r : 0;
+      codes[r] = load_codes<F>(tile_at(w, matrix, tile, j), lane);
+      load_scales<F, FAST>(scales[r], w, scales_for<F, FAST>(w, matrix, tile, j), j, g, t);
     }
   };
+  // Slice after slice, as gemv's warps add them; `tiles` past the end.
+  auto after = [&](u32 j) { return j >= tiles ? tiles : j + S < tiles ? j + S : j % S + 1 < S && j % S + 1 < tiles ? j % S + 1 : tiles; };
+  u32 ahead = 0;
 #pragma unroll
-  for (int s = 0; s < GEMM_STAGES - 1; s++) copy(s);
+  for (int s = 0; s < GEMM_STAGES - 1; s++) { copy(s, ahead); ahead = after(ahead); }
   fetch(0);
-  u32 slice = 0, slice_end = tiles / S;
-  while (slice_end == 0) { slice++; slice_end = (slice + 1) * tiles / S; }
-  for (u32 j = 0; j < tiles; j++) {
+  for (u32 j = 0, q = 0; j < tiles; j = after(j), q++) {
     asm volatile("cp.async.wait_group %0;" ::"n"(GEMM_STAGES - 2));
     __syncthreads();
-    const uint4* tile = tile_b[j % GEMM_STAGES];
-    copy(j + GEMM_STAGES - 1);
+    const uint4* tile = tile_b[q % GEMM_STAGES];
+    copy(q + GEMM_STAGES - 1, ahead);
+    ahead = after(ahead);
     Taken<F, FAST> taken[R];
     Scales<F, FAST> used[R];
 #pragma unroll
     for (int r = 0; r < R; r++) { take<F, FAST>(taken[r], codes[r], scales[r]); used[r] = scales[r]; }
-    fetch(j + 1);
+    fetch(after(j));
 #pragma unroll
     for (int nt = 0; nt < NT; nt++) {
       Columns<BYTES> x;
@@ -716,14 +702,13 @@ template <int F, bool FAST> DEVICE void gemm(const MatmulArgs& a) {
 #pragma unroll
       for (int r = 0; r < R; r++) accumulate<F, FAST, false>(acc[r][nt], taken[r], used[r], x, halves);
     }
-    if (j + 1 == slice_end) {
+    if (j + S >= tiles) {
 #pragma unroll
       for (int r = 0; r < R; r++)
 #pragma unroll
         for (int nt = 0; nt < NT; nt++)
 #pragma unroll
           for (int k = 0; k < 4; k++) { total[r][nt][k] += acc[r][nt][k]; acc[r][nt][k] = 0.f; }
-      do { slice++; slice_end = (slice + 1) * tiles / S; } while (slice < S && slice_end == j + 1);
     }
   }
 #pragma unroll
@@ -747,14 +732,18 @@ struct PlainArgs {
   Mat x, out;
   Routing routing;         // offsets and sorted where ids is not null
   u64 matrix_elements;
-  u32 rows, cols, x_head_stride, pad;
+  u32 rows, cols, x_head_stride, warps;
 };
-// KIND 0 f32, 1 f16, 2 bf16. A warp has one row of weights and eight rows of x at a time. Grid: (rows / 8, experts or heads).
+// KIND 0 f32, 1 f16, 2 bf16. `warps` warps (a power of two that depends on the columns alone) have one row of weights, eight rows of x at a time;
+// their parts are added in order. Grid: (rows / (8 / warps), experts or heads).
 template <int KIND> DEVICE void plain(const PlainArgs& a) {
+  __shared__ float parts[8][8];
   pdl_launch();
   pdl_wait();
-  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.x * 8 + warp, matrix = blockIdx.y;
-  if (row >= a.rows) return;
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, matrix = blockIdx.y;
+  u32 row = blockIdx.x * (8 / a.warps) + warp / a.warps, share = warp % a.warps;
+  bool active = row < a.rows;
+  if (!active) row = 0;
   u32 begin = 0, count = a.x.rows;
   if (a.routing.ids) { begin = a.routing.offsets[matrix]; count = a.routing.offsets[matrix + 1] - begin; }
   u64 first = matrix * a.matrix_elements + (u64)row * a.cols;
@@ -777,8 +766,8 @@ template <int KIND> DEVICE void plain(const PlainArgs& a) {
     auto element = [&](u32 c) {
       return KIND == 0 ? ((const float*)a.weights)[first + c] : KIND == 1 ? f16_to_f32(((const u16*)a.weights)[first + c]) : bf16_to_f32(((const u16*)a.weights)[first + c]);
     };
-    u32 step = 8 * 32;
-    for (u32 c0 = lane * 8; c0 < a.cols; c0 += step) {
+#pragma unroll 2
+    for (u32 c0 = (share * 32 + lane) * 8; c0 < a.cols; c0 += a.warps * 256) {
       float v[8];
       if (aligned && KIND != 0) {
         uint4 q = *(const uint4*)((const u16*)a.weights + first + c0);
@@ -806,15 +795,21 @@ template <int KIND> DEVICE void plain(const PlainArgs& a) {
         }
       }
     }
+    __syncthreads();
 #pragma unroll
     for (int n = 0; n < 8; n++) {
       if (n < here) {
         float y = warp_sum(acc[n]);
-        if (lane == n) {
-          if (a.bias) y += a.bias[(u64)matrix * a.rows + row];
-          store(a.out, flat[n], a.routing.ids ? row : matrix * a.rows + row, y);
-        }
+        if (lane == 0) parts[warp][n] = y;
       }
+    }
+    __syncthreads();
+    if (active && share == 0 && lane < here) {
+      float y = 0.f;
+      for (u32 k = 0; k < a.warps; k++) y += parts[warp + k][lane];
+      if (a.bias) y += a.bias[(u64)matrix * a.rows + row];
+      u32 mine = a.routing.ids ? a.routing.sorted[begin + n0 + lane] : n0 + lane;
+      store(a.out, mine, a.routing.ids ? row : matrix * a.rows + row, y);
     }
   }
 }

@@ -54,30 +54,30 @@ template <int F> DEVICE void pack_matrix(const PackArgs& a) {
         }
       }
     }
-    u32* out = (u32*)a.to.codes + tile * (n * 32);
+    u32* out = (u32*)tile_at(a.to, 0, i, j);
     for (int k = 0; k < n; k++) out[word_at(n, k, lane)] = w[k];
     // Scales: a lane with t = 0 (NVFP4: even t) writes those of its two rows.
-    u8* scales = (u8*)a.to.scales + (u64)i * scale_tile_bytes(a.to, F);
+    u8* scales = (u8*)tile_scales<F>(a.to, 0, i, j);
     u32 r0 = i * 16 + g, r1 = r0 + 8;
     bool in0 = r0 < a.to.rows, in1 = r1 < a.to.rows;
     auto byte = [&](u32 row, bool in, u32 group, u32 count) -> u32 { return in && group < count ? a.scales[(u64)row * a.scale_row_bytes + group] : 0; };
     if constexpr (F == NVFP4) {
       if (t % 2 == 0) {
         u32 count = (a.to.cols + 15) / 16, first = j * 4 + t / 2;
-        ((u32*)scales)[(j * 8 + g) * 2 + t / 2] =
+        ((u32*)scales)[g * 2 + t / 2] =
             byte(r0, in0, first, count) | byte(r0, in0, first + 2, count) << 8 | byte(r1, in1, first, count) << 16 | byte(r1, in1, first + 2, count) << 24;
       }
     } else if constexpr (Is<F>::e8m0) {
       if (t == 0) {
         u32 count = (a.to.cols + 31) / 32, first = j * 2;
-        ((u32*)scales)[j * 8 + g] =
+        ((u32*)scales)[g] =
             byte(r0, in0, first, count) | byte(r0, in0, first + 1, count) << 8 | byte(r1, in1, first, count) << 16 | byte(r1, in1, first + 1, count) << 24;
       }
     } else if constexpr (F == FP8) {
       if (t == 0 && j % 2 == 0) {
         u32 block = j * 64 / a.block_cols;
         auto scale = [&](u32 row, bool in) { return in ? *(const float*)(a.scales + (u64)((a.first_block_row + row) / a.block_rows) * a.scale_row_bytes + block * 4) : 0.f; };
-        ((float2*)scales)[(j / 2) * 8 + g] = make_float2(scale(r0, in0), scale(r1, in1));
+        ((float2*)scales)[g] = make_float2(scale(r0, in0), scale(r1, in1));
       }
     } else {
       u32 per_tile = a.to.group < 64 ? 64 / a.to.group : 1;
@@ -85,12 +85,14 @@ template <int F> DEVICE void pack_matrix(const PackArgs& a) {
         for (u32 k = 0; k < per_tile; k++) {
           u32 group = j * 64 / a.to.group + k;
           if (group >= num_groups(a.to)) break;
+          // Beside the codes groups are counted along the row; behind a tile's codes there is its one.
+          u8* base = a.to.inline_scales ? scales : (u8*)row_tile_scales(a.to, 0, i) + group * (a.to.scale_f32 ? 128 : 64);
           if (a.to.scale_f32) {
             auto f = [&](const u8* p, u32 row, bool in) { return in ? *(const float*)(p + (u64)row * a.scale_row_bytes + group * 4) : 0.f; };
-            ((float4*)scales)[group * 8 + g] = make_float4(f(a.scales, r0, in0), f(a.offsets, r0, in0), f(a.scales, r1, in1), f(a.offsets, r1, in1));
+            ((float4*)base)[g] = make_float4(f(a.scales, r0, in0), f(a.offsets, r0, in0), f(a.scales, r1, in1), f(a.offsets, r1, in1));
           } else {
             auto f = [&](const u8* p, u32 row, bool in) -> u32 { return in ? *(const u16*)(p + (u64)row * a.scale_row_bytes + group * 2) : 0; };
-            ((uint2*)scales)[group * 8 + g] = make_uint2(f(a.scales, r0, in0) | f(a.offsets, r0, in0) << 16, f(a.scales, r1, in1) | f(a.offsets, r1, in1) << 16);
+            ((uint2*)base)[g] = make_uint2(f(a.scales, r0, in0) | f(a.offsets, r0, in0) << 16, f(a.scales, r1, in1) | f(a.offsets, r1, in1) << 16);
           }
         }
       }
@@ -132,23 +134,23 @@ template <int F> DEVICE void embed_row(const EmbedArgs& a) {
   pdl_launch();
   pdl_wait();
   const Packed& w = a.table;
-  u32 token = a.token_ids[blockIdx.x], tiles = num_tiles(w);
+  u32 token = a.token_ids[blockIdx.x];
   u32 i = token / 16, r = token % 16, g = r % 8;
   int upper = r / 8;
-  const u8* scales = w.scales + (u64)i * scale_tile_bytes(w, F);
   float global = w.global_scales ? w.global_scales[0] : 1.f;
   for (u32 c = threadIdx.x; c < w.cols; c += blockDim.x) {
     u32 j = c / 64, h = c % 64 / 32, t = c % 32 / 8;
-    const u32* tile = w.codes + ((u64)i * tiles + j) * (Words<F>::n * 32);
+    const u32* tile = tile_at(w, 0, i, j);
+    const u8* scales = tile_scales<F>(w, 0, i, j);
     u32 code = code_in<F>(tile, g * 4 + t, upper, c % 64);
     float v;
-    if constexpr (F == NVFP4) v = e2m1_to_f32(code) * e4m3_to_f32(((const u32*)scales)[(j * 8 + g) * 2 + t / 2] >> (16 * upper + 8 * h) & 255);
-    else if constexpr (F == MXFP4) v = e2m1_to_f32(code) * e8m0_to_f32(((const u32*)scales)[j * 8 + g] >> (16 * upper + 8 * h) & 255);
-    else if constexpr (F == MXFP8) v = e4m3_to_f32(code) * e8m0_to_f32(((const u32*)scales)[j * 8 + g] >> (16 * upper + 8 * h) & 255);
-    else if constexpr (F == FP8) v = e4m3_to_f32(code) * ((const float*)scales)[((j / 2) * 8 + g) * 2 + upper];
+    if constexpr (F == NVFP4) v = e2m1_to_f32(code) * e4m3_to_f32(((const u32*)scales)[g * 2 + t / 2] >> (16 * upper + 8 * h) & 255);
+    else if constexpr (F == MXFP4) v = e2m1_to_f32(code) * e8m0_to_f32(((const u32*)scales)[g] >> (16 * upper + 8 * h) & 255);
+    else if constexpr (F == MXFP8) v = e4m3_to_f32(code) * e8m0_to_f32(((const u32*)scales)[g] >> (16 * upper + 8 * h) & 255);
+    else if constexpr (F == FP8) v = e4m3_to_f32(code) * ((const float*)scales)[g * 2 + upper];
     else {
       float s[2], b[2];
-      affine_scale(w, scales, c / w.group, g, s, b);
+      affine_scale(w, w.inline_scales ? scales : row_tile_scales(w, 0, i), w.inline_scales ? 0 : c / w.group, g, s, b);
       v = fmaf((float)code, s[upper], b[upper]);
     }
     store(a.out, blockIdx.x, c, v * global);

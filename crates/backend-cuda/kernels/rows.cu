@@ -32,13 +32,16 @@ struct RmsNormArgs { Mat x, delta, out; const float* weight; float eps; u32 pad;
 KERNEL rms_norm(const __grid_constant__ RmsNormArgs a) {
   __shared__ float scratch[32];
   pdl_launch();
-  pdl_wait();
   u32 row = blockIdx.x, cols = a.x.cols;
   float* x = a.x.p + (u64)row * a.x.stride;
   const float* delta = a.delta.p ? a.delta.p + (u64)row * a.delta.stride : nullptr;
   float sum = 0.f;
   if (cols <= blockDim.x * 8) {
-    float v[8];
+    float v[8], weight[8];
+    // Weights do not wait for the operation before.
+#pragma unroll
+    for (int i = 0; i < 8; i++) { u32 c = threadIdx.x + i * blockDim.x; weight[i] = c < cols ? a.weight[c] : 0.f; }
+    pdl_wait();
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       u32 c = threadIdx.x + i * blockDim.x;
@@ -56,11 +59,12 @@ KERNEL rms_norm(const __grid_constant__ RmsNormArgs a) {
       u32 c = threadIdx.x + i * blockDim.x;
       if (c < cols) {
         if (delta) x[c] = v[i];
-        store(a.out, row, c, v[i] * scale * a.weight[c]);
+        store(a.out, row, c, v[i] * scale * weight[i]);
       }
     }
     return;
   }
+  pdl_wait();
   for (u32 c = threadIdx.x; c < cols; c += blockDim.x) {
     float v = x[c];
     if (delta) { v += delta[c]; x[c] = v; }

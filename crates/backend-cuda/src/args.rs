@@ -50,6 +50,8 @@ pub(crate) struct Packed {
     pub(crate) group: u32,
     pub(crate) scale_f32: u32,
     pub(crate) scale_f16: u32,
+    pub(crate) inline_scales: u32,
+    pub(crate) tile_words: u32,
     pub(crate) pad: u32,
 }
 
@@ -106,7 +108,7 @@ pub(crate) struct Plain {
     pub(crate) rows: u32,
     pub(crate) cols: u32,
     pub(crate) x_head_stride: u32,
-    pub(crate) pad: u32,
+    pub(crate) warps: u32,
 }
 
 /// `SortArgs` of `matmul.cu`.

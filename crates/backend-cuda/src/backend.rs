@@ -28,7 +28,9 @@ const GEMM_TOKENS: usize = 64;
 /// Choices of experts (rows times top-k) that one block of the weighted sum keeps.
 const DOWN_SLOTS: usize = 128;
 /// Keys in one part of an attention row (`SPLIT` of attention.cu).
-const SPLIT: usize = 128;
+const SPLIT: usize = 64;
+/// Keys that attention keeps in shared memory at a time (`TILE`).
+const TILE: u32 = 32;
 /// Most bytes of partial attention results at a time.
 const PARTIAL_BYTES: usize = 256 << 20;
 
@@ -238,6 +240,8 @@ impl CudaBackend {
                 WeightFormat::F16 => "plain_f16",
                 _ => "plain_bf16",
             })?;
+            // A function of the columns alone, like `slices`.
+            let warps = w.cols.div_ceil(512).next_power_of_two().min(WARPS);
             let args = args::Plain {
                 weights: w.plain,
                 bias: w.bias(),
@@ -248,9 +252,10 @@ impl CudaBackend {
                 rows: w.rows as u32,
                 cols: w.cols as u32,
                 x_head_stride: x.head_stride,
-                pad: 0,
+                warps: warps as u32,
             };
-            return device.launch(&kernel, [w.rows.div_ceil(8) as u32, count, 1], 256, 0, &args);
+            let blocks = w.rows.div_ceil(WARPS / warps) as u32;
+            return device.launch(&kernel, [blocks, count, 1], 256, 0, &args);
         };
         let mut args = x.args(w.cols, routing);
         args.part[0] = Part { w: w.packed, out };
@@ -370,15 +375,19 @@ impl CudaBackend {
         let Some(lanes) = lanes else {
             return Err(device_error(format!("a value head has {} elements, expected at most 512", args.value_dim)));
         };
-        let kernel = self.kernels.attention(&format!("attend{}", lanes / 32))?;
+        let (dtype, size) = if args.cache_bf16 == 1 { ("bf16", 2) } else { ("f32", 4) };
+        let kernel = self.kernels.attention(&format!("attend{}_{dtype}", lanes / 64))?;
         let join = self.kernels.attention("attend_join")?;
-        let stride = (args.q_dim + args.q_rope_dim).div_ceil(4) * 4 + 4;
-        let values = if args.values_are_keys == 1 { 0 } else { args.value_dim };
-        let shared = 4 * (args.heads_per_block * stride + 32 * (stride + values));
+        // The sizes of `attend` in attention.cu.
+        let per = 16 / size;
+        let padded = (args.q_dim + args.q_rope_dim).next_multiple_of(per);
+        let values = if args.values_are_keys == 1 { 0 } else { args.value_dim.next_multiple_of(per) };
+        let shared = 4 * args.heads_per_block * padded + size * TILE * (padded + per + values);
         if shared > ATTENTION_SHARED - 1024 {
             return Err(device_error(format!(
-                "attention needs {shared} bytes of shared memory for keys of {} elements",
-                args.q_dim
+                "attention needs {shared} bytes of shared memory for keys of {} elements, expected at most {}",
+                args.q_dim + args.q_rope_dim,
+                ATTENTION_SHARED - 1024
             )));
         }
         let groups = args.num_heads / args.heads_per_block;

@@ -24,7 +24,7 @@ const IMAGES: [Images; 1] = [Images {
 }];
 
 /// Dynamic shared memory that attention kernels may ask for: what a multiprocessor of an H100 or H200 has, less the reserved kilobyte.
-pub(crate) const ATTENTION_SHARED: u32 = 227 * 1024;
+pub(crate) const ATTENTION_SHARED: u32 = 226 * 1024;
 /// The same for products: the ring of tiles and the results of 128 choices of experts.
 const PRODUCT_SHARED: u32 = 160 * 1024;
 

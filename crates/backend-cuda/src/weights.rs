@@ -138,7 +138,8 @@ impl Loader {
         };
         let kernel = kernels.pack(&format!("pack_{kernel_name}"))?;
         let (row_tiles, tiles) = (rows.div_ceil(16) as u64, cols.div_ceil(64) as u64);
-        let tile_words = lane_words(format) * 32;
+        let inline_bytes = inline_scale_bytes(format);
+        let tile_words = lane_words(format) * 32 + inline_bytes / 4;
         let scale_row_tile = scale_row_tile_bytes(name, format, cols)?;
         let codes = device.alloc(name, count * row_tiles * tiles * tile_words * 4)?;
         // The last tile of a row may hold half a group more than there are columns: zeroed, never read as garbage.
@@ -161,6 +162,8 @@ impl Loader {
             group,
             scale_f32,
             scale_f16,
+            inline_scales: u32::from(inline_bytes > 0),
+            tile_words: tile_words as u32,
             pad: 0,
         };
         let (block_rows, block_cols) = match format {
@@ -269,12 +272,19 @@ fn copy_span(rows: moellon_tensor::Rows<'_>, count: usize, to: &mut [u8], name: 
     Ok(total)
 }
 
-/// `scale_tile_bytes` of packed.cuh.
+/// Bytes of scales behind the codes of each tile; 0 where scales stand beside (packed.cuh).
+fn inline_scale_bytes(format: WeightFormat) -> u64 {
+    match format {
+        WeightFormat::Nvfp4 | WeightFormat::Affine { group: 64, scale: ScaleDtype::Bf16, .. } => 64,
+        WeightFormat::Mxfp4 | WeightFormat::Mxfp8 => 32,
+        _ => 0,
+    }
+}
+
+/// Bytes of the scales of a row tile that stand beside its codes (`scale_tile_bytes` of packed.cuh).
 fn scale_row_tile_bytes(name: &str, format: WeightFormat, cols: usize) -> Result<u64> {
-    let tiles = cols.div_ceil(64) as u64;
     Ok(match format {
-        WeightFormat::Nvfp4 => tiles * 64,
-        WeightFormat::Mxfp4 | WeightFormat::Mxfp8 => tiles * 32,
+        _ if inline_scale_bytes(format) > 0 => 0,
         WeightFormat::Fp8Block { block_cols, .. } if block_cols.is_multiple_of(128) => cols.div_ceil(128) as u64 * 64,
         WeightFormat::Affine { group: 32 | 64 | 128, scale, .. } => {
             format.scales_per_row(cols) as u64 * if scale == ScaleDtype::F32 { 128 } else { 64 }

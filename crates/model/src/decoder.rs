@@ -11,6 +11,7 @@ use moellon_ops::{
     Stage, Tensor, Weight,
 };
 use moellon_tensor::rng::SplitMix64;
+use std::hash::{Hash, Hasher};
 
 /// Sizes that a decoder is built for.
 #[derive(Debug, Clone, Copy)]
@@ -45,6 +46,16 @@ impl DecoderOptions {
             cache_dtype,
         }
     }
+}
+
+/// Contexts of recorded steps are rounded up to a multiple of this, so that a sequence goes through few different steps.
+const RECORDED_CONTEXT: usize = 512;
+
+/// What decides which operations a step is, with which arguments.
+fn step_key(batch: &Batch, step: &Step) -> u64 {
+    let mut hasher = std::hash::DefaultHasher::new();
+    [step.num_tokens, batch.block_tables.len(), batch.logit_rows.len(), step.paging.max_context].hash(&mut hasher);
+    hasher.finish()
 }
 
 /// Cached rows of one layer.
@@ -189,7 +200,19 @@ impl Decoder {
     /// # Errors
     /// A batch beyond the decoder's limits, or a failing device.
     pub fn forward(&mut self, batch: &Batch, backend: &mut dyn Backend) -> Result<Tensor> {
-        self.forward_tapped(batch, backend, None)
+        if !backend.records_steps() {
+            return self.forward_tapped(batch, backend, None);
+        }
+        let step = self.upload(batch, backend)?;
+        let logits = self.workspace.logits.tensor(batch.logit_rows.len(), self.config.vocab_size);
+        let key = step_key(batch, &step);
+        if backend.replay(key)? {
+            return Ok(logits);
+        }
+        backend.begin_recording(key)?;
+        let result = self.run(batch, &step, backend, None);
+        backend.end_recording(result.is_ok())?;
+        result
     }
 
     /// [`Decoder::forward`] with a look inside.
@@ -202,12 +225,18 @@ impl Decoder {
         backend: &mut dyn Backend,
         tap: Option<&mut dyn Tap>,
     ) -> Result<Tensor> {
-        let step = self.begin(batch, backend)?;
+        let step = self.upload(batch, backend)?;
+        self.run(batch, &step, backend, tap)
+    }
+
+    /// The operations of a step whose batch has been uploaded.
+    fn run(&self, batch: &Batch, step: &Step, backend: &mut dyn Backend, tap: Option<&mut dyn Tap>) -> Result<Tensor> {
+        self.begin(step, backend)?;
         let (hidden_size, tokens) = (self.config.hidden_size, step.num_tokens);
         let [hidden, delta] = [self.workspace.hidden, self.workspace.delta].map(|b| b.tensor(tokens, hidden_size));
         let token_ids = self.workspace.token_ids.tensor(1, tokens);
         backend.embed(&Embed { table: self.weights.embed_tokens, token_ids, out: hidden })?;
-        let mut pass = Pass { decoder: self, step: &step, backend, tap, index_set: None, shares_index: false };
+        let mut pass = Pass { decoder: self, step, backend, tap, index_set: None, shares_index: false };
         for (layer, weights) in self.weights.layers.iter().enumerate() {
             // The feed-forward's output of the layer before is added by this layer's first norm.
             pass.layer(weights, layer, (layer > 0).then_some(delta))?;
@@ -230,10 +259,9 @@ impl Decoder {
         self.head(final_hidden, &batch.logit_rows, backend)
     }
 
-    /// Checks the batch, uploads it, and computes what all layers share.
-    pub(crate) fn begin(&mut self, batch: &Batch, backend: &mut dyn Backend) -> Result<Step> {
+    /// Checks the batch and copies it to the device.
+    pub(crate) fn upload(&mut self, batch: &Batch, backend: &mut dyn Backend) -> Result<Step> {
         batch.check(&self.limits())?;
-        backend.stage(Stage::Embed);
         let num_tokens = batch.num_tokens();
         let space = &self.workspace;
         let columns = self.options.max_context.div_ceil(self.options.block_size);
@@ -247,21 +275,28 @@ impl Decoder {
         backend.write_u32(positions, &batch.positions)?;
         backend.write_u32(sequences, &batch.sequences)?;
         backend.write_u32(slots, &batch.slots)?;
+        if !batch.logit_rows.is_empty() {
+            backend.write_u32(space.rows.tensor(1, batch.logit_rows.len()), &batch.logit_rows)?;
+        }
         let rope_table = space.rope_table.tensor(num_tokens, self.config.rope.dim());
+        let mut max_context = batch.max_context();
+        if backend.records_steps() {
+            max_context = max_context.next_multiple_of(RECORDED_CONTEXT).min(self.options.max_context);
+        }
+        let paging = Paging { positions, sequences, block_table, block_size: self.options.block_size, max_context };
+        Ok(Step { num_tokens, paging, slots, rope_table })
+    }
+
+    /// Computes what all layers of an uploaded step share.
+    pub(crate) fn begin(&self, step: &Step, backend: &mut dyn Backend) -> Result<()> {
+        backend.stage(Stage::Embed);
         backend.rope_table(&RopeTable {
-            positions,
+            positions: step.paging.positions,
             inverse_frequencies: self.inverse_frequencies,
             scale: self.config.rope.scale,
-            table: rope_table,
+            table: step.rope_table,
         })?;
-        let paging = Paging {
-            positions,
-            sequences,
-            block_table,
-            block_size: self.options.block_size,
-            max_context: batch.max_context(),
-        };
-        Ok(Step { num_tokens, paging, slots, rope_table })
+        Ok(())
     }
 
     /// Logits of the chosen rows of `final_hidden`.
@@ -284,7 +319,6 @@ impl Decoder {
         }
         let indices = self.workspace.rows.tensor(1, rows.len());
         let x = self.workspace.head_input.tensor(rows.len(), self.config.hidden_size);
-        backend.write_u32(indices, rows)?;
         backend.gather_rows(&GatherRows { x: final_hidden, rows: indices, out: x })?;
         backend.linear(&Linear { x, parts: &[(lm_head, logits)] })?;
         Ok(logits)

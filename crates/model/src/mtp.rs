@@ -73,7 +73,8 @@ impl Decoder {
         if share_index_of.is_some() && batch.num_tokens() != 1 {
             return Err(unfit("rows of an MTP step that shares an index set", batch.num_tokens(), "1".to_owned()));
         }
-        let step = self.begin(batch, backend)?;
+        let step = self.upload(batch, backend)?;
+        self.begin(&step, backend)?;
         backend.stage(Stage::Mtp);
         let (tokens, hidden_size, eps) = (step.num_tokens, self.config.hidden_size, self.config.rms_norm_eps);
         let space = &self.workspace;
