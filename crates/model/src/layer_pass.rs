@@ -78,7 +78,7 @@ impl LayerPass {
     /// If another part is loaded, a batch beyond the options, or a failing device.
     pub fn embed(&mut self, batch: &Batch, backend: &mut dyn Backend) -> Result<Vec<f32>> {
         self.expect(Part::Embedding)?;
-        let step = self.decoder.begin(batch, backend)?;
+        let step = self.decoder.upload(batch, backend)?;
         let space = &self.decoder.workspace;
         let hidden = space.hidden.tensor(step.num_tokens, self.decoder.config.hidden_size);
         let token_ids = space.token_ids.tensor(1, step.num_tokens);
@@ -100,7 +100,8 @@ impl LayerPass {
         tap: Option<&mut dyn Tap>,
     ) -> Result<()> {
         let Part::Layer(_) = self.part else { return Err(self.wrong_part("a layer")) };
-        let step = self.decoder.begin(batch, backend)?;
+        let step = self.decoder.upload(batch, backend)?;
+        self.decoder.begin(&step, backend)?;
         let (tokens, hidden_size) = (step.num_tokens, self.decoder.config.hidden_size);
         let space = &self.decoder.workspace;
         let [device_hidden, delta] = [space.hidden, space.delta].map(|b| b.tensor(tokens, hidden_size));
@@ -148,7 +149,8 @@ impl LayerPass {
     /// As [`LayerPass::embed`].
     pub fn head(&mut self, batch: &Batch, hidden: &mut [f32], backend: &mut dyn Backend) -> Result<Tensor> {
         self.expect(Part::Head)?;
-        let step = self.decoder.begin(batch, backend)?;
+        let step = self.decoder.upload(batch, backend)?;
+        self.decoder.begin(&step, backend)?;
         let space = &self.decoder.workspace;
         let [x, out] =
             [space.hidden, space.final_hidden].map(|b| b.tensor(step.num_tokens, self.decoder.config.hidden_size));
