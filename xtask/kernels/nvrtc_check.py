@@ -7,6 +7,7 @@ With --write the CUBINs for one architecture are written to FOLDER/<stem>.cubin.
 Needs the wheels nvidia-cuda-nvrtc, nvidia-cuda-runtime and nvidia-cuda-crt (`cargo xtask kernels` installs them).
 """
 
+import concurrent.futures
 import ctypes
 import gzip
 import importlib.util
@@ -63,32 +64,38 @@ def compile_one(nvrtc, path, options):
     return cubin, log
 
 
-def main(arguments):
+def compile_job(job):
+    """One file for one architecture, in a process of its own: NVRTC uses one core."""
+    file, architecture = job
     folder = wheel_folder()
-    nvrtc = open_nvrtc(folder)
+    options = [
+        f"--gpu-architecture={architecture}",
+        "--std=c++17",
+        f"--include-path={folder / 'include'}",
+        f"--include-path={file.parent}",
+    ]
+    return (file, architecture, *compile_one(open_nvrtc(folder), file, options))
+
+
+def main(arguments):
+    wheel_folder()
     failures = 0
     write_to, architectures = None, ARCHITECTURES
     if arguments[:1] == ["--write"]:
         write_to, architectures = pathlib.Path(arguments[1]), [arguments[2]]
         arguments = arguments[3:]
-    for file in map(pathlib.Path, arguments):
-        for architecture in architectures:
-            options = [
-                f"--gpu-architecture={architecture}",
-                "--std=c++17",
-                f"--include-path={folder / 'include'}",
-                f"--include-path={file.parent}",
-            ]
-            cubin, log = compile_one(nvrtc, file, options)
+    jobs = [(pathlib.Path(file), architecture) for file in arguments for architecture in architectures]
+    with concurrent.futures.ProcessPoolExecutor() as pool:
+        for file, architecture, cubin, log in pool.map(compile_job, jobs):
             if not cubin:
                 failures += 1
                 print(f"{file}: {architecture}: does not compile\n{log}")
-            else:
-                print(f"{file}: {architecture}: {len(cubin)} bytes" + (f"\n{log}" if log else ""))
-                if write_to:
-                    write_to.mkdir(parents=True, exist_ok=True)
-                    # No time stamp: the same source gives the same file.
-                    (write_to / f"{file.stem}.cubin.gz").write_bytes(gzip.compress(cubin, mtime=0))
+                continue
+            print(f"{file}: {architecture}: {len(cubin)} bytes" + (f"\n{log}" if log else ""))
+            if write_to:
+                write_to.mkdir(parents=True, exist_ok=True)
+                # No time stamp: the same source gives the same file.
+                (write_to / f"{file.stem}.cubin.gz").write_bytes(gzip.compress(cubin, mtime=0))
     return 1 if failures else 0
 
 

@@ -61,7 +61,7 @@ template <> struct Scales<AFFINE5, false> : SlowScales<AFFINE5> {};
 template <> struct Scales<AFFINE6, false> : SlowScales<AFFINE6> {};
 template <> struct Scales<AFFINE8, false> : SlowScales<AFFINE8> {};
 
-// FAST: bfloat16 scales, groups of 64 or 128 columns: `p` is the tile's own scales. Otherwise any: `p` is the row tile's.
+// FAST: scales stand behind the codes of their tile: `p` are the tile's own. Otherwise any affine format: `p` is the row tile's.
 template <int F, bool FAST> DEVICE void load_scales(Scales<F, FAST>& out, const Packed& w, const u8* p, u32 j, u32 g, u32 t) {
   if constexpr (F == NVFP4) out.raw = *((const u32*)p + g * 2 + t / 2);
   else if constexpr (Is<F>::e8m0) out.raw = *((const u32*)p + g);
@@ -193,121 +193,139 @@ struct Row {
 };
 
 // A copy to shared memory that passes by the registers: how weights stay on their way while others are multiplied.
-template <int BYTES> DEVICE void copy_async(void* to, const void* from) {
-  u32 address = (u32)__cvta_generic_to_shared(to);
-  if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(from));
-  else asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(BYTES));
+template <int BYTES> DEVICE void copy_async(u32 to, const void* from) {
+  if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from));
+  else asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES));
+}
+template <typename T> __device__ T shared_load(u32 address);
+template <> __device__ __forceinline__ u32 shared_load<u32>(u32 address) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
+template <> __device__ __forceinline__ uint2 shared_load<uint2>(u32 address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+  return v;
+}
+template <> __device__ __forceinline__ uint4 shared_load<uint4>(u32 address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
 }
 
 // One warp: slices of row tiles of R weights of one shape, for up to 8 NT rows of activations. Tiles go through a ring of D slots of
 // shared memory: D - 1 are on their way while one is multiplied. A lane copies and reads its own codes; scales are shared.
+// What changes from tile to tile are a few addresses: instructions, not bytes, were the limit before (138 a tile, 576 bytes).
 template <int F, bool FAST, int NT, int R, bool ONE>
 struct Stream {
   static constexpr bool BYTES = Is<F>::affine;
-  static constexpr bool RING_SCALES = FAST;          // scales of other affine formats are read when they are used
   static constexpr int N = Words<F>::n;
   static constexpr int D = R == 2 || N > 5 ? 4 : 8;
   static constexpr int SLOT = N * 128 + 64;
-  u8* ring;
-  const u32* code[R];  // cursor of copying: the next tile
-  const u8* scale[R];
-  u32 at, end, step;   // tile of the cursor, end of the row, slices
-  u32 issued, taken, lane;
+  static constexpr int RING = D * R * SLOT;
+  static constexpr int SCALE_BYTES = FAST ? (Is<F>::e8m0 ? 32 : 64) : 0;  // others are read from memory when they are used
+  u32 ring, put_at, take_at;  // shared memory: of this warp; offsets of the slots to fill and to read
+  const u8* code[R];          // this lane's part of the next tile
+  u64 stride;                 // bytes to the tile after it
+  u32 left;                   // tiles of the slice that are not on their way yet
+  u32 lane;
 
   METHOD void start(u8* shared) {
-    ring = shared + threadIdx.x / 32 * (D * R * SLOT);
     lane = threadIdx.x & 31;
-    issued = taken = at = end = 0;
+    ring = (u32)__cvta_generic_to_shared(shared) + threadIdx.x / 32 * RING;
+    put_at = take_at = left = 0;
   }
   // Points the cursor at the slice of the tiles first, first + slices, .. before `last`.
   METHOD void aim(const Packed* const w[R], u32 matrix, u32 row_tile, u32 first, u32 last, u32 slices) {
-    at = first;
-    end = last;
-    step = slices;
+    left = first < last ? (last - first + slices - 1) / slices : 0;
+    stride = (u64)slices * w[0]->tile_words * 4;
 #pragma unroll
-    for (int r = 0; r < R; r++) {
-      code[r] = tile_at(*w[r], matrix, row_tile, first);
-      scale[r] = w[r]->scales + matrix * w[r]->scales_stride + row_tile * scale_tile_bytes(*w[r], F);
-    }
+    for (int r = 0; r < R; r++) code[r] = (const u8*)tile_at(*w[r], matrix, row_tile, first);
   }
   // Starts copying the tile at the cursor, if there is one; counts in any case.
-  METHOD void issue(const Packed* const w[R]) {
-    if (at < end) {
+  METHOD void issue() {
+    if (left) {
 #pragma unroll
       for (int r = 0; r < R; r++) {
-        u8* slot = ring + ((issued % D) * R + r) * SLOT;
+        u32 slot = ring + put_at + r * SLOT;
         constexpr int four = N / 4 * 4;
+        if constexpr (four > 0) {
+          const u8* from = code[r] + lane * 16;
+          u32 to = slot + lane * 16;
 #pragma unroll
-        for (int k = 0; k < four; k += 4) copy_async<16>(slot + k * 128 + lane * 16, code[r] + k * 32 + lane * 4);
-        if constexpr (N % 4 >= 2) copy_async<8>(slot + four * 128 + lane * 8, code[r] + four * 32 + lane * 2);
-        if constexpr (N % 2 == 1) copy_async<4>(slot + (N - 1) * 128 + lane * 4, code[r] + (N - 1) * 32 + lane);
-        if constexpr (RING_SCALES) {
-          constexpr u32 bytes = Is<F>::e8m0 ? 32 : 64;
-          const u8* from = w[r]->inline_scales ? (const u8*)(code[r] + N * 32) : scale[r] + (at / 2) * 64;
-          if (lane < bytes / 16) copy_async<16>(slot + N * 128 + lane * 16, from + lane * 16);
+          for (int k = 0; k < four; k += 4) copy_async<16>(to + k * 128, from + k * 128);
+          if constexpr (SCALE_BYTES > 0) if (lane < SCALE_BYTES / 16) copy_async<16>(to + N * 128, from + N * 128);
+        } else if constexpr (SCALE_BYTES > 0) {
+          if (lane < SCALE_BYTES / 16) copy_async<16>(slot + N * 128 + lane * 16, code[r] + N * 128 + lane * 16);
         }
-        code[r] += step * w[r]->tile_words;
+        if constexpr (N % 4 >= 2) copy_async<8>(slot + four * 128 + lane * 8, code[r] + four * 128 + lane * 8);
+        if constexpr (N % 2 == 1) copy_async<4>(slot + (N - 1) * 128 + lane * 4, code[r] + (N - 1) * 128 + lane * 4);
+        code[r] += stride;
       }
-      at += step;
+      left--;
     }
     asm volatile("cp.async.commit_group;");
-    issued++;
+    put_at = put_at + R * SLOT == RING ? 0 : put_at + R * SLOT;
   }
-  // Waits for the next tile; every lane may read its slot.
-  METHOD const u8* next() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(D - 2));
-    __syncwarp();
-    return ring + (taken++ % D) * R * SLOT;
-  }
-  METHOD void read(Codes<F>& codes, Scales<F, FAST>& scales, const u8* slot, const Packed& w, const u8* scale_base, u32 j) {
+  METHOD void read(Codes<F>& codes, Scales<F, FAST>& scales, u32 slot, const Packed& w, const u8* scale_base, u32 j) {
     constexpr int four = N / 4 * 4;
 #pragma unroll
     for (int k = 0; k < four; k += 4) {
-      uint4 v = *(const uint4*)(slot + k * 128 + lane * 16);
+      uint4 v = shared_load<uint4>(slot + lane * 16 + k * 128);
       codes.w[k] = v.x; codes.w[k + 1] = v.y; codes.w[k + 2] = v.z; codes.w[k + 3] = v.w;
     }
     if constexpr (N % 4 >= 2) {
-      uint2 v = *(const uint2*)(slot + four * 128 + lane * 8);
+      uint2 v = shared_load<uint2>(slot + lane * 8 + four * 128);
       codes.w[four] = v.x; codes.w[four + 1] = v.y;
     }
-    if constexpr (N % 2 == 1) codes.w[N - 1] = *(const u32*)(slot + (N - 1) * 128 + lane * 4);
-    load_scales<F, FAST>(scales, w, RING_SCALES ? slot + N * 128 : scale_base, j, lane / 4, lane % 4);
-  }
-  METHOD void columns(Columns<BYTES> x[NT], const Row rows[NT], u32 j, u32 cols) {
-    u32 t = lane % 4;
-#pragma unroll
-    for (int nt = 0; nt < NT; nt++) {
-      if constexpr (BYTES) {
-        const uint4 zero = make_uint4(0, 0, 0, 0);
-        const u8* p = rows[nt].digits + j * DIGITS_BYTES + 16 * t;
-        x[nt].high = rows[nt].digits ? *(const uint4*)p : zero;
-        x[nt].low = rows[nt].digits ? *(const uint4*)(p + 64) : zero;
-#pragma unroll
-        for (int k = 0; k < (ONE ? 1 : 2); k++) x[nt].about[k] = *(const float4*)(rows[nt].about[k] + j * DIGITS_BYTES + 128);
-      } else {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          u32 col = j * 64 + 32 * h + 8 * t;
-          x[nt].b[h] = rows[nt].twin && col < cols ? *(const uint4*)(rows[nt].twin + col) : make_uint4(0, 0, 0, 0);
-        }
-      }
-    }
+    if constexpr (N % 2 == 1) codes.w[N - 1] = shared_load<u32>(slot + lane * 4 + (N - 1) * 128);
+    u32 p = slot + N * 128, g = lane / 4, t = lane % 4;
+    if constexpr (!FAST) load_scales<F, FAST>(scales, w, scale_base, j, g, t);
+    else if constexpr (F == NVFP4) scales.raw = shared_load<u32>(p + (g * 2 + t / 2) * 4);
+    else if constexpr (Is<F>::e8m0) scales.raw = shared_load<u32>(p + g * 4);
+    else if constexpr (F == FP8) { uint2 v = shared_load<uint2>(p + g * 8); scales.s[0] = __uint_as_float(v.x); scales.s[1] = __uint_as_float(v.y); }
+    else scales.v = shared_load<uint2>(p + g * 8);
   }
   // Multiplies the tiles of a slice, which have been issued in this order; `refill` keeps the ring full.
   template <typename Refill>
   METHOD void run(float acc[R][NT][4], const Packed* const w[R], const u8* const scale_base[R], const Row rows[NT], u32 first, u32 last, u32 slices, Refill refill) {
     if (first >= last) return;
-    u32 cols = w[0]->cols;
+    u32 cols = w[0]->cols, t = lane % 4;
     bool halves = w[0]->group == 32;
-    Columns<BYTES> x[NT];
-    columns(x, rows, first, cols);
-    for (u32 j = first; j < last; j += slices) {
-      const u8* slot = next();
-      refill();
-      Columns<BYTES> now[NT];
+    // Offsets of this lane's activations, relative to each row.
+    u32 at = BYTES ? first * DIGITS_BYTES + 16 * t : first * 64 + 8 * t, step = BYTES ? slices * DIGITS_BYTES : slices * 64;
+    auto columns = [&](Columns<BYTES> x[NT]) {
 #pragma unroll
-      for (int nt = 0; nt < NT; nt++) now[nt] = x[nt];
-      columns(x, rows, j + slices < last ? j + slices : j, cols);
+      for (int nt = 0; nt < NT; nt++) {
+        if constexpr (BYTES && ONE) {
+          // Every lane reads the one row: the columns of the product that nobody wants may hold anything.
+          x[nt].high = *(const uint4*)(rows[0].about[0] + at);
+          x[nt].low = *(const uint4*)(rows[0].about[0] + at + 64);
+          x[nt].about[0] = *(const float4*)(rows[0].about[0] + (at - 16 * t) + 128);
+        } else if constexpr (BYTES) {
+          const uint4 zero = make_uint4(0, 0, 0, 0);
+          x[nt].high = rows[nt].digits ? *(const uint4*)(rows[nt].digits + at) : zero;
+          x[nt].low = rows[nt].digits ? *(const uint4*)(rows[nt].digits + at + 64) : zero;
+#pragma unroll
+          for (int k = 0; k < 2; k++) x[nt].about[k] = *(const float4*)(rows[nt].about[k] + (at - 16 * t) + 128);
+        } else {
+#pragma unroll
+          for (int h = 0; h < 2; h++)
+            x[nt].b[h] = rows[nt].twin && at + 32 * h < cols ? *(const uint4*)(rows[nt].twin + at + 32 * h) : make_uint4(0, 0, 0, 0);
+        }
+      }
+    };
+    u32 j = first;
+    Columns<BYTES> x[2][NT];
+    columns(x[0]);
+    auto tile = [&](Columns<BYTES> now[NT], Columns<BYTES> next[NT]) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(D - 2));
+      __syncwarp();
+      u32 slot = ring + take_at;
+      take_at = take_at + R * SLOT == RING ? 0 : take_at + R * SLOT;
+      refill();
+      if (j + slices < last) { at += step; columns(next); }
 #pragma unroll
       for (int r = 0; r < R; r++) {
         Codes<F> codes;
@@ -318,9 +336,17 @@ struct Stream {
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) accumulate<F, FAST, ONE>(acc[r][nt], taken, scales, now[nt], halves);
       }
+      j += slices;
+    };
+    while (true) {
+      tile(x[0], x[1]);
+      if (j >= last) break;
+      tile(x[1], x[0]);
+      if (j >= last) break;
     }
   }
 };
+
 // Partial sums of a warp into shared memory [row 16][8 NT].
 template <int NT> DEVICE void put(float* red, const float acc[NT][4], u32 lane) {
   u32 g = lane / 4, t = lane % 4;
@@ -375,14 +401,14 @@ template <int F, bool FAST, int NT, bool ONE> DEVICE void gemv_linear(const Matm
   stream.start(ring);
   stream.aim(w, matrix, row_tile, first, last, S);
 #pragma unroll
-  for (int i = 0; i < stream.D - 1; i++) stream.issue(w);
+  for (int i = 0; i < stream.D - 1; i++) stream.issue();
   pdl_wait();
   Row rows[NT];
 #pragma unroll
   for (int nt = 0; nt < NT; nt++) rows[nt] = row_of<F>(a, nt, a.x.rows, matrix, [](u32 n) { return n; });
   float acc[1][NT][4] = {};
   const u8* scale_base[1] = {row_tile_scales(part.w, matrix, row_tile)};
-  stream.run(acc, w, scale_base, rows, first, last, S, [&] { stream.issue(w); });
+  stream.run(acc, w, scale_base, rows, first, last, S, [&] { stream.issue(); });
   put<NT>(red[warp], acc[0], lane);
   __syncthreads();
   for (u32 i = threadIdx.x; i < per_block * 16 * a.x.rows; i += blockDim.x) {
@@ -432,7 +458,7 @@ template <int F, bool FAST, int NT, bool ONE> DEVICE void gemv_gate_up(const Mat
   auto fill = [&] {
     stream.aim(w, expert, row_tile, first, last, S);
 #pragma unroll
-    for (int i = 0; i < stream.D - 1; i++) stream.issue(w);
+    for (int i = 0; i < stream.D - 1; i++) stream.issue();
   };
   if (a.routing.ids) {
     pdl_wait();
@@ -462,7 +488,7 @@ template <int F, bool FAST, int NT, bool ONE> DEVICE void gemv_gate_up(const Mat
   for (int nt = 0; nt < NT; nt++) rows[nt] = row_of<F>(a, nt, count, 0, [&](u32 n) { return a.routing.ids ? (u32)list[n] : n; });
   float acc[2][NT][4] = {};
   const u8* scale_base[2] = {row_tile_scales(*w[0], expert, row_tile), row_tile_scales(*w[1], expert, row_tile)};
-  stream.run(acc, w, scale_base, rows, first, last, S, [&] { stream.issue(w); });
+  stream.run(acc, w, scale_base, rows, first, last, S, [&] { stream.issue(); });
   put<NT>(red[warp][0], acc[0], lane);
   put<NT>(red[warp][1], acc[1], lane);
   __syncthreads();
@@ -515,11 +541,11 @@ template <int F, bool FAST, int NT, bool ONE> DEVICE void gemv_down(const Matmul
   stream.start(ring);
   // The ring runs on from one expert to the next.
   auto issue = [&] {
-    if (stream.at >= stream.end && ahead < count_unique) {
+    if (stream.left == 0 && ahead < count_unique) {
       stream.aim(w, ids[unique[ahead]], blockIdx.x, first, last, S);
       ahead += side;
     }
-    stream.issue(w);
+    stream.issue();
   };
 #pragma unroll
   for (int i = 0; i < S1::D - 1; i++) issue();

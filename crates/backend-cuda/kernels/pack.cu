@@ -74,7 +74,7 @@ template <int F> DEVICE void pack_matrix(const PackArgs& a) {
             byte(r0, in0, first, count) | byte(r0, in0, first + 1, count) << 8 | byte(r1, in1, first, count) << 16 | byte(r1, in1, first + 1, count) << 24;
       }
     } else if constexpr (F == FP8) {
-      if (t == 0 && j % 2 == 0) {
+      if (t == 0) {
         u32 block = j * 64 / a.block_cols;
         auto scale = [&](u32 row, bool in) { return in ? *(const float*)(a.scales + (u64)((a.first_block_row + row) / a.block_rows) * a.scale_row_bytes + block * 4) : 0.f; };
         ((float2*)scales)[g] = make_float2(scale(r0, in0), scale(r1, in1));

@@ -23,8 +23,8 @@
 //   MXFP8, FP8    8 words: row g pairs (0,1) (2,3) .., row g+8; the even pair in the low bytes, the odd one in the high bytes
 //
 // Scales: `affine` [g][s_g, b_g, s_g+8, b_g+8] a group; `e4m3` (NVFP4) [g][t / 2] a u32 {row g h 0, row g h 1, row g+8 h 0, row g+8 h 1};
-// `e8m0` [g] the same u32; `block` (FP8) [g][s_g, s_g+8] a 128 columns. They stand right behind the codes of their tile where a tile has its own
-// (`inline_scales`: NVFP4, MX, affine with bfloat16 scales and groups of 64), so that a warp reads one stream; otherwise in an
+// `e8m0` [g] the same u32; `block` (FP8) [g][s_g, s_g+8]. They stand right behind the codes of their tile where a tile has its own
+// (`inline_scales`: all but affine formats with other scales than bfloat16 or other groups than 64), so that a warp reads one stream; otherwise in an
 // array beside, row tile by row tile.
 //
 // Scales are applied to sums of 32 or 64 products (NVFP4: to the codes, where the product of a 2-bit and a 4-bit significand is exact),
@@ -61,21 +61,19 @@ struct Packed {
 };
 DEVICE u32 num_tiles(const Packed& w) { return (w.cols + 63) / 64; }
 DEVICE u32 num_groups(const Packed& w) { return (w.cols + w.group - 1) / w.group; }
-DEVICE u64 scale_tile_bytes(const Packed& w, int f) {  // of one row tile, where scales stand beside
-  if (f == FP8) return (u64)((w.cols + 127) / 128) * 64;
+DEVICE u64 scale_tile_bytes(const Packed& w) {  // of one row tile, where scales stand beside
   return (u64)num_groups(w) * (w.scale_f32 ? 128 : 64);
 }
 DEVICE const u32* tile_at(const Packed& w, u32 matrix, u32 row_tile, u32 j) {
   return w.codes + matrix * w.codes_stride + ((u64)row_tile * num_tiles(w) + j) * w.tile_words;
 }
-// The scales of tile j where it has its own, or shares them with its neighbour (groups of 128).
+// The scales of tile j where they stand behind its codes.
 template <int F> DEVICE const u8* tile_scales(const Packed& w, u32 matrix, u32 row_tile, u32 j) {
-  if (w.inline_scales) return (const u8*)(tile_at(w, matrix, row_tile, j) + Words<F>::n * 32);
-  return w.scales + matrix * w.scales_stride + row_tile * scale_tile_bytes(w, F) + (j / 2) * 64;
+  return (const u8*)(tile_at(w, matrix, row_tile, j) + Words<F>::n * 32);
 }
 // The scales of a row tile, for affine formats with any groups.
 DEVICE const u8* row_tile_scales(const Packed& w, u32 matrix, u32 row_tile) {
-  return w.scales + matrix * w.scales_stride + row_tile * scale_tile_bytes(w, AFFINE4);
+  return w.scales + matrix * w.scales_stride + row_tile * scale_tile_bytes(w);
 }
 
 // The codes of one lane in one tile. Word order as above; loads are as wide as alignment allows.

@@ -1,11 +1,15 @@
-//! The operations: which kernel, which grid, which scratch memory.
+//! The operations: which kernel, which grid, which scratch memory. One piece: a method an operation, in the order of the trait.
+
+mod products;
+
+use self::products::{WeightRef, activation_args, gemv_variant, slices};
 
 use crate::args;
 use crate::args::{Mat, Matmul, Part, Routing};
 use crate::buffers::{DeviceBuffer, Parts};
 use crate::driver::{Device, DevicePtr, Graph, Memory, NAME, device_error};
 use crate::kernels::{ATTENTION_SHARED, Kernels};
-use crate::weights::{DeviceWeight, Loader, format_name, product_suffix, ring_bytes, takes_digits};
+use crate::weights::{DeviceWeight, Loader, format_name, product_suffix, ring_bytes};
 use moellon_ops::backend::WeightFormatSet;
 use moellon_ops::{
     Activation, ActivationPrecision, Add, Argmax, AttendGqa, AttendMla, Backend, Buffer, Cache, CacheDtype, Caps,
@@ -22,9 +26,6 @@ use std::path::PathBuf;
 const GEMV_ROWS: usize = 16;
 /// Warps of a block of products.
 const WARPS: usize = 8;
-/// Rows of weights that a block of `gemm` has, and rows of activations.
-const GEMM_ROWS: usize = 256;
-const GEMM_TOKENS: usize = 64;
 /// Choices of experts (rows times top-k) that one block of the weighted sum keeps.
 const DOWN_SLOTS: usize = 128;
 /// Keys in one part of an attention row (`SPLIT` of attention.cu).
@@ -89,36 +90,6 @@ pub struct CudaBackend {
     kernels: Kernels,
     // Last: everything above is freed before the context is given back.
     device: Device,
-}
-
-/// An input of a product in the form that its weights want.
-#[derive(Clone, Copy, Default)]
-struct Input {
-    x: Mat,
-    digits: DevicePtr,
-    parts: u32,
-    head_stride: u32,
-}
-
-impl Input {
-    /// The arguments of a product, the weights left out.
-    fn args(&self, cols: usize, routing: Routing) -> Matmul {
-        Matmul {
-            num_parts: 1,
-            slices: slices(cols) as u32,
-            x: self.x,
-            x_head_stride: self.head_stride,
-            digits: self.digits,
-            digits_parts: self.parts,
-            routing,
-            ..Matmul::default()
-        }
-    }
-}
-
-/// Which of the kernels for few rows: one row, up to eight, up to sixteen.
-fn gemv_variant(rows: usize) -> usize {
-    if rows == 1 { 0 } else { rows.div_ceil(8) }
 }
 
 /// What is known about a step with some key.
@@ -193,26 +164,6 @@ impl CudaBackend {
         Ok(self.buffer(tensor)?.at(tensor.offset))
     }
 
-    /// The view with a current bfloat16 twin.
-    fn twin(&mut self, tensor: Tensor) -> Result<Mat> {
-        let aligned = tensor.offset.is_multiple_of(8) && (tensor.rows == 1 || tensor.stride.is_multiple_of(8));
-        if !aligned {
-            return Err(device_error(format!(
-                "input of a product starts at element {} with stride {}, expected multiples of 8",
-                tensor.offset, tensor.stride
-            )));
-        }
-        let buffer = self.buffers.get_mut(&tensor.buffer.id);
-        let buffer = buffer.ok_or_else(|| device_error(format!("buffer {} was freed", tensor.buffer.id)))?;
-        let (x, stale) = buffer.twin_input(tensor, &mut self.device)?;
-        if stale {
-            let kernel = self.kernels.rows("write_twin")?;
-            let grid = [x.rows, x.cols.div_ceil(1024).min(64), 1];
-            self.device.launch(&kernel, grid, 256, 0, &args::Twin { x })?;
-        }
-        Ok(x)
-    }
-
     fn paging(&mut self, paging: &Paging) -> Result<args::Paging> {
         Ok(args::Paging {
             positions: self.address(paging.positions)?,
@@ -228,115 +179,6 @@ impl CudaBackend {
             Some(loader) => Ok(loader),
             None => Loader::new(&mut self.device),
         }
-    }
-
-    /// `out[rows] = x W` for one weight that may have many matrices: heads, or experts chosen by `routing`.
-    fn product(&mut self, weight: WeightRef, x: Input, out: Mat, routing: Routing) -> Result<()> {
-        let (kernels, device) = (&mut self.kernels, &mut self.device);
-        let (w, count) = (weight.of(&self.weights, &self.experts), weight.count());
-        let Some(name) = product_suffix(w.format) else {
-            let kernel = kernels.matmul(match w.format {
-                WeightFormat::F32 => "plain_f32",
-                WeightFormat::F16 => "plain_f16",
-                _ => "plain_bf16",
-            })?;
-            // A function of the columns alone, like `slices`.
-            let warps = w.cols.div_ceil(512).next_power_of_two().min(WARPS);
-            let args = args::Plain {
-                weights: w.plain,
-                bias: w.bias(),
-                x: x.x,
-                out,
-                routing,
-                matrix_elements: (w.rows * w.cols) as u64,
-                rows: w.rows as u32,
-                cols: w.cols as u32,
-                x_head_stride: x.head_stride,
-                warps: warps as u32,
-            };
-            let blocks = w.rows.div_ceil(WARPS / warps) as u32;
-            return device.launch(&kernel, [blocks, count, 1], 256, 0, &args);
-        };
-        let mut args = x.args(w.cols, routing);
-        args.part[0] = Part { w: w.packed, out };
-        let rows = x.x.rows as usize;
-        if routing.ids == 0 && rows <= GEMV_ROWS {
-            let blocks = w.rows.div_ceil(16).div_ceil(WARPS / slices(w.cols)) as u32;
-            args.first_block[1] = blocks;
-            let kernel = kernels.matmul(&format!("linear{}_{name}", gemv_variant(rows)))?;
-            return device.launch(&kernel, [blocks, count, 1], 256, ring_bytes(w.format, 1), &args);
-        }
-        let rows = if routing.ids == 0 { rows } else { routing.num_tokens as usize };
-        let grid = [w.rows.div_ceil(GEMM_ROWS) as u32, count, rows.div_ceil(GEMM_TOKENS) as u32];
-        let kernel = kernels.matmul(&format!("gemm_{name}"))?;
-        device.launch(&kernel, grid, 256, 0, &args)
-    }
-
-    /// `x` in the form that products with weights of `format` read, its rows cut into `parts`.
-    fn product_input(&mut self, x: Tensor, format: WeightFormat, parts: Parts) -> Result<Input> {
-        let head_stride = if parts.count > 1 { parts.stride as u32 } else { 0 };
-        let part_count = parts.count as u32;
-        if !takes_digits(format) {
-            let x = if format_name(format).is_some() { self.twin(x)? } else { self.input(x)? };
-            return Ok(Input { x, digits: 0, parts: part_count, head_stride });
-        }
-        let buffer = self.buffers.get_mut(&x.buffer.id);
-        let buffer = buffer.ok_or_else(|| device_error(format!("buffer {} was freed", x.buffer.id)))?;
-        let (digits, stale) = buffer.digits(x, parts, &mut self.device)?;
-        let x = buffer.input(x);
-        if stale {
-            let args = args::Digits {
-                x,
-                out: digits,
-                cols: parts.cols as u32,
-                part_stride: parts.stride as u32,
-                parts: part_count,
-                pad: 0,
-            };
-            let kernel = self.kernels.pack("write_digits")?;
-            let grid = [parts.cols.div_ceil(64).div_ceil(8) as u32, part_count, x.rows];
-            self.device.launch(&kernel, grid, 256, 0, &args)?;
-        }
-        Ok(Input { x, digits, parts: part_count, head_stride })
-    }
-
-    /// [`CudaBackend::product_input`] for rows in one piece.
-    fn whole_input(&mut self, x: Tensor, format: WeightFormat) -> Result<Input> {
-        self.product_input(x, format, Parts { count: 1, stride: x.cols, cols: x.cols })
-    }
-
-    /// Routing for kernels that find an expert's rows themselves.
-    fn routing(&mut self, ids: Tensor, slots_in_x: bool) -> Result<Routing> {
-        Ok(Routing {
-            ids: self.address(ids)?,
-            ids_stride: ids.stride as u32,
-            num_tokens: ids.rows as u32,
-            top_k: ids.cols as u32,
-            slots_in_x: u32::from(slots_in_x),
-            offsets: 0,
-            sorted: 0,
-        })
-    }
-
-    /// Routing with the rows sorted by expert.
-    fn sorted_routing(&mut self, ids: Tensor, num_experts: usize, slots_in_x: bool) -> Result<Routing> {
-        let mut routing = self.routing(ids, slots_in_x)?;
-        let words = num_experts + 1 + ids.rows * ids.cols;
-        let offsets = self.sorted.pointer("sorting rows by expert", 4 * words as u64, &mut self.device)?;
-        (routing.offsets, routing.sorted) = (offsets, offsets + 4 * (num_experts as u64 + 1));
-        if self.sorted_for != Some(ids) {
-            let args = args::Sort {
-                routing,
-                offsets: routing.offsets,
-                sorted: routing.sorted,
-                num_experts: num_experts as u32,
-                pad: 0,
-            };
-            let kernel = self.kernels.matmul("sort_by_expert")?;
-            self.device.launch(&kernel, [1, 1, 1], 512, 4 * num_experts as u32, &args)?;
-            self.sorted_for = Some(ids);
-        }
-        Ok(routing)
     }
 
     /// Scratch memory as `[rows, cols]` floats.
@@ -426,54 +268,9 @@ impl CudaBackend {
     }
 }
 
-/// Slices that a row of weights is cut into: a function of its columns alone, because the order of sums depends on it.
-fn slices(cols: usize) -> usize {
-    match cols.div_ceil(64) {
-        64.. => 8,
-        16.. => 4,
-        4.. => 2,
-        _ => 1,
-    }
-}
-
-fn activation_args(activation: Activation) -> args::Activation {
-    match activation {
-        Activation::SwiGlu => args::Activation::default(),
-        Activation::ClampedSwiGlu { alpha, limit } => args::Activation { kind: 1, alpha, limit, pad: 0 },
-    }
-}
-
 /// Threads for a kernel that works on a row of `cols` elements with one block: a function of `cols` alone, for the same reason.
 fn row_threads(cols: usize) -> u32 {
     (cols.div_ceil(8).next_multiple_of(32)).clamp(32, 1024) as u32
-}
-
-/// A weight among those of the back end.
-#[derive(Clone, Copy)]
-enum WeightRef {
-    Linear(Weight),
-    Gate(Experts),
-    Up(Experts),
-    Down(Experts),
-}
-
-impl WeightRef {
-    fn of<'a>(&self, weights: &'a [DeviceWeight], experts: &'a [DeviceExperts]) -> &'a DeviceWeight {
-        match self {
-            WeightRef::Linear(w) => &weights[w.id as usize],
-            WeightRef::Gate(e) => &experts[e.id as usize].gate,
-            WeightRef::Up(e) => &experts[e.id as usize].up,
-            WeightRef::Down(e) => &experts[e.id as usize].down,
-        }
-    }
-
-    /// Matrices of the weight.
-    fn count(&self) -> u32 {
-        match self {
-            WeightRef::Linear(w) => w.count as u32,
-            WeightRef::Gate(e) | WeightRef::Up(e) | WeightRef::Down(e) => e.num_experts as u32,
-        }
-    }
 }
 
 impl Backend for CudaBackend {

@@ -33,7 +33,7 @@ pub(crate) fn takes_digits(format: WeightFormat) -> bool {
 pub(crate) fn product_suffix(format: WeightFormat) -> Option<String> {
     let name = format_name(format)?;
     Some(match format {
-        WeightFormat::Affine { group: 64 | 128, scale: ScaleDtype::Bf16, .. } => name.to_owned(),
+        WeightFormat::Affine { group: 64, scale: ScaleDtype::Bf16, .. } => name.to_owned(),
         WeightFormat::Affine { .. } => format!("{name}_any"),
         _ => name.to_owned(),
     })
@@ -275,7 +275,9 @@ fn copy_span(rows: moellon_tensor::Rows<'_>, count: usize, to: &mut [u8], name: 
 /// Bytes of scales behind the codes of each tile; 0 where scales stand beside (packed.cuh).
 fn inline_scale_bytes(format: WeightFormat) -> u64 {
     match format {
-        WeightFormat::Nvfp4 | WeightFormat::Affine { group: 64, scale: ScaleDtype::Bf16, .. } => 64,
+        WeightFormat::Nvfp4
+        | WeightFormat::Fp8Block { .. }
+        | WeightFormat::Affine { group: 64, scale: ScaleDtype::Bf16, .. } => 64,
         WeightFormat::Mxfp4 | WeightFormat::Mxfp8 => 32,
         _ => 0,
     }
@@ -284,8 +286,10 @@ fn inline_scale_bytes(format: WeightFormat) -> u64 {
 /// Bytes of the scales of a row tile that stand beside its codes (`scale_tile_bytes` of packed.cuh).
 fn scale_row_tile_bytes(name: &str, format: WeightFormat, cols: usize) -> Result<u64> {
     Ok(match format {
+        WeightFormat::Fp8Block { block_cols, .. } if !block_cols.is_multiple_of(64) => {
+            return Err(unsupported(name, format));
+        }
         _ if inline_scale_bytes(format) > 0 => 0,
-        WeightFormat::Fp8Block { block_cols, .. } if block_cols.is_multiple_of(128) => cols.div_ceil(128) as u64 * 64,
         WeightFormat::Affine { group: 32 | 64 | 128, scale, .. } => {
             format.scales_per_row(cols) as u64 * if scale == ScaleDtype::F32 { 128 } else { 64 }
         }
@@ -298,7 +302,7 @@ fn unsupported(name: &str, format: WeightFormat) -> Error {
         backend: crate::driver::NAME,
         weight: name.to_owned(),
         format: format.to_string(),
-        takes: "f32, f16, bf16, mxfp4, mxfp8, nvfp4, affine 2-6 and 8 bits with groups of 32, 64, 128, fp8 in blocks of 128 columns"
+        takes: "f32, f16, bf16, mxfp4, mxfp8, nvfp4, affine 2-6 and 8 bits with groups of 32, 64, 128, fp8 in blocks of 64 columns or multiples"
             .to_owned(),
     }
 }
