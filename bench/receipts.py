@@ -5,6 +5,7 @@
     python3 bench/receipts.py open DIRECTORY    # opening and loading a large checkpoint (bench/large_checkpoint.py)
     python3 bench/receipts.py tiny              # the bundled model: prompt and decode speed
     python3 bench/receipts.py decode            # slices of published shapes: decode and prefill against bandwidth
+    python3 bench/receipts.py cuda              # the same on an NVIDIA GPU, up to the whole GLM-5.2-77; text against the CPU's
     cargo xtask docs --write
 
 A receipt holds the commit, the machine, the commands, every sample, and rows for tables. Needs nothing but Python.
@@ -145,27 +146,56 @@ def tiny(stolen):
     write("tiny", [f"{NAME} run --json --temp 0 -n 256 --raw -p (1500 characters of Rust)"], kept, {"tiny": [row]}, stolen)
 
 
-def decode(stolen):
-    plans = [("qwen3-30b-a3b:layers=8,vocab=32768", f) for f in ("affine-4", "nvfp4", "affine-3")]
+def bench(plans, prompts):
+    """Reports of `moellon bench` and rows for a table: (shape, format, batches, further arguments) each."""
     reports, rows, commands = [], [], []
-    for spec, plan in plans:
-        command = ["bench", "--synthetic", spec, "--format", plan, "--batch", "1,2,4,8", "--prompt", "512", "--windows", "5", "--json"]
+    for spec, plan, batches, *more in plans:
+        command = ["bench", "--synthetic", spec, "--format", plan, "--batch", batches, "--prompt", prompts, "--json", *more]
         report = json.loads(run(*command)[0])
         reports.append(report)
         commands.append(f"{NAME} {' '.join(command)}")
         for result in report["results"]:
-            rows.append({
+            row = {
                 "shape": spec, "format": plan, "batch": result["batch"], "tok/s": f"{result['decode_tok_s']:.1f}",
                 "MB a step": f"{result['bytes_per_step'] / 1e6:.0f}", "GB/s": f"{result['bandwidth_gb_s']:.1f}",
                 "share of measured bandwidth": f"{100 * result['bandwidth_share']:.0f} %",
                 "distinct experts": f"{result['distinct_experts']:.1f}",
-                "prefill 512, tok/s": f"{report['prefill'][0]['tok_s']:.0f}",
-            })
+            }
+            for prefill in report["prefill"]:
+                row[f"prefill {prefill['tokens']}, tok/s"] = f"{prefill['tok_s']:.0f}"
+            rows.append(row)
+    return reports, rows, commands
+
+
+def decode(stolen):
+    plans = [("qwen3-30b-a3b:layers=8,vocab=32768", f, "1,2,4,8", "--windows", "5") for f in ("affine-4", "nvfp4", "affine-3")]
+    reports, rows, commands = bench(plans, "512")
     write("decode-cpu", commands, reports, {"decode-cpu": rows}, stolen)
 
 
+def cuda(stolen):
+    more = ["--backend", "cuda", "--windows", "7", "--steps", "20"]
+    slices = [("glm-5.2-77:layers=12", f, "1,2,4,8", *more) for f in ("affine-4", "nvfp4", "affine-3")]
+    plans = [("glm-5.2-77", "q3a4", "1,2,8,16", *more), *slices, ("qwen3-30b-a3b:layers=40", "affine-4", "1,2,4,8", *more)]
+    reports, rows, commands = bench(plans, "512")
+    prompts = ["def quicksort(items):", "fn main() {\n    let mut", "class Stack:\n    def __init__(self):"]
+    texts = []
+    for prompt in prompts:
+        for where in (["--backend", "cpu", "--activations", "exact"], ["--backend", "cuda"]):
+            for speculate in ("off", "auto"):
+                command = ["run", *where, "--speculate", speculate, "--temp", "0", "-n", "200", "--raw", "--json", "-p", prompt]
+                texts.append(json.loads(run(*command)[0]))
+                commands.append(f"{NAME} {' '.join(command)}")
+    same = sum(len({tuple(t["token_ids"]) for t in texts[4 * i:4 * i + 4]}) == 1 for i in range(len(prompts)))
+    text_row = {
+        "model": "moellon-tiny (bundled)", "prompts": len(prompts), "tokens each": min(t["completion_tokens"] for t in texts),
+        "CPU exact, CUDA, speculation off and on: all the same": f"{same} of {len(prompts)}",
+    }
+    write("cuda", commands, {"bench": reports, "text": texts}, {"decode-cuda": rows, "text-cuda": [text_row]}, stolen)
+
+
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "cuda"):
         raise SystemExit(__doc__)
     stolen = steal_ticks()
     match sys.argv[1]:
@@ -177,6 +207,8 @@ def main():
             tiny(stolen)
         case "decode":
             decode(stolen)
+        case "cuda":
+            cuda(stolen)
 
 
 if __name__ == "__main__":
