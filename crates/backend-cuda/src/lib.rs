@@ -2,11 +2,11 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | [`driver`] | the driver behind a safe surface: context, stream, memory, kernels, graphs |
-//! | [`kernels`] | the compiled kernels, found by compute capability |
-//! | [`weights`] | repacking weights on the device while they are loaded |
-//! | [`buffers`] | device buffers and their bfloat16 twins |
-//! | [`backend`] | the operations: which kernel, which grid |
+//! | `driver` | the driver behind a safe surface: context, stream, memory, kernels, graphs |
+//! | `kernels` | the compiled kernels, found by compute capability |
+//! | `weights` | repacking weights on the device while they are loaded |
+//! | `buffers` | device buffers and their bfloat16 twins |
+//! | `backend` | the operations: which kernel, which grid |
 //!
 //! Kernels are CUDA C++ in `kernels/`; `packed.cuh` says how quantized weights lie in memory and why, `matmul.cu` how they are
 //! multiplied. Activations are f32; products with quantized weights round them to bfloat16 (what these models were trained
