@@ -8,6 +8,8 @@
 // gemv and gemm give the same bits: the same tensor-core instruction on the same fragments in the same order, the same cut
 // into slices (a function of the number of columns) and the same order of adding them. So a token's result does not
 // depend on how many others share the step.
+//
+// One piece: all three share the fragments and the order of sums, which is what makes their bits agree.
 #include "packed.cuh"
 
 // Rows of the batch that go to one expert (or all of them).
