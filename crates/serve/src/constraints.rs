@@ -2,7 +2,7 @@
 
 use crate::generator::{ConstraintCompiler, Grammar};
 use moellon_text::Tokenizer;
-use moellon_text::constraint::{Constraint, Grammar as TextGrammar, GrammarCompiler};
+use moellon_text::constraint::{Constraint, ConstraintError, Grammar as TextGrammar, GrammarCompiler};
 use std::sync::Arc;
 
 /// Compiles constraints with llguidance, tool calls among them.
@@ -22,19 +22,24 @@ impl GrammarConstraints {
     }
 }
 
-impl ConstraintCompiler for GrammarConstraints {
-    fn compile(&self, grammar: &Grammar) -> Result<Box<dyn Constraint>, String> {
-        let grammar = match grammar {
+impl GrammarConstraints {
+    fn grammar(&self, grammar: &Grammar) -> Result<TextGrammar, ConstraintError> {
+        Ok(match grammar {
             Grammar::JsonObject => TextGrammar::JsonObject,
             Grammar::JsonSchema(schema) => TextGrammar::JsonSchema(schema.clone()),
             Grammar::Regex(regex) => TextGrammar::Regex(regex.clone()),
             Grammar::Choice(texts) => TextGrammar::Choice(texts.clone()),
             Grammar::Lark(text) => TextGrammar::Lark(text.clone()),
             Grammar::ToolCalls(calls) => {
-                TextGrammar::tool_calls(&self.tokenizer, calls.format, &calls.tools, calls.required, calls.parallel)
-                    .map_err(|error| error.to_string())?
+                TextGrammar::tool_calls(&self.tokenizer, calls.format, &calls.tools, calls.required, calls.parallel)?
             }
-        };
-        self.compiler.compile(grammar).map_err(|error| error.to_string())
+            Grammar::InHarmony(answer) => self.grammar(answer)?.in_harmony(&self.tokenizer)?,
+        })
+    }
+}
+
+impl ConstraintCompiler for GrammarConstraints {
+    fn compile(&self, grammar: &Grammar) -> Result<Box<dyn Constraint>, ConstraintError> {
+        self.compiler.compile(self.grammar(grammar)?)
     }
 }

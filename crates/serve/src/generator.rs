@@ -1,7 +1,7 @@
 //! What the server needs of an engine. The engine implements it, and so does the scripted generator of the tests.
 
 use moellon_engine::{Event, Request, RequestError};
-use moellon_text::constraint::Constraint;
+use moellon_text::constraint::{Constraint, ConstraintError};
 use serde_json::Value;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -109,6 +109,8 @@ pub enum Grammar {
     Lark(String),
     /// Tool calls.
     ToolCalls(ToolCallGrammar),
+    /// A gpt-oss answer whose final message is this.
+    InHarmony(Box<Grammar>),
 }
 
 /// Tool calls of a request, as a grammar.
@@ -129,6 +131,7 @@ pub trait ConstraintCompiler: Send + Sync {
     /// Compiles within a time and size limit of its own.
     ///
     /// # Errors
-    /// Why the grammar cannot be used; becomes 400 `invalid_schema`.
-    fn compile(&self, grammar: &Grammar) -> Result<Box<dyn Constraint>, String>;
+    /// [`ConstraintError::Busy`], which becomes 503 with `Retry-After`, or why the grammar cannot be used: 400
+    /// `invalid_schema`.
+    fn compile(&self, grammar: &Grammar) -> Result<Box<dyn Constraint>, ConstraintError>;
 }

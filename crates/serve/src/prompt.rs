@@ -8,7 +8,7 @@ use crate::model::ServedModel;
 use crate::options::{ServeOptions, ThinkingPolicy};
 use crate::pipeline::PipelineSettings;
 use moellon_engine::ThinkingBudget;
-use moellon_text::constraint::{Constraint, Deferred};
+use moellon_text::constraint::{Constraint, ConstraintError, Deferred};
 use moellon_text::{ChatTemplate, Error as TextError, RenderInput, ThinkingStart, ToolCallFormat, ToolSchema};
 use serde_json::{Map, Value, json};
 
@@ -205,6 +205,10 @@ fn compile(
     let (grammar, param) = match tool_grammar(request, schemas, model) {
         Some(grammar) => (Grammar::ToolCalls(grammar), "tool_choice"),
         None => match &request.grammar {
+            // Its thoughts come in messages of their own, and so does the answer.
+            Some(grammar) if model.tool_call_format == Some(ToolCallFormat::Harmony) => {
+                (Grammar::InHarmony(Box::new(grammar.clone())), "response_format")
+            }
             Some(grammar) => (grammar.clone(), "response_format"),
             None => return Ok(Vec::new()),
         },
@@ -214,9 +218,15 @@ fn compile(
     };
     let mut constraints = Vec::new();
     for _ in 0..request.settings.n {
-        let constraint = compiler.compile(&grammar).map_err(|reason| {
-            let error = ApiError::new(ErrorKind::InvalidRequest, format!("{param}: {reason}"));
-            error.with_param(param).with_code("invalid_schema")
+        let constraint = compiler.compile(&grammar).map_err(|error| {
+            let message = format!("{param}: {error}");
+            match error {
+                ConstraintError::Busy { .. } => ApiError::new(ErrorKind::Unavailable, message)
+                    .with_param(param)
+                    .with_code("grammar_compiler_busy")
+                    .retry_after(1),
+                _ => ApiError::new(ErrorKind::InvalidRequest, message).with_param(param).with_code("invalid_schema"),
+            }
         })?;
         let close_id = model.tokenizer.id_of(&model.thinking_format.close);
         constraints.push(match (thinking, close_id) {

@@ -62,6 +62,12 @@ pub enum ConstraintError {
         /// The limit.
         limit: usize,
     },
+    /// Others left it no time or no processor: the same grammar may do later.
+    #[error("{kind}: other grammars are being compiled, and there was no time left for this one")]
+    Busy {
+        /// What it was: `json_schema`, `regex`, `grammar`.
+        kind: &'static str,
+    },
     /// The token may not come here.
     #[error("token {token} is not allowed after {consumed} tokens of constrained output")]
     NotAllowed {

@@ -3,7 +3,8 @@
 use crate::client::{TestServer, options, served_model};
 use moellon_engine::RequestError;
 use moellon_serve::scripted::ScriptedAnswer;
-use moellon_serve::{GrammarConstraints, ServedModel};
+use moellon_serve::{ConstraintCompiler, Grammar, GrammarConstraints, ServedModel};
+use moellon_text::constraint::{Constraint, ConstraintError};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -101,4 +102,31 @@ async fn odd_regular_expressions_are_answered() {
         let reply = server.post(PATH, &body).await;
         assert!(matches!(reply.status, 200 | 400), "{regex}: {reply:?}");
     }
+}
+
+/// A compiler that others keep from working.
+struct Overrun;
+
+impl ConstraintCompiler for Overrun {
+    fn compile(&self, _: &Grammar) -> Result<Box<dyn Constraint>, ConstraintError> {
+        Err(ConstraintError::Busy { kind: "json_schema" })
+    }
+}
+
+/// A legal schema that gets no turn is not the client's fault: it is told to come back, in each protocol's way.
+#[tokio::test]
+async fn a_grammar_that_gets_no_turn_gets_503_and_when_to_come_back() {
+    let model = ServedModel { constraints: Some(Arc::new(Overrun)), ..served_model() };
+    let server = TestServer::start_with(model, options(), |_, _| ScriptedAnswer::text("</think>ok")).await;
+    let messages = json!([{"role": "user", "content": "hi"}]);
+    let reply = server.post(PATH, &json!({"messages": messages, "response_format": {"type": "json_object"}})).await;
+    assert_eq!(reply.status, 503, "{reply:?}");
+    assert!(reply.head.contains("retry-after: 1"), "{reply:?}");
+    assert_eq!(reply.json()["error"]["code"], "grammar_compiler_busy");
+    let tool = json!({"name": "look", "input_schema": {"type": "object"}});
+    let body = json!({"messages": messages, "max_tokens": 9, "tools": [tool], "tool_choice": {"type": "tool", "name": "look"}});
+    let reply = server.post("/v1/messages", &body).await;
+    assert_eq!(reply.status, 529, "{reply:?}");
+    assert!(reply.head.contains("retry-after: 1"), "{reply:?}");
+    assert_eq!(reply.json()["error"]["type"], "overloaded_error");
 }

@@ -2,17 +2,20 @@
 //! bytes.
 //!
 //! A grammar comes from a stranger. Its size and nesting are checked before anything recurses over it, it is compiled on a
-//! thread of its own with a deep stack, fuel and a deadline, and the parser has fuel at every step. What runs out fails the
-//! request; nothing is ever left open.
+//! thread of its own with a deep stack, fuel and a limit of processor time, and the parser has fuel at every step. What runs
+//! out fails the request; nothing is ever left open. What other requests take is not the grammar's fault: it waits its turn,
+//! and where that takes too long the error says so.
+
+mod slots;
 
 use super::{Constraint, ConstraintError, TokenMask};
 use crate::Tokenizer;
 use llguidance::api::TopLevelGrammar;
 use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use slots::{Slots, ThreadClock};
 use std::sync::{Arc, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
 
 /// Bytes of a grammar, a regular expression, or a schema written as JSON.
@@ -21,11 +24,17 @@ const MAX_GRAMMAR_BYTES: usize = 1 << 20;
 /// Brackets inside brackets. Hand-written grammars stay below 20; parsers recurse on them.
 const MAX_NESTING: usize = 128;
 
-/// A compilation that takes longer is given up. Usual schemas take 2 to 10 ms.
-const MAX_COMPILE_TIME: Duration = Duration::from_millis(1500);
+/// A compilation that takes more of a processor's time is given up. Usual schemas take 2 to 10 ms.
+const MAX_COMPILE_TIME: Duration = Duration::from_millis(1200);
 
 /// Compilations at once, those that were given up and still run among them.
 const MAX_COMPILATIONS: usize = 4;
+
+/// Longest that a grammar waits for the others and for a processor.
+const MAX_WAIT: Duration = Duration::from_secs(8);
+
+/// Time between looks at a compilation's clock.
+const CLOCK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Stack of a compilation: `MAX_NESTING` levels of any parser, many times over. Only what is touched becomes memory.
 const COMPILE_STACK_BYTES: usize = 64 << 20;
@@ -151,7 +160,7 @@ pub struct GrammarCompiler {
     factory: Arc<ParserFactory>,
     /// Never allowed: ends are the engine's to allow.
     eos: u32,
-    compilations: Arc<AtomicUsize>,
+    slots: Slots,
 }
 
 impl GrammarCompiler {
@@ -175,44 +184,54 @@ impl GrammarCompiler {
         let mut factory = ParserFactory::new_simple(&environment).map_err(|error| fail(error.to_string()))?;
         factory.quiet();
         factory.limits_mut().verbose_errors = false;
-        Ok(GrammarCompiler { factory: Arc::new(factory), eos, compilations: Arc::new(AtomicUsize::new(0)) })
+        Ok(GrammarCompiler { factory: Arc::new(factory), eos, slots: Slots::new(MAX_COMPILATIONS) })
     }
 
-    /// Compiles a grammar, within 1.5 seconds.
+    /// Compiles a grammar, within 1.2 seconds of a processor's time. Waits for other compilations first, if need be, up to
+    /// eight seconds in all.
     ///
     /// # Errors
-    /// [`ConstraintError::Grammar`] if it is wrong or not supported, [`ConstraintError::TooComplex`] beyond the limits.
+    /// [`ConstraintError::Grammar`] if it is wrong or not supported, [`ConstraintError::TooComplex`] beyond the limits,
+    /// [`ConstraintError::Busy`] if others left it no slot or no processor.
     pub fn compile(&self, grammar: Grammar) -> Result<Box<dyn Constraint>, ConstraintError> {
+        self.compile_by(grammar, Instant::now() + MAX_WAIT)
+    }
+
+    fn compile_by(&self, grammar: Grammar, deadline: Instant) -> Result<Box<dyn Constraint>, ConstraintError> {
         grammar.check()?;
         let kind = grammar.kind();
         let fail = |reason: String| ConstraintError::Grammar { kind, reason };
-        let busy = self.compilations.fetch_add(1, Ordering::Relaxed);
-        let slot = Slot(Arc::clone(&self.compilations));
-        if busy >= MAX_COMPILATIONS {
-            let (found, limit) = (busy + 1, MAX_COMPILATIONS);
-            return Err(ConstraintError::TooComplex {
-                kind,
-                what: "number of grammars compiled at once",
-                found,
-                limit,
-            });
-        }
+        let slot = self.slots.take(deadline).ok_or(ConstraintError::Busy { kind })?;
         let (done, wait) = mpsc::channel();
+        let (say_clock, clock) = mpsc::channel();
         let (factory, eos) = (Arc::clone(&self.factory), self.eos);
         let compile = move || {
+            // The asker may have stopped waiting: neither it nor we mind.
+            let _ = say_clock.send(ThreadClock::of_this_thread());
             let outcome = build(&factory, grammar, eos);
             drop(slot);
-            // The asker may have stopped waiting.
             let _ = done.send(outcome);
         };
         let thread = std::thread::Builder::new().name("grammar".to_owned()).stack_size(COMPILE_STACK_BYTES);
-        thread.spawn(compile).map_err(|error| fail(error.to_string()))?;
-        match wait.recv_timeout(MAX_COMPILE_TIME) {
-            Ok(outcome) => outcome.map(|constraint| Box::new(constraint) as Box<dyn Constraint>).map_err(fail),
-            Err(mpsc::RecvTimeoutError::Disconnected) => Err(fail("the compiler failed on it".to_owned())),
-            Err(mpsc::RecvTimeoutError::Timeout) => {
-                let limit = MAX_COMPILE_TIME.as_millis() as usize;
-                Err(ConstraintError::TooComplex { kind, what: "compile time in ms", found: limit + 1, limit })
+        // No thread to be had is the machine's trouble, not the grammar's.
+        thread.spawn(compile).map_err(|_| ConstraintError::Busy { kind })?;
+        let Ok(clock) = clock.recv() else { return Err(fail("the compiler failed on it".to_owned())) };
+        loop {
+            match wait.recv_timeout(CLOCK_INTERVAL) {
+                Ok(outcome) => {
+                    return outcome.map(|constraint| Box::new(constraint) as Box<dyn Constraint>).map_err(fail);
+                }
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Err(fail("the compiler failed on it".to_owned())),
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    let spent = clock.elapsed();
+                    if spent > MAX_COMPILE_TIME {
+                        let (found, limit) = (spent.as_millis() as usize, MAX_COMPILE_TIME.as_millis() as usize);
+                        return Err(ConstraintError::TooComplex { kind, what: "compile time in ms", found, limit });
+                    }
+                    if Instant::now() >= deadline {
+                        return Err(ConstraintError::Busy { kind });
+                    }
+                }
             }
         }
     }
@@ -221,15 +240,6 @@ impl GrammarCompiler {
 impl std::fmt::Debug for GrammarCompiler {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.debug_struct("GrammarCompiler").field("eos", &self.eos).finish_non_exhaustive()
-    }
-}
-
-/// Counts a compilation until it has ended.
-struct Slot(Arc<AtomicUsize>);
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

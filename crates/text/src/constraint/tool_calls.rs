@@ -10,7 +10,7 @@ impl Grammar {
     /// `parallel` allows more than one.
     ///
     /// # Errors
-    /// [`ConstraintError::Grammar`] for a format that cannot be constrained (DeepSeek's DSML, harmony) or no tools.
+    /// [`ConstraintError::Grammar`] for no tools, or a tokenizer in which DeepSeek's DSML tags are special tokens.
     pub fn tool_calls(
         tokenizer: &Tokenizer,
         format: ToolCallFormat,
@@ -28,9 +28,35 @@ impl Grammar {
                 Ok(writer.tagged(format, tools, required, parallel))
             }
             ToolCallFormat::DeepSeek => Ok(writer.deepseek(tools, required, parallel)),
-            ToolCallFormat::DeepSeekDsml => fail("found DSML tags, expected a format with a grammar"),
-            ToolCallFormat::Harmony => fail("found harmony channels, expected a format with a grammar"),
+            ToolCallFormat::DeepSeekDsml if writer.is_special("｜DSML｜") => {
+                fail("found ｜DSML｜ as a special token, expected it as text")
+            }
+            ToolCallFormat::DeepSeekDsml => Ok(writer.dsml(tools, required, parallel)),
+            ToolCallFormat::Harmony => Ok(writer.harmony(tools, required)),
         }
+    }
+
+    /// The grammar of a gpt-oss answer whose final message is what `self` describes; thoughts and preambles stay free.
+    ///
+    /// # Errors
+    /// [`ConstraintError::Grammar`] for a choice of nothing.
+    pub fn in_harmony(self, tokenizer: &Tokenizer) -> Result<Grammar, ConstraintError> {
+        let fail = |kind, reason: &str| Err(ConstraintError::Grammar { kind, reason: reason.to_owned() });
+        let answer = match self {
+            Grammar::JsonObject => format!("%json {}", with_whitespace(json!({"type": "object"}))),
+            Grammar::JsonSchema(Value::Bool(true)) => format!("%json {}", with_whitespace(json!({}))),
+            Grammar::JsonSchema(schema) => format!("%json {}", with_whitespace(schema)),
+            Grammar::Regex(regex) => format!("/{}/", with_slashes_escaped(&regex)),
+            Grammar::Choice(texts) if texts.is_empty() => return fail("choice", "found an empty list"),
+            Grammar::Choice(texts) => texts.iter().map(|text| quoted(text)).collect::<Vec<_>>().join(" | "),
+            Grammar::Lark(lark) => format!("%lark {{\n{lark}\n}}"),
+        };
+        let mut writer = Writer { tokenizer, lark: String::new() };
+        let [channel, message] = ["<|channel|>", "<|message|>"].map(|text| writer.marker(text));
+        writer.line(&format!("start: before* {channel} \"final\" {message} answer"));
+        writer.harmony_before();
+        writer.line(&format!("answer: {answer}"));
+        Ok(Grammar::Lark(writer.lark))
     }
 }
 
@@ -64,25 +90,26 @@ impl Writer<'_> {
 
     fn glm(&mut self, index: usize, tool: &ToolSchema) {
         let head = quoted(tool.name());
-        let begin = |key: &str| [format!("<arg_key>{key}</arg_key>"), "<arg_value>".to_owned()];
+        let begin = |key: &str, _| [format!("<arg_key>{key}</arg_key>"), "<arg_value>".to_owned()];
         self.arguments(index, tool, &head, begin, "</arg_value>");
         self.line(&format!("tool_{index}: head_{index}"));
     }
 
     fn qwen_coder(&mut self, index: usize, tool: &ToolSchema) {
         let head = quoted(&format!("<function={}>", tool.name()));
-        self.arguments(index, tool, &head, |key| [format!("<parameter={key}>"), String::new()], "</parameter>");
+        self.arguments(index, tool, &head, |key, _| [format!("<parameter={key}>"), String::new()], "</parameter>");
         self.line(&format!("tool_{index}: head_{index} \"</function>\""));
     }
 
-    /// The rule `head_{index}`: the tool's name and its arguments. One rule a property, in the schema's order, optional unless required. `begin` gives what comes before a value: two
-    /// texts that may have a line break between them.
+    /// The rule `head_{index}`: the tool's name and its arguments. One rule a property, in the schema's order, optional unless
+    /// required. `begin` gives what comes before a value, of a name and whether it is text: two texts that may have a line
+    /// break between them.
     fn arguments(
         &mut self,
         index: usize,
         tool: &ToolSchema,
         head: &str,
-        begin: impl Fn(&str) -> [String; 2],
+        begin: impl Fn(&str, bool) -> [String; 2],
         end: &str,
     ) {
         let schema = arguments_of(tool);
@@ -96,7 +123,7 @@ impl Writer<'_> {
             let optional = if required.contains(&key.as_str()) { "" } else { "?" };
             // `write!` to a string cannot fail.
             let _ = write!(rule, " ({name} nl){optional}");
-            let [first, second] = begin(key);
+            let [first, second] = begin(key, is_text(property));
             let second = if second.is_empty() { String::new() } else { quoted(&second) };
             self.line(&format!("{name}: {} nl {second} {name}_value", quoted(&first)));
             self.value(&format!("{name}_value"), property, &schema, end);
@@ -145,6 +172,57 @@ impl Writer<'_> {
         Grammar::Lark(self.lark)
     }
 
+    /// One `<｜DSML｜invoke>` a call in one block, as DeepSeek V3.2 writes them.
+    fn dsml(mut self, tools: &[ToolSchema], required: bool, parallel: bool) -> Grammar {
+        let [open, close] = ["<｜DSML｜function_calls>", "</｜DSML｜function_calls>"].map(quoted);
+        let repeat = if parallel { "+" } else { "" };
+        self.start(&open, &format!("nl (call nl){repeat} {close}"), required);
+        self.line("nl: \"\\n\"?");
+        let bodies: Vec<String> = (0..tools.len()).map(|index| format!("tool_{index}")).collect();
+        self.line(&format!("call: {}", bodies.join(" | ")));
+        for (index, tool) in tools.iter().enumerate() {
+            let head = quoted(&format!("<｜DSML｜invoke name=\"{}\">", tool.name()));
+            let begin = |key: &str, is_text| {
+                [format!("<｜DSML｜parameter name=\"{key}\" string=\"{is_text}\">"), String::new()]
+            };
+            self.arguments(index, tool, &head, begin, "</｜DSML｜parameter>");
+            self.line(&format!("tool_{index}: head_{index} \"</｜DSML｜invoke>\""));
+        }
+        Grammar::Lark(self.lark)
+    }
+
+    /// gpt-oss: a message to a tool is the last one, so there is one call; its end is a stop token, the engine's to allow.
+    fn harmony(mut self, tools: &[ToolSchema], required: bool) -> Grammar {
+        let [channel, constrain, message] =
+            ["<|channel|>", "<|constrain|>", "<|message|>"].map(|text| self.marker(text));
+        let answer = if required { String::new() } else { format!(" | {channel} \"final\" {message} TEXT") };
+        self.line(&format!("start: before* ({channel} call{answer})"));
+        self.harmony_before();
+        self.line("TEXT: /(.|\\n)*/");
+        let bodies: Vec<String> = (0..tools.len()).map(|index| format!("tool_{index}")).collect();
+        self.line(&format!("call: {}", bodies.join(" | ")));
+        for (index, tool) in tools.iter().enumerate() {
+            let head = quoted(&format!("commentary to=functions.{}", tool.name()));
+            self.line(&format!("tool_{index}: {head} (\" \" {constrain} \"json\")? {message} args_{index}"));
+            self.json(&format!("args_{index}"), &arguments_of(tool));
+        }
+        Grammar::Lark(self.lark)
+    }
+
+    /// The rule `before`: a thought or a preamble, and the head of the message after it.
+    fn harmony_before(&mut self) {
+        let [channel, message, start] = ["<|channel|>", "<|message|>", "<|start|>"].map(|text| self.marker(text));
+        let end = self.marker("<|end|>");
+        self.line(&format!(
+            "before: {channel} (\"analysis\" | \"commentary\") {message} thought {start} \"assistant\""
+        ));
+        if end.starts_with('"') {
+            self.line(&format!("thought[lazy]: /(.|\\n)*/ {end}"));
+        } else {
+            self.line(&format!("thought: /(.|\\n)*/ {end}"));
+        }
+    }
+
     fn start(&mut self, open: &str, calls: &str, required: bool) {
         if required {
             self.line(&format!("start: {open} {calls}"));
@@ -169,6 +247,10 @@ impl Writer<'_> {
         self.lark.push('\n');
     }
 
+    fn is_special(&self, text: &str) -> bool {
+        self.tokenizer.id_of(text).is_some_and(|id| self.tokenizer.is_special(id))
+    }
+
     /// A marker as the grammar names it: by its id where it is a special token, by its text elsewhere.
     fn marker(&self, text: &str) -> String {
         match self.tokenizer.id_of(text).filter(|id| self.tokenizer.is_special(*id)) {
@@ -178,6 +260,33 @@ impl Writer<'_> {
     }
 }
 
+/// Whether a property's value is written as it is, without quotes.
+fn is_text(property: &Value) -> bool {
+    let is_all_text = |options: &Vec<Value>| options.iter().all(Value::is_string);
+    property["enum"].as_array().is_some_and(is_all_text) || property["type"] == "string"
+}
+
+/// A regular expression as it may stand between slashes.
+fn with_slashes_escaped(regex: &str) -> String {
+    let (mut escaped, mut is_behind_backslash) = (String::with_capacity(regex.len()), false);
+    for letter in regex.chars() {
+        if letter == '/' && !is_behind_backslash {
+            escaped.push('\\');
+        }
+        is_behind_backslash = letter == '\\' && !is_behind_backslash;
+        escaped.push(letter);
+    }
+    escaped
+}
+
+/// A schema with our own options: a request's would include leniency.
+fn with_whitespace(mut schema: Value) -> Value {
+    if let Some(fields) = schema.as_object_mut() {
+        fields.insert("x-guidance".to_owned(), json!({"whitespace_pattern": super::grammar::JSON_WHITESPACE}));
+    }
+    schema
+}
+
 /// The schema of a tool's arguments: an object, whatever the tool says or leaves out.
 fn arguments_of(tool: &ToolSchema) -> Value {
     let mut schema = match tool.parameters() {
@@ -185,8 +294,7 @@ fn arguments_of(tool: &ToolSchema) -> Value {
         _ => json!({}),
     };
     schema["type"] = json!("object");
-    schema["x-guidance"] = json!({"whitespace_pattern": super::grammar::JSON_WHITESPACE});
-    schema
+    with_whitespace(schema)
 }
 
 fn quoted(text: &str) -> String {
@@ -224,7 +332,7 @@ mod tests {
         constraint.may_end()
     }
 
-    const CALLS: [(ToolCallFormat, &str); 4] = [
+    const CALLS: [(ToolCallFormat, &str); 6] = [
         (
             ToolCallFormat::Glm,
             "<tool_call>read_file\n<arg_key>path</arg_key>\n<arg_value>a <b>\n\"c\"</arg_value>\n\
@@ -244,7 +352,32 @@ mod tests {
             "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>read_file<｜tool▁sep｜>{\"path\": \"a <b>\\n\\\"c\\\"\", \"lines\": 12}\
              <｜tool▁call▁end｜><｜tool▁calls▁end｜>",
         ),
+        (
+            ToolCallFormat::DeepSeekDsml,
+            "<｜DSML｜function_calls>\n<｜DSML｜invoke name=\"read_file\">\n\
+             <｜DSML｜parameter name=\"path\" string=\"true\">a <b>\n\"c\"</｜DSML｜parameter>\n\
+             <｜DSML｜parameter name=\"lines\" string=\"false\">12</｜DSML｜parameter>\n\
+             </｜DSML｜invoke>\n</｜DSML｜function_calls>",
+        ),
+        (
+            ToolCallFormat::Harmony,
+            "<|channel|>commentary to=functions.read_file <|constrain|>json<|message|>\
+             {\"path\": \"a <b>\\n\\\"c\\\"\", \"lines\": 12}",
+        ),
     ];
+
+    /// What a model of this format may write instead of a call.
+    fn text_of(format: ToolCallFormat, text: &str) -> String {
+        if format == ToolCallFormat::Harmony { format!("<|channel|>final<|message|>{text}") } else { text.to_owned() }
+    }
+
+    /// What it may write before a call, where none is required.
+    fn before_of(format: ToolCallFormat, text: &str) -> String {
+        match format {
+            ToolCallFormat::Harmony => format!("<|channel|>commentary<|message|>{text}<|end|><|start|>assistant"),
+            _ => text.to_owned(),
+        }
+    }
 
     #[test]
     fn what_the_grammar_allows_the_parser_reads() {
@@ -261,9 +394,13 @@ mod tests {
                 let wrong = call.replace("12", "true");
                 assert!(!accepts(&tokenizer, compiled().as_mut(), &wrong), "{format:?} required {required}");
                 let text = "Let me look: 1 < 2.";
-                assert_eq!(accepts(&tokenizer, compiled().as_mut(), text), !required, "{format:?}");
-                assert_eq!(accepts(&tokenizer, compiled().as_mut(), &format!("{text}{call}")), !required, "{format:?}");
-                if format != ToolCallFormat::DeepSeek {
+                let [answer, before] = [text_of(format, text), before_of(format, text)];
+                assert_eq!(accepts(&tokenizer, compiled().as_mut(), &answer), !required, "{format:?}");
+                let is_free = !required || format == ToolCallFormat::Harmony;
+                assert_eq!(accepts(&tokenizer, compiled().as_mut(), &format!("{before}{call}")), is_free, "{format:?}");
+                let is_tagged =
+                    matches!(format, ToolCallFormat::Glm | ToolCallFormat::Hermes | ToolCallFormat::QwenCoder);
+                if is_tagged {
                     let twice = format!("{call}\n{call}");
                     assert_eq!(accepts(&tokenizer, compiled().as_mut(), &twice), parallel, "{format:?}");
                 }
@@ -277,11 +414,53 @@ mod tests {
     }
 
     #[test]
-    fn formats_without_a_grammar_are_errors() {
+    fn two_dsml_calls_share_a_block_and_harmony_thinks_before_it_calls() {
         let tokenizer = tokenizer();
-        for format in [ToolCallFormat::Harmony, ToolCallFormat::DeepSeekDsml] {
-            assert!(Grammar::tool_calls(&tokenizer, format, &tools(), true, true).is_err());
+        let compiler = GrammarCompiler::new(&tokenizer, tokenizer.vocab_size()).unwrap();
+        let compile = |format, parallel| {
+            compiler.compile(Grammar::tool_calls(&tokenizer, format, &tools(), true, parallel).unwrap()).unwrap()
+        };
+        let now = "<｜DSML｜invoke name=\"now\"></｜DSML｜invoke>";
+        let both = format!("<｜DSML｜function_calls>{now}{now}</｜DSML｜function_calls>");
+        for parallel in [true, false] {
+            let mut constraint = compile(ToolCallFormat::DeepSeekDsml, parallel);
+            assert_eq!(accepts(&tokenizer, constraint.as_mut(), &both), parallel);
         }
+        let call = "<|channel|>commentary to=functions.now<|message|>{}";
+        let thought = "<|channel|>analysis<|message|>Now <then> what\n<|end|><|start|>assistant";
+        assert!(accepts(&tokenizer, compile(ToolCallFormat::Harmony, true).as_mut(), &format!("{thought}{call}")));
+        assert!(!accepts(&tokenizer, compile(ToolCallFormat::Harmony, true).as_mut(), thought));
+        assert!(!accepts(&tokenizer, compile(ToolCallFormat::Harmony, true).as_mut(), &format!("{call} and more")));
+    }
+
+    #[test]
+    fn a_final_message_of_harmony_is_held_to_its_grammar() {
+        let tokenizer = tokenizer();
+        let compiler = GrammarCompiler::new(&tokenizer, tokenizer.vocab_size()).unwrap();
+        let thought = "<|channel|>analysis<|message|>{\"no\n<|end|><|start|>assistant";
+        let schema = json!({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]});
+        for (grammar, good, bad) in [
+            (Grammar::JsonSchema(schema), "{\"a\": 1}", "{\"a\": \"1\"}"),
+            (Grammar::JsonObject, "{\"b\": []}", "[]"),
+            (Grammar::Regex("[a-z]+/[0-9]".to_owned()), "ab/7", "ab-7"),
+            (Grammar::Regex(r"a\/\\/".to_owned()), "a/\\/", "a//"),
+            (Grammar::Choice(vec!["yes".to_owned(), "no".to_owned()]), "no", "maybe"),
+            (Grammar::Lark("start: \"x\" y\ny: \"y\"".to_owned()), "xy", "xx"),
+        ] {
+            let grammar = grammar.in_harmony(&tokenizer).unwrap();
+            let compile = || compiler.compile(grammar.clone()).unwrap_or_else(|error| panic!("{error} {grammar:?}"));
+            for before in ["", thought] {
+                let written = |text: &str| format!("{before}<|channel|>final<|message|>{text}");
+                assert!(accepts(&tokenizer, compile().as_mut(), &written(good)), "{grammar:?}");
+                assert!(!accepts(&tokenizer, compile().as_mut(), &written(bad)), "{grammar:?}");
+            }
+            assert!(!accepts(&tokenizer, compile().as_mut(), good), "{grammar:?}");
+        }
+    }
+
+    #[test]
+    fn no_tools_are_an_error() {
+        let tokenizer = tokenizer();
         assert!(Grammar::tool_calls(&tokenizer, ToolCallFormat::Glm, &[], true, true).is_err());
     }
 }

@@ -263,3 +263,28 @@ fn features_of_json_schema_constrain_or_are_refused() {
         assert!(compiler.compile(Grammar::JsonSchema(schema.clone())).is_err(), "{schema} must not be ignored");
     }
 }
+
+#[test]
+fn legal_grammars_wait_for_a_slot_and_what_gets_none_is_told_to_come_back() {
+    let tokenizer = tokenizer();
+    let compiler = compiler(&tokenizer);
+    let schema = json!({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]});
+    // More at once than there are slots: all of them compile.
+    std::thread::scope(|scope| {
+        let asking: Vec<_> = (0..4 * MAX_COMPILATIONS)
+            .map(|_| scope.spawn(|| compiler.compile(Grammar::JsonSchema(schema.clone())).map(drop)))
+            .collect();
+        for outcome in asking {
+            assert_eq!(outcome.join().unwrap(), Ok(()));
+        }
+    });
+    let later = || Instant::now() + Duration::from_secs(60);
+    let taken: Vec<_> = (0..MAX_COMPILATIONS).map(|_| compiler.slots.take(later()).expect("all are free")).collect();
+    let outcome = compiler.compile_by(Grammar::JsonSchema(schema.clone()), Instant::now());
+    assert_eq!(outcome.err(), Some(ConstraintError::Busy { kind: "json_schema" }));
+    // What is wrong by itself is refused without waiting.
+    let outcome = compiler.compile_by(Grammar::Choice(Vec::new()), Instant::now());
+    assert!(matches!(outcome.err(), Some(ConstraintError::Grammar { .. })));
+    drop(taken);
+    assert!(compiler.compile_by(Grammar::JsonSchema(schema), later()).is_ok());
+}
