@@ -55,7 +55,7 @@ impl Default for EngineOptions {
         EngineOptions {
             max_waiting: 256,
             max_prefix_cache_bytes: None,
-            max_decode_slowdown: 2.5,
+            max_decode_slowdown: 2.25,
             disk_cache: None,
             speculation: None,
         }
@@ -580,7 +580,7 @@ impl Engine {
 
     /// Who runs how many tokens, with blocks for them; the youngest give way when there are not enough.
     fn plan(&mut self) -> Result<Vec<Share>, EngineError> {
-        self.step_limits.max_prefill_beside_decodes = self.governor.chunk();
+        self.step_limits.max_prefill_beside_decodes = self.governor.next_chunk();
         loop {
             let demands: Vec<Demand> = self.running.iter().map(Sequence::demand).collect();
             let shares = plan(&demands, self.step_limits);

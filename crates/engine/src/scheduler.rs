@@ -79,24 +79,31 @@ pub fn plan(demands: &[Demand], limits: StepLimits) -> Vec<Share> {
 pub struct ChunkGovernor {
     max_slowdown: f64,
     max_chunk: usize,
-    /// Seconds of a step that only decodes.
-    decode_seconds: Option<f64>,
-    /// Seconds that one prompt token adds to a step.
-    token_seconds: Option<f64>,
+    /// Seconds of steps that only decoded.
+    decode_seconds: Recent,
+    /// Seconds that one prompt token added to a step.
+    token_seconds: Recent,
+    /// Steps with both since one that only decoded.
+    mixed_steps: usize,
 }
 
 /// Prompt tokens of the first step that decodes beside a prompt, when nothing is known of their time.
 const FIRST_CHUNK: usize = 8;
 
+/// Of so many steps beside a prompt, one only decodes: what is compared with must be of the same moment, of as many rows,
+/// with the same neighbours on the machine. It costs a prompt 2 % of its time.
+const REFERENCE_INTERVAL: usize = 24;
+
 impl ChunkGovernor {
     /// Steps that decode may take `max_slowdown` times as long with prompt tokens in them as without.
     pub fn new(max_slowdown: f64, max_chunk: usize) -> Self {
-        ChunkGovernor { max_slowdown, max_chunk, decode_seconds: None, token_seconds: None }
+        let (decode_seconds, token_seconds) = (Recent::default(), Recent::default());
+        ChunkGovernor { max_slowdown, max_chunk, decode_seconds, token_seconds, mixed_steps: 0 }
     }
 
-    /// Prompt tokens for the next step that decodes.
+    /// Prompt tokens of a step that decodes.
     pub fn chunk(&self) -> usize {
-        let (Some(decode), Some(token)) = (self.decode_seconds, self.token_seconds) else {
+        let (Some(decode), Some(token)) = (self.decode_seconds.median(), self.token_seconds.median()) else {
             return self.max_chunk.min(FIRST_CHUNK);
         };
         let chunk = (self.max_slowdown - 1.0) * decode / token.max(1e-9);
@@ -105,18 +112,50 @@ impl ChunkGovernor {
         (chunk as usize).clamp(1, self.max_chunk)
     }
 
+    /// Prompt tokens of the next step, if it decodes: [`ChunkGovernor::chunk`], or none where it is time to see what
+    /// decoding takes by itself.
+    pub fn next_chunk(&self) -> usize {
+        if self.mixed_steps >= REFERENCE_INTERVAL { 0 } else { self.chunk() }
+    }
+
     /// Learns from a step.
     pub fn observe(&mut self, decode_rows: usize, prefill_rows: usize, seconds: f64) {
-        let blend = |old: Option<f64>, new: f64| Some(old.map_or(new, |old| 0.8 * old + 0.2 * new));
         match (decode_rows, prefill_rows) {
             (0, 0) => {}
-            (_, 0) => self.decode_seconds = blend(self.decode_seconds, seconds),
+            (_, 0) => {
+                self.decode_seconds.push(seconds);
+                self.mixed_steps = 0;
+            }
             (decode_rows, prefill_rows) => {
-                let others = if decode_rows > 0 { self.decode_seconds.unwrap_or(0.0) } else { 0.0 };
-                let token = (seconds - others).max(0.0) / prefill_rows as f64;
-                self.token_seconds = blend(self.token_seconds, token);
+                let others = if decode_rows > 0 { self.decode_seconds.median().unwrap_or(0.0) } else { 0.0 };
+                self.token_seconds.push((seconds - others).max(0.0) / prefill_rows as f64);
+                self.mixed_steps += usize::from(decode_rows > 0);
             }
         }
+    }
+}
+
+/// The last few measurements. Their median does not follow the one that a neighbour disturbed.
+#[derive(Debug, Clone, Default)]
+struct Recent {
+    values: [f64; Recent::LEN],
+    count: usize,
+}
+
+impl Recent {
+    const LEN: usize = 7;
+
+    fn push(&mut self, value: f64) {
+        self.values[self.count % Recent::LEN] = value;
+        self.count += 1;
+    }
+
+    /// `None` before the first.
+    fn median(&self) -> Option<f64> {
+        let mut known = self.values;
+        let known = &mut known[..self.count.min(Recent::LEN)];
+        known.sort_by(f64::total_cmp);
+        known.get(known.len() / 2).copied()
     }
 }
 
@@ -182,6 +221,27 @@ mod tests {
             governor.observe(0, 512, 0.001);
         }
         assert_eq!(governor.chunk(), 512);
+    }
+
+    #[test]
+    fn a_disturbed_step_changes_nothing_and_a_slower_batch_is_noticed() {
+        let mut governor = ChunkGovernor::new(2.5, 512);
+        for _ in 0..7 {
+            governor.observe(4, 0, 0.010);
+            governor.observe(4, 5, 0.015);
+        }
+        assert_eq!(governor.chunk(), 15);
+        governor.observe(4, 0, 0.500);
+        governor.observe(4, 5, 0.500);
+        assert_eq!(governor.chunk(), 15);
+        // Beside a prompt without an end, a step now and then only decodes: twice as many rows, twice the time.
+        for _ in 0..10 * REFERENCE_INTERVAL {
+            match governor.next_chunk() {
+                0 => governor.observe(8, 0, 0.020),
+                chunk => governor.observe(8, chunk, 0.020 + 0.001 * chunk as f64),
+            }
+        }
+        assert!((29..=30).contains(&governor.chunk()), "{}", governor.chunk());
     }
 
     proptest! {
