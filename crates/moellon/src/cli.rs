@@ -103,6 +103,35 @@ pub enum ActivationsChoice {
     Int8,
 }
 
+/// How to choose tokens, where a request does not say. What no flag says, the model's `generation_config.json` does.
+#[derive(Debug, Args)]
+pub struct SamplingOptions {
+    /// Temperature; 0 is greedy. By default what the model's generation_config.json says.
+    #[arg(long = "temp", alias = "temperature", value_name = "T", allow_negative_numbers = true)]
+    pub temperature: Option<f32>,
+    /// Keep the most likely tokens up to this probability.
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f32>,
+    /// Keep this many most likely tokens; 0 keeps all.
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Keep tokens at least this many times as likely as the most likely.
+    #[arg(long, value_name = "P")]
+    pub min_p: Option<f32>,
+    /// Penalty on tokens that were seen; 1 is none.
+    #[arg(long = "repeat-penalty", alias = "repetition-penalty", value_name = "X")]
+    pub repetition_penalty: Option<f32>,
+    /// Penalty on tokens that were written, once each; 0 is none.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub presence_penalty: Option<f32>,
+    /// Penalty on tokens that were written, once for each time; 0 is none.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub frequency_penalty: Option<f32>,
+    /// Seed of the sampling; by default another one each time.
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum CacheChoice {
     /// As computed.
@@ -179,24 +208,8 @@ pub struct RunOptions {
     /// Positions to reserve memory for.
     #[arg(long, env = "MOELLON_CONTEXT", value_name = "N")]
     pub context: Option<usize>,
-    /// Temperature; 0 is greedy. By default what the model's generation_config.json says.
-    #[arg(long = "temp", value_name = "T", allow_negative_numbers = true)]
-    pub temperature: Option<f32>,
-    /// Keep the most likely tokens up to this probability.
-    #[arg(long, value_name = "P")]
-    pub top_p: Option<f32>,
-    /// Keep this many most likely tokens; 0 keeps all.
-    #[arg(long, value_name = "K")]
-    pub top_k: Option<usize>,
-    /// Keep tokens at least this many times as likely as the most likely.
-    #[arg(long, value_name = "P")]
-    pub min_p: Option<f32>,
-    /// Penalty on tokens that were seen; 1 is none.
-    #[arg(long = "repeat-penalty", value_name = "X")]
-    pub repetition_penalty: Option<f32>,
-    /// Seed of the sampling; by default another one each time.
-    #[arg(long, value_name = "N")]
-    pub seed: Option<u64>,
+    #[command(flatten)]
+    pub sampling: SamplingOptions,
     /// Stop before this text; may be given several times.
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
@@ -259,19 +272,19 @@ pub struct ServeOptions {
     #[arg(long, value_name = "URL")]
     pub allowed_origin: Vec<String>,
     /// Name of the model in the APIs.
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, alias = "served-model-name", value_name = "NAME")]
     pub name: Option<String>,
     /// Further name that clients may use; one that ends in * stands for all names that begin so.
     #[arg(long, value_name = "NAME")]
     pub alias: Vec<String>,
     /// Tokens of a prompt and its answer together; by default what the model was made for, at most 32768.
-    #[arg(long, env = "MOELLON_CONTEXT", value_name = "N")]
+    #[arg(short, long, env = "MOELLON_CONTEXT", visible_aliases = ["ctx-size", "max-model-len"], value_name = "N")]
     pub context: Option<usize>,
     /// Sequences that run at once.
-    #[arg(long, default_value_t = 16, value_name = "N")]
+    #[arg(long, default_value_t = 16, visible_aliases = ["parallel", "max-num-seqs"], value_name = "N")]
     pub max_sequences: usize,
     /// Tokens of a step: the size of prefill chunks.
-    #[arg(long, default_value_t = 512, value_name = "N")]
+    #[arg(long, default_value_t = 512, visible_alias = "max-num-batched-tokens", value_name = "N")]
     pub max_batch_tokens: usize,
     /// Requests that may wait.
     #[arg(long, default_value_t = 256, value_name = "N")]
@@ -288,8 +301,16 @@ pub struct ServeOptions {
     /// Whether the model thinks where a request does not say.
     #[arg(long, default_value = "template")]
     pub thinking: ThinkingChoice,
+    #[command(flatten)]
+    pub sampling: SamplingOptions,
+    /// Longest answer in tokens where a request does not say; by default to the end of the context.
+    #[arg(short = 'n', long, value_name = "N")]
+    pub max_tokens: Option<usize>,
+    /// Chat template (Jinja) to use instead of the model's own.
+    #[arg(long, env = "MOELLON_CHAT_TEMPLATE", value_name = "FILE")]
+    pub chat_template: Option<PathBuf>,
     /// How many times as long a step that decodes may take when a prompt is computed beside it.
-    #[arg(long, default_value_t = 2.5, value_name = "X")]
+    #[arg(long, default_value_t = 2.25, value_name = "X")]
     pub max_decode_slowdown: f64,
     /// Seconds that running requests get after a stop signal.
     #[arg(long, default_value_t = 30, value_name = "S")]

@@ -1,7 +1,7 @@
 //! `moellon run`: one prompt, standard input, or a chat.
 
 use crate::chat::{Conversation, Prompt};
-use crate::cli::RunOptions;
+use crate::cli::{RunOptions, SamplingOptions};
 use crate::generate::{Generation, Generator, TextOptions};
 use crate::load::{self, LoadTime, Mtp};
 use crate::model_source::ModelSource;
@@ -21,7 +21,7 @@ pub fn run(options: &RunOptions) -> Result<()> {
     let directory = options.model.model.as_deref();
     let source = ModelSource::open(directory)?;
     let tokenizer = source.tokenizer(directory)?;
-    let sampling = sampling(options, &source)?;
+    let sampling = sampling(&options.sampling, &source, source.config.vocab_size)?;
     let template =
         if options.raw { None } else { source.chat_template(directory, &tokenizer)?.map(|(template, _)| template) };
     anyhow::ensure!(
@@ -192,27 +192,29 @@ impl Run<'_> {
     }
 }
 
-/// Flags over [`default_sampling`].
-fn sampling(options: &RunOptions, source: &ModelSource) -> Result<SamplingParams> {
+/// Flags over what `generation_config.json` says. Without `--seed`, the seed is the time.
+pub fn sampling(flags: &SamplingOptions, source: &ModelSource, vocab_size: usize) -> Result<SamplingParams> {
     let default = default_sampling(source);
     let params = SamplingParams {
-        temperature: options.temperature.unwrap_or(default.temperature),
-        top_p: options.top_p.unwrap_or(default.top_p),
-        top_k: options.top_k.unwrap_or(default.top_k),
-        min_p: options.min_p.unwrap_or(default.min_p),
-        repetition_penalty: options.repetition_penalty.unwrap_or(default.repetition_penalty),
-        seed: options.seed.unwrap_or_else(|| {
+        temperature: flags.temperature.unwrap_or(default.temperature),
+        top_p: flags.top_p.unwrap_or(default.top_p),
+        top_k: flags.top_k.unwrap_or(default.top_k),
+        min_p: flags.min_p.unwrap_or(default.min_p),
+        repetition_penalty: flags.repetition_penalty.unwrap_or(default.repetition_penalty),
+        presence_penalty: flags.presence_penalty.unwrap_or(default.presence_penalty),
+        frequency_penalty: flags.frequency_penalty.unwrap_or(default.frequency_penalty),
+        seed: flags.seed.unwrap_or_else(|| {
             let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
             now.map_or(0, |d| d.as_nanos() as u64)
         }),
         ..default
     };
-    params.validate(source.config.vocab_size)?;
+    params.validate(vocab_size)?;
     Ok(params)
 }
 
 /// What `generation_config.json` says, over greedy.
-pub fn default_sampling(source: &ModelSource) -> SamplingParams {
+fn default_sampling(source: &ModelSource) -> SamplingParams {
     let samples = source.generation_config.get("do_sample").and_then(serde_json::Value::as_bool).unwrap_or(true);
     let configured = |key: &str| source.generation_number(key).filter(|_| samples).map(|x| x as f32);
     SamplingParams {

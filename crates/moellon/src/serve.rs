@@ -17,6 +17,7 @@ use moellon_serve::{
 };
 use moellon_text::{ChatTemplate, ThinkingFormat, Tokenizer};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -41,7 +42,10 @@ impl Source {
         let directory = options.model.model.as_deref();
         let model = ModelSource::open(directory)?;
         let tokenizer = model.tokenizer(directory)?;
-        let template = model.chat_template(directory, &tokenizer)?;
+        let template = match &options.chat_template {
+            None => model.chat_template(directory, &tokenizer)?,
+            Some(file) => Some(chat_template(file, &tokenizer)?),
+        };
         let (config, name, identity) = match &options.synthetic {
             None => (model.config.clone(), model.api_name(), model.checkpoint.identity()),
             Some(spec) => {
@@ -69,6 +73,8 @@ impl Source {
 pub fn run(options: &ServeOptions) -> Result<()> {
     let source = Source::open(options)?;
     let sizes = sizes(options, &source.config)?;
+    let default_sampling = run::sampling(&options.sampling, &source.model, source.config.vocab_size)?;
+    anyhow::ensure!(options.max_tokens != Some(0), "--max-tokens is 0, expected at least 1");
     anyhow::ensure!(
         options.max_decode_slowdown >= 1.0 && options.max_decode_slowdown.is_finite(),
         "--max-decode-slowdown is {}, expected a number of at least 1",
@@ -99,7 +105,6 @@ pub fn run(options: &ServeOptions) -> Result<()> {
         .map_err(|reason| anyhow::anyhow!("constraints: {reason}"))?;
     let name = source.name.clone();
     let stop_token_ids = source.model.stop_ids(&source.tokenizer);
-    let default_sampling = run::default_sampling(&source.model);
     let cache_bytes = cache_bytes_per_token(&source.config, sizes.cache_dtype) * (sizes.num_blocks * BLOCK_SIZE) as u64;
     let model = ServedModel {
         name: name.clone(),
@@ -111,6 +116,8 @@ pub fn run(options: &ServeOptions) -> Result<()> {
         context_length: sizes.max_context,
         vocab_size: source.config.vocab_size,
         default_sampling,
+        default_seed: options.sampling.seed,
+        default_max_tokens: options.max_tokens,
         constraints: Some(Arc::new(constraints)),
         source: source.model.name,
         device,
@@ -142,6 +149,14 @@ pub fn run(options: &ServeOptions) -> Result<()> {
     let served = moellon_serve::run(serve_options, model, Arc::new(generator));
     handle.shutdown(drain);
     Ok(served?)
+}
+
+/// A template in a file, with its source.
+fn chat_template(file: &Path, tokenizer: &Tokenizer) -> Result<(ChatTemplate, String)> {
+    let context = || format!("--chat-template {}", file.display());
+    let source = std::fs::read_to_string(file).with_context(context)?;
+    let template = ChatTemplate::new(&source, tokenizer.config().special_tokens()).with_context(context)?;
+    Ok((template, source))
 }
 
 fn sizes(options: &ServeOptions, config: &ModelConfig) -> Result<DecoderOptions> {

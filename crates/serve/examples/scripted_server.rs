@@ -33,6 +33,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         context_length: 131_072,
         vocab_size,
         default_sampling: SamplingParams::default(),
+        default_seed: None,
+        default_max_tokens: None,
         constraints: Some(Arc::new(GrammarConstraints::new(Arc::clone(&tokenizer), vocab_size)?)),
         source: folder.display().to_string(),
         device: "script".to_owned(),

@@ -29,6 +29,7 @@ pub(crate) fn parse(body: &Map<String, Value>, app: &App, is_count: bool) -> Res
     let mut settings = Settings::read(fields, &app.workshop.model, limits)?;
     settings.n = 1;
     settings.max_tokens = fields.count("max_tokens", 1, usize::MAX)?;
+    // No default: the protocol demands it.
     if settings.max_tokens.is_none() && !is_count {
         return Err(ApiError::field("max_tokens", "nothing", "a whole number of at least 1"));
     }

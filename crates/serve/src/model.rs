@@ -26,8 +26,12 @@ pub struct ServedModel {
     pub context_length: usize,
     /// Rows of the model's output, at least the tokenizer's vocabulary.
     pub vocab_size: usize,
-    /// Sampling where a request says nothing: `generation_config.json`.
+    /// Sampling where a request says nothing: flags over `generation_config.json`. Its seed does not count.
     pub default_sampling: SamplingParams,
+    /// Seed of requests that give none; without it, each gets one of its own.
+    pub default_seed: Option<u64>,
+    /// Longest answer of requests that give no limit; without it, to the end of the context.
+    pub default_max_tokens: Option<usize>,
     /// Makes constraints; without it, requests for structured output get 400.
     pub constraints: Option<Arc<dyn ConstraintCompiler>>,
     /// Directory or repository that the model was loaded from, for routers.

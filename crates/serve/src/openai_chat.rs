@@ -59,7 +59,7 @@ pub(crate) fn parse(body: &Map<String, Value>, app: &App) -> Result<ChatRequest,
     let mut settings = Settings::read(fields, &app.workshop.model, limits)?;
     settings.max_tokens = match fields.count("max_completion_tokens", 1, usize::MAX)? {
         Some(max_tokens) => Some(max_tokens),
-        None => fields.count("max_tokens", 1, usize::MAX)?,
+        None => fields.count("max_tokens", 1, usize::MAX)?.or(settings.max_tokens),
     };
     let top_logprobs = fields.count("top_logprobs", 0, limits.max_top_logprobs)?;
     if fields.flag("logprobs")? == Some(true) {

@@ -42,7 +42,8 @@ pub(crate) fn parse(body: &Map<String, Value>, app: &App) -> Result<CompletionRe
         ("grammar", "llama.cpp's grammar format"),
     ])?;
     let mut settings = Settings::read(fields, &app.workshop.model, limits)?;
-    settings.max_tokens = Some(fields.count("max_tokens", 0, usize::MAX)?.unwrap_or(DEFAULT_MAX_TOKENS));
+    let default = settings.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
+    settings.max_tokens = Some(fields.count("max_tokens", 0, usize::MAX)?.unwrap_or(default));
     settings.logprobs = fields.count("logprobs", 0, limits.max_top_logprobs)?;
     if fields.count("best_of", 1, usize::MAX)?.is_some_and(|best_of| best_of != settings.n) {
         return Err(ApiError::unsupported("best_of", "choosing among more answers than n"));

@@ -33,7 +33,7 @@ pub(crate) fn parse(body: &Map<String, Value>, app: &App) -> Result<ChatRequest,
     }
     let mut settings = Settings::read(fields, &app.workshop.model, limits)?;
     settings.n = 1;
-    settings.max_tokens = fields.count("max_output_tokens", 1, usize::MAX)?;
+    settings.max_tokens = fields.count("max_output_tokens", 1, usize::MAX)?.or(settings.max_tokens);
     let mut warnings = Vec::new();
     let tools = tools(fields, limits.max_tools, &mut warnings)?;
     let tool_choice = tool_choice(fields)?;

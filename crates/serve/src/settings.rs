@@ -33,10 +33,11 @@ pub(crate) fn random_number() -> u64 {
 impl Settings {
     /// The model's defaults.
     pub(crate) fn new(model: &ServedModel) -> Settings {
-        let sampling = SamplingParams { seed: random_number(), ..model.default_sampling.clone() };
+        let seed = model.default_seed.unwrap_or_else(random_number);
+        let sampling = SamplingParams { seed, ..model.default_sampling.clone() };
         Settings {
             sampling,
-            max_tokens: None,
+            max_tokens: model.default_max_tokens,
             min_tokens: 0,
             stop: Vec::new(),
             stop_token_ids: Vec::new(),

@@ -1,9 +1,9 @@
 //! `/v1/chat/completions`: exact frames, and what requests turn into.
 
-use crate::client::{TestServer, options};
-use moellon_engine::RequestError;
+use crate::client::{TestServer, options, served_model};
+use moellon_engine::{RequestError, SamplingParams};
 use moellon_serve::scripted::ScriptedAnswer;
-use moellon_serve::{ServeOptions, ThinkingPolicy};
+use moellon_serve::{ServeOptions, ServedModel, ThinkingPolicy};
 use serde_json::{Value, json};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -361,4 +361,33 @@ async fn long_waits_have_heartbeats() {
     .await;
     let reply = server.post(PATH, &with(json!({"stream": true}))).await;
     assert!(reply.frames().iter().filter(|frame| **frame == ": keepalive").count() >= 3, "{}", reply.body);
+}
+
+#[tokio::test]
+async fn what_a_request_does_not_say_the_operator_does() {
+    let model = ServedModel {
+        default_sampling: SamplingParams { temperature: 0.25, top_k: 7, ..SamplingParams::default() },
+        default_seed: Some(41),
+        default_max_tokens: Some(3),
+        ..served_model()
+    };
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let record = Arc::clone(&seen);
+    let server = TestServer::start_with(model, options(), move |_, request| {
+        let sampling = &request.sampling;
+        record.lock().unwrap().push((sampling.temperature, sampling.top_k, sampling.seed, request.max_tokens));
+        ScriptedAnswer::text("</think>ok")
+    })
+    .await;
+    let chat = json!({"messages": [{"role": "user", "content": "hi"}]});
+    let own = json!({"temperature": 0.5, "top_k": 9, "seed": 5, "max_tokens": 11, "messages": chat["messages"]});
+    for (path, body, expected) in [
+        (PATH, &chat, (0.25, 7, 41, 3)),
+        (PATH, &own, (0.5, 9, 5, 11)),
+        ("/v1/responses", &json!({"input": "hi"}), (0.25, 7, 41, 3)),
+        ("/v1/completions", &json!({"prompt": "hi"}), (0.25, 7, 41, 3)),
+    ] {
+        assert_eq!(server.post(path, body).await.status, 200, "{path}");
+        assert_eq!(seen.lock().unwrap().pop(), Some(expected), "{path}");
+    }
 }

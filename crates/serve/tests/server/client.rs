@@ -31,6 +31,8 @@ pub(crate) fn served_model() -> ServedModel {
         context_length: 4096,
         vocab_size: tokenizer.vocab_size(),
         default_sampling: SamplingParams { temperature: 0.7, ..SamplingParams::default() },
+        default_seed: None,
+        default_max_tokens: None,
         constraints: None,
         source: "models/moellon-tiny".to_owned(),
         device: "script".to_owned(),
