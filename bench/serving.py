@@ -34,6 +34,8 @@ from receipts import BINARY, NAME, run, steal_ticks, write
 SHAPE = "qwen3-30b-a3b:layers=4,vocab=4096"
 CONTEXT = 10240
 LONG = 8192
+# Random weights say the same again and again, which drafts guess as no text could be guessed.
+NO_DRAFTS = ("--speculate", "off")
 
 
 class Server:
@@ -64,6 +66,15 @@ class Server:
     def get(self, path):
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
             return answer.read().decode()
+
+    def thread_seconds(self):
+        """Seconds on a processor by name of thread."""
+        seconds = {}
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                name, spent = (task / "comm").read_text().strip(), int((task / "schedstat").read_text().split()[0])
+                seconds[name] = seconds.get(name, 0) + spent / 1e9
+        return seconds
 
     def metric(self, name):
         lines = [line for line in self.get("/metrics").splitlines() if line.startswith(name + "{")]
@@ -135,9 +146,9 @@ def batch(server, prompts, max_tokens):
 def throughput(stolen):
     rng = random.Random(1)
     samples, commands = [], []
-    prompt, new, rounds = 64, 128, 8
+    prompt, new, rounds = 64, 160, 12
     bench = ["bench", "--synthetic", SHAPE, "--batch", "1,8", "--context", prompt + new // 2, "--prompt", 64, "--steps", 16, "--windows", 2, "--json"]
-    with Server("--synthetic", SHAPE, "--context", CONTEXT) as server:
+    with Server("--synthetic", SHAPE, "--context", CONTEXT, *NO_DRAFTS) as server:
         commands += [server.shown, f"{NAME} {' '.join(map(str, bench))}"]
         streams(server, [ids(rng, prompt) for _ in range(8)], 16)
         for _ in range(rounds):
@@ -147,7 +158,13 @@ def throughput(stolen):
             batch(server, prompts, 9)
             runs = [("batch_8", lambda: batch(server, prompts, new)), ("http_8", lambda: streams(server, prompts, new)), ("http_1", lambda: streams(server, prompts[:1], new // 2))]
             rng.shuffle(runs)
-            sample = {name: measure() for name, measure in runs}
+            sample = {}
+            for name, measure in runs:
+                threads, client = server.thread_seconds(), time.process_time()
+                sample[name] = measure()
+                if name == "http_8":
+                    sample["client_cpu_s"] = time.process_time() - client
+                    sample["thread_cpu_s"] = {key: spent - threads.get(key, 0) for key, spent in server.thread_seconds().items()}
             after = steal_ticks()
             sample["steal_pct"] = 100 * (after[0] - before[0]) / max(1, after[1] - before[1])
             sample["bandwidth_fraction"] = server.metric("moellon:bandwidth_fraction")
@@ -159,11 +176,17 @@ def throughput(stolen):
     # A round in which the neighbours took time says nothing about us.
     quiet = [sample for sample in samples if sample["steal_pct"] <= 2.0] or samples
     median = lambda key: statistics.median(sample[key] for sample in quiet)
+
+    def share(thread=None):
+        spent = lambda sample: sample["thread_cpu_s"].get(thread, 0) if thread else sample["client_cpu_s"]
+        return statistics.median(100 * spent(s) / (sum(s["thread_cpu_s"].values()) + s["client_cpu_s"]) for s in quiet)
+
     ratio = sorted(sample["http_8"] / sample["batch_8"] for sample in quiet)
     row = {
         "shape": SHAPE, "rounds": f"{len(quiet)} of {rounds}",
         "decoder alone, batch 8 (random tokens)": f"{own[8]:.0f}", "engine, one request of 8 prompts": f"{median('batch_8'):.0f}",
         "HTTP, 8 streams": f"{median('http_8'):.0f}", "HTTP / engine": f"{statistics.median(ratio):.3f} ({ratio[0]:.3f}-{ratio[-1]:.3f})",
+        "processor time: server beside the engine, client": f"{share('serve'):.1f} %, {share():.1f} %",
         "HTTP, 1 stream": f"{median('http_1'):.0f}", "8 streams / 1": f"{median('http_8') / median('http_1'):.2f}",
     }
     write("serving-throughput", commands, {"rounds": samples, "decoder": report}, {"serving-throughput": [row]}, stolen)
@@ -238,7 +261,7 @@ def latency(stolen):
         gaps = lambda start, end: [b - a for t in times for a, b in zip(t, t[1:]) if start <= a and b <= end]
         return gaps(calm_from, long_from), gaps(long_from, done[0]), done[0] - long_from
 
-    with Server("--synthetic", SHAPE, "--context", CONTEXT) as server:
+    with Server("--synthetic", SHAPE, "--context", CONTEXT, *NO_DRAFTS) as server:
         calm, busy, seconds = asyncio.run(measure(server))
         commands = [server.shown]
     rows = [
