@@ -135,21 +135,19 @@ fn output_error(
 ) -> ErrorSum {
     let step = source.rows.div_ceil(SAMPLED_ROWS);
     let rows: Vec<usize> = (0..source.rows).step_by(step).collect();
-    let sums: Vec<ErrorSum> = rows
-        .par_iter()
-        .map(|&row| {
-            let (mut values, mut found) = (vec![0.0; source.cols], vec![0.0; source.cols]);
-            source.decode_row(row, &mut values);
-            encoded.decode_row(row, &mut found);
-            let signal = feedback.output_energy(&values, column_scales);
-            values.iter_mut().zip(&found).for_each(|(value, found)| *value -= found);
-            ErrorSum { error: feedback.output_energy(&values, column_scales), signal }
-        })
-        .collect();
-    sums.into_iter().fold(ErrorSum::default(), |mut all, sum| {
-        all.add(sum);
-        all
-    })
+    let cols = source.cols;
+    // The rows and, after them, their differences.
+    let mut values = vec![0.0; 2 * rows.len() * cols];
+    let (originals, differences) = values.split_at_mut(rows.len() * cols);
+    let pairs = originals.chunks_exact_mut(cols).zip(differences.chunks_exact_mut(cols));
+    for (&row, (original, difference)) in rows.iter().zip(pairs) {
+        source.decode_row(row, original);
+        encoded.decode_row(row, difference);
+        difference.iter_mut().zip(original).for_each(|(found, value)| *found = *value - *found);
+    }
+    let energies = feedback.output_energies(&values, column_scales);
+    let (signal, error) = energies.split_at(rows.len());
+    ErrorSum { error: error.iter().sum(), signal: signal.iter().sum() }
 }
 
 /// The largest magnitude of a matrix.

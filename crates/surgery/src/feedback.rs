@@ -6,12 +6,15 @@
 //! `|(w - ŵ) R|²`, and its column `j` is `R_jj (e_j + sum_{i<j} e_i N_ij)` with `e = w - ŵ` and `N_ij = R_ij / R_jj`. So
 //! `ŵ_j` is the code nearest to `w_j + sum_{i<j} e_i N_ij`.
 
-use crate::linear_algebra::{add_gram, add_product, mirror, upper_cholesky};
+use crate::linear_algebra::{Columns, add_gram, add_product, mirror, upper_cholesky};
 use crate::search_float::FloatCode;
 use crate::simd::{Kernel, dispatch};
+use rayon::prelude::*;
 
 /// Columns whose errors are fed forward together.
 const BLOCK: usize = 64;
+/// Columns whose share of an energy one task computes.
+const ENERGY_COLS: usize = 512;
 
 /// `N` and the diagonal of `R` for one input, in the order in which columns are rounded.
 #[derive(Debug, Clone)]
@@ -64,14 +67,32 @@ impl Feedback {
         self.order.len()
     }
 
-    /// `|d R|²` for one row of differences in the weights' own order, inputs scaled by `column_scales` where given.
-    pub(crate) fn output_energy(&self, difference: &[f32], column_scales: Option<&[f32]>) -> f64 {
+    /// `|d R|²` for each of some rows of differences `[rows, width]` in the weights' own order, inputs scaled by
+    /// `column_scales` where given.
+    pub(crate) fn output_energies(&self, differences: &[f32], column_scales: Option<&[f32]>) -> Vec<f64> {
         let width = self.width();
-        let scaled: Vec<f32> =
-            self.order.iter().map(|&c| difference[c as usize] * scale_of(column_scales, c)).collect();
-        let mut fed = scaled.clone();
-        add_product(|t, _| scaled[t], width, &self.forward, width, 0, &mut fed);
-        fed.iter().zip(&self.diagonal).map(|(e, d)| (f64::from(*e) * f64::from(*d)).powi(2)).sum()
+        let rows = differences.len() / width;
+        let scaled: Vec<f32> = differences
+            .chunks_exact(width)
+            .flat_map(|row| self.order.iter().map(|&c| row[c as usize] * scale_of(column_scales, c)))
+            .collect();
+        let panels: Vec<Vec<f64>> = (0..width.div_ceil(ENERGY_COLS))
+            .into_par_iter()
+            .map(|panel| {
+                let first = panel * ENERGY_COLS;
+                let count = ENERGY_COLS.min(width - first);
+                let mut fed: Vec<f32> =
+                    scaled.chunks_exact(width).flat_map(|row| &row[first..first + count]).copied().collect();
+                let columns = Columns { data: &self.forward, stride: width, first, count };
+                // Below the diagonal stand zeros.
+                add_product(|t, row| scaled[row * width + t], first + count, columns, &mut fed, [count, 0]);
+                let diagonal = &self.diagonal[first..first + count];
+                let energy =
+                    |row: &[f32]| row.iter().zip(diagonal).map(|(e, d)| (f64::from(*e) * f64::from(*d)).powi(2)).sum();
+                fed.chunks_exact(count).map(energy).collect()
+            })
+            .collect();
+        (0..rows).map(|row| panels.iter().map(|panel| panel[row]).sum()).collect()
     }
 
     /// Rounds rows `values` (`[rows, width]`) to their grids and writes one code a weight to `codes` (`[rows, width]`).
@@ -113,7 +134,8 @@ impl Feedback {
             }
             if end < width {
                 let forward = &self.forward[begin * width..end * width];
-                add_product(|t, i| errors[i * width + begin + t], end - begin, forward, width, end, &mut work);
+                let columns = Columns { data: forward, stride: width, first: end, count: width - end };
+                add_product(|t, i| errors[i * width + begin + t], end - begin, columns, &mut work, [width, end]);
             }
         }
     }
@@ -262,7 +284,7 @@ mod tests {
         let nearest: Vec<u8> = weights.iter().enumerate().map(|(c, w)| grid.round(kind, c / 32, *w).0).collect();
         let loss = |codes: &[u8]| {
             let difference: Vec<f32> = weights.iter().zip(decoded(codes)).map(|(w, d)| w - d).collect();
-            let (exact, factored) = (energy(&difference, &moments), feedback.output_energy(&difference, None));
+            let (exact, factored) = (energy(&difference, &moments), feedback.output_energies(&difference, None)[0]);
             // The factor is of the damped moments.
             assert!(factored >= exact * 0.99 && factored < exact * 1.5 + 1e-3, "{factored} {exact}");
             exact
@@ -283,7 +305,7 @@ mod tests {
         shared.round_rows(&weights, std::slice::from_ref(&grid), kind, 32, Some(&scales), &mut codes);
         let difference: Vec<f32> = weights.iter().zip(decoded(&codes)).map(|(w, d)| w - d).collect();
         let exact = energy(&difference, &scaled);
-        let factored = shared.output_energy(&difference, Some(&scales));
+        let factored = shared.output_energies(&difference, Some(&scales))[0];
         assert!((exact - factored).abs() < 1e-3 * exact + 1e-9, "{exact} {factored}");
     }
 
