@@ -33,7 +33,7 @@ pub enum Command {
     /// Generate text: one prompt, standard input, or a chat.
     Run(RunOptions),
     /// Serve a model to OpenAI and Anthropic clients.
-    Serve(ServeOptions),
+    Serve(Box<ServeOptions>),
     /// Say what a model is made of and how fast it can be: parameters, formats, bytes per token, ceilings.
     Inspect(InspectOptions),
     /// Compute logits for token ids, for conformance with other implementations.
