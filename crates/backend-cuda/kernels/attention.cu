@@ -1,41 +1,14 @@
 // Attention over paged caches, and the choice of positions of sparse attention.
 //
-// A block has up to eight heads that read the same keys (a warp each) and up to SPLIT keys, 32 at a time through shared memory; parts
+// A block has up to eight heads that read the same keys (a warp each) and one part of the keys, 32 at a time through shared memory; parts
 // are joined by `attend_join` in order. Which keys make a part depends on their rank in the row's own list alone.
-#include "common.cuh"
+#include "attend.cuh"
 
-#define SPLIT 64
 #define TILE 32
 
 // 16 bytes to shared memory.
 DEVICE void copy_async(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from));
-}
-
-struct AttendArgs {
-  Mat q, q_rope, out;          // q_rope.p null: no second part
-  const void* cache;
-  float* partial;              // [tokens][heads][max_splits][2 + value_dim]
-  const float* sinks;          // [heads] or null
-  const u32* index_ids;        // [tokens, index_stride] or null: every position of the window
-  const u32* index_counts;
-  Paging paging;
-  u32 index_stride, num_heads, heads_per_block, heads_per_key;
-  u32 q_dim, q_rope_stride, q_rope_dim;
-  u32 cache_width, cache_bf16;
-  u32 key_first, key_step;     // column of the key of key head 0, and between two key heads
-  u32 value_first, value_step, value_dim;
-  u32 values_are_keys;         // values are the first columns of the keys
-  u32 window;                  // 0: none
-  u32 max_splits;
-  float scale;
-};
-
-DEVICE void keys_of(const AttendArgs& a, u32 t, u32& first, u32& count) {
-  u32 p = a.paging.positions[t];
-  if (a.index_ids) { first = 0; count = a.index_counts[t]; return; }
-  first = a.window && p + 1 > a.window ? p + 1 - a.window : 0;
-  count = p + 1 - first;
 }
 
 // T: type of the cached rows, kept in shared memory as they are. DPL: pairs of value columns a lane has.
@@ -48,9 +21,9 @@ template <typename T, int DPL> DEVICE void attend(const AttendArgs& a) {
   u32 t = blockIdx.z, split = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 first, count;
   keys_of(a, t, first, count);
-  u32 begin = split * SPLIT;
+  u32 keys_of_part = split_of(count), begin = split * keys_of_part;
   if (begin >= count) return;
-  u32 end = begin + SPLIT < count ? begin + SPLIT : count;
+  u32 end = begin + keys_of_part < count ? begin + keys_of_part : count;
   u32 head = blockIdx.y * a.heads_per_block + warp, key_head = blockIdx.y * a.heads_per_block / a.heads_per_key;
   // Rows are padded to whole 16 bytes and then by 16 more, so that the keys of eight lanes lie in different banks.
   u32 key_dim = a.q_dim + a.q_rope_dim, padded = (key_dim + PER - 1) / PER * PER, stride = padded + PER;
@@ -58,12 +31,18 @@ template <typename T, int DPL> DEVICE void attend(const AttendArgs& a) {
   float* q = (float*)shared;                                  // [heads_per_block][padded]
   T* keys = (T*)(q + a.heads_per_block * padded);             // [TILE][stride]
   T* values = a.values_are_keys ? keys : keys + TILE * stride;  // [TILE][value_stride]
-  for (u32 i = threadIdx.x; i < a.heads_per_block * padded; i += blockDim.x) {
-    u32 h = blockIdx.y * a.heads_per_block + i / padded, c = i % padded;
-    float v = 0.f;
-    if (c < a.q_dim) v = a.q.p[(u64)t * a.q.stride + h * a.q_dim + c];
-    else if (c < key_dim) v = a.q_rope.p[(u64)t * a.q_rope.stride + h * a.q_rope_stride + c - a.q_dim];
-    q[i] = v;
+  // Queries: a warp copies its head's, without waiting for them yet.
+  if (warp < a.heads_per_block) {
+    const float* from = a.q.p + (u64)t * a.q.stride + head * a.q_dim;
+    const float* rope = a.q_rope_dim ? a.q_rope.p + (u64)t * a.q_rope.stride + head * a.q_rope_stride : from;
+    float* to = q + warp * padded;
+    bool whole = a.q_dim % 4 == 0 && key_dim % 4 == 0 && padded == key_dim && (u64)from % 16 == 0 && (u64)rope % 16 == 0;
+    if (whole) {
+      for (u32 c = lane * 4; c < a.q_dim; c += 128) copy_async(to + c, from + c);
+      for (u32 c = lane * 4; c < a.q_rope_dim; c += 128) copy_async(to + a.q_dim + c, rope + c);
+    } else {
+      for (u32 c = lane; c < padded; c += 32) to[c] = c < a.q_dim ? from[c] : c < key_dim ? rope[c - a.q_dim] : 0.f;
+    }
   }
   const u32* table = a.paging.block_table + (u64)a.paging.sequences[t] * a.paging.max_blocks;
   u32 key_column = a.key_first + key_head * a.key_step, value_column = a.value_first + key_head * a.value_step;
@@ -82,11 +61,8 @@ template <typename T, int DPL> DEVICE void attend(const AttendArgs& a) {
     __syncthreads();
     auto copy = [&](T* to, u32 to_stride, u32 column, u32 n) {
       if (wide) {
-        u32 pieces = n / PER;
-        for (u32 i = threadIdx.x; i < TILE * pieces; i += blockDim.x) {
-          u32 k = i / pieces, c = i % pieces * PER;
-          if (base + k < end) copy_async(to + k * to_stride + c, (const T*)a.cache + row_of[k] + column + c);
-        }
+        for (u32 k = warp; k < TILE && base + k < end; k += 8)
+          for (u32 c = lane * PER; c < n; c += 32 * PER) copy_async(to + k * to_stride + c, (const T*)a.cache + row_of[k] + column + c);
       } else {
         for (u32 i = threadIdx.x; i < TILE * to_stride; i += blockDim.x) {
           u32 k = i / to_stride, c = i % to_stride;
@@ -147,13 +123,13 @@ template <typename T, int DPL> DEVICE void attend(const AttendArgs& a) {
     }
   }
   if (warp < a.heads_per_block) {
-    float* out = a.partial + (((u64)t * a.num_heads + head) * a.max_splits + split) * (2 + a.value_dim);
+    float* out = a.partial + (((u64)t * a.num_heads + head) * a.max_splits + split) * (PART_HEADER + a.value_dim);
     if (lane == 0) { out[0] = m; out[1] = l; }
 #pragma unroll
     for (int i = 0; i < DPL; i++)
       if (2 * lane + 64 * i < a.value_dim) {
-        out[2 + 2 * lane + 64 * i] = acc[i].x;
-        if (2 * lane + 64 * i + 1 < a.value_dim) out[3 + 2 * lane + 64 * i] = acc[i].y;
+        out[PART_HEADER + 2 * lane + 64 * i] = acc[i].x;
+        if (2 * lane + 64 * i + 1 < a.value_dim) out[PART_HEADER + 1 + 2 * lane + 64 * i] = acc[i].y;
       }
   }
 }
@@ -162,23 +138,16 @@ template <typename T, int DPL> DEVICE void attend(const AttendArgs& a) {
   KERNEL __launch_bounds__(256) attend##D##_f32(const __grid_constant__ AttendArgs a) { attend<float, D>(a); }
 ATTEND(1) ATTEND(2) ATTEND(4) ATTEND(8)
 
-// Joins the parts of a head. Grid (heads, tokens).
+// Joins the parts of a head, which has at most 512 columns. Grid (heads, tokens), 64 threads.
 KERNEL attend_join(const __grid_constant__ AttendArgs a) {
   pdl_launch();
   pdl_wait();
-  u32 t = blockIdx.y, head = blockIdx.x, first, count;
-  keys_of(a, t, first, count);
-  u32 splits = (count + SPLIT - 1) / SPLIT, width = 2 + a.value_dim;
-  const float* part = a.partial + ((u64)t * a.num_heads + head) * a.max_splits * width;
-  float m = a.sinks ? a.sinks[head] : -INFINITY;
-  for (u32 s = 0; s < splits; s++) m = fmaxf(m, part[s * width]);
-  float l = a.sinks ? expf(a.sinks[head] - m) : 0.f;
-  for (u32 s = 0; s < splits; s++) l += part[s * width + 1] * expf(part[s * width] - m);
-  for (u32 c = threadIdx.x; c < a.value_dim; c += blockDim.x) {
-    float x = 0.f;
-    for (u32 s = 0; s < splits; s++) x = fmaf(part[s * width + 2 + c], expf(part[s * width] - m), x);
-    store(a.out, t, head * a.value_dim + c, x / l);
-  }
+  u32 t = blockIdx.y, head = blockIdx.x, c = threadIdx.x * 8;
+  if (c >= a.value_dim) return;
+  float v[8];
+  join8(a, t, head, c, v);
+#pragma unroll
+  for (int k = 0; k < 8; k++) if (c + k < a.value_dim) store(a.out, t, head * a.value_dim + c + k, v[k]);
 }
 
 struct IndexScoreArgs {

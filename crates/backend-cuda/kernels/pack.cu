@@ -1,6 +1,6 @@
 // From the canonical layout (docs/formats.md) to the packed one, on the device: the host copies the checkpoint's bytes as they
 // are. And single rows back, for embeddings.
-#include "packed.cuh"
+#include "row.cuh"
 
 struct PackArgs {
   Packed to;               // of one matrix
@@ -100,35 +100,19 @@ template <int F> DEVICE void pack_matrix(const PackArgs& a) {
   }
 }
 
-// Activations as digits (packed.cuh). A warp has 64 columns; grid (tiles / 8, parts of a row, rows).
+// Activations as digits (packed.cuh). A thread has eight columns; grid (tiles / 32, parts of a row, rows).
 struct DigitsArgs { Mat x; u8* out; u32 cols, part_stride, parts, pad; };
 KERNEL __launch_bounds__(256) write_digits(const __grid_constant__ DigitsArgs a) {
   pdl_launch();
   pdl_wait();
-  u32 lane = threadIdx.x % 32, tiles = (a.cols + 63) / 64, j = blockIdx.x * 8 + threadIdx.x / 32;
-  if (j >= tiles) return;
-  const float* x = a.x.p + (u64)blockIdx.z * a.x.stride + blockIdx.y * a.part_stride + j * 64;
-  u8* out = a.out + (((u64)blockIdx.z * a.parts + blockIdx.y) * tiles + j) * DIGITS_BYTES;
-  float v[2];
-#pragma unroll
-  for (int h = 0; h < 2; h++) v[h] = j * 64 + 32 * h + lane < a.cols ? x[32 * h + lane] : 0.f;
-  float largest = warp_max(fmaxf(fabsf(v[0]), fabsf(v[1])));
-  float scale = largest * (1.f / 16256.f), inverse = largest > 0.f ? 16256.f / largest : 0.f;
-  int sum[2];
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    int q = __float2int_rn(v[h] * inverse);
-    q = max(-16256, min(16256, q));
-    int high = (q + 64) >> 7, low = q - 128 * high;
-    u32 at = 16 * (lane / 8) + 8 * h + lane % 8;
-    out[at] = (u8)high;
-    out[64 + at] = (u8)low;
-    sum[h] = __reduce_add_sync(0xffffffffu, q);
-  }
-  if (lane == 0) *(float4*)(out + 128) = make_float4(scale, scale * (float)sum[0], scale * (float)sum[1], scale * (float)(sum[0] + sum[1]));
+  u32 tiles = (a.cols + 63) / 64, j = blockIdx.x * 32 + threadIdx.x / 8, c = j * 64 + threadIdx.x % 8 * 8;
+  const float* x = a.x.p + (u64)blockIdx.z * a.x.stride + blockIdx.y * a.part_stride;
+  float v[8];
+  load8(v, x, c, a.cols, is_wide(x, a.cols));
+  digits8(v, j < tiles ? a.out + (((u64)blockIdx.z * a.parts + blockIdx.y) * tiles + j) * DIGITS_BYTES : nullptr);
 }
 
-// One row of a packed matrix as floats.
+// One row of a packed matrix as floats. Grid (rows, blocks of a row).
 struct EmbedArgs { Packed table; const u32* token_ids; Mat out; };
 template <int F> DEVICE void embed_row(const EmbedArgs& a) {
   pdl_launch();
@@ -138,7 +122,7 @@ template <int F> DEVICE void embed_row(const EmbedArgs& a) {
   u32 i = token / 16, r = token % 16, g = r % 8;
   int upper = r / 8;
   float global = w.global_scales ? w.global_scales[0] : 1.f;
-  for (u32 c = threadIdx.x; c < w.cols; c += blockDim.x) {
+  for (u32 c = blockIdx.y * blockDim.x + threadIdx.x; c < w.cols; c += gridDim.y * blockDim.x) {
     u32 j = c / 64, h = c % 64 / 32, t = c % 32 / 8;
     const u32* tile = tile_at(w, 0, i, j);
     const u8* scales = tile_scales<F>(w, 0, i, j);
@@ -163,7 +147,7 @@ KERNEL embed_plain(const __grid_constant__ EmbedPlainArgs a) {
   pdl_launch();
   pdl_wait();
   u64 first = (u64)a.token_ids[blockIdx.x] * a.cols;
-  for (u32 c = threadIdx.x; c < a.cols; c += blockDim.x) {
+  for (u32 c = blockIdx.y * blockDim.x + threadIdx.x; c < a.cols; c += gridDim.y * blockDim.x) {
     float v = a.kind == 0 ? ((const float*)a.table)[first + c] : a.kind == 1 ? f16_to_f32(((const u16*)a.table)[first + c]) : bf16_to_f32(((const u16*)a.table)[first + c]);
     store(a.out, blockIdx.x, c, v);
   }

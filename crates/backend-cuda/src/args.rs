@@ -15,7 +15,7 @@ pub(crate) struct Mat {
 }
 
 /// `Paging` of `common.cuh`.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct Paging {
     pub(crate) positions: DevicePtr,
@@ -178,6 +178,7 @@ pub(crate) struct RmsNorm {
     pub(crate) delta: Mat,
     pub(crate) out: Mat,
     pub(crate) weight: DevicePtr,
+    pub(crate) digits: DevicePtr,
     pub(crate) eps: f32,
     pub(crate) pad: u32,
 }
@@ -253,6 +254,8 @@ pub(crate) struct Gather {
 pub(crate) struct Argmax {
     pub(crate) logits: Mat,
     pub(crate) out: DevicePtr,
+    pub(crate) best: DevicePtr,
+    pub(crate) arrived: DevicePtr,
     pub(crate) out_stride: u32,
     pub(crate) pad: u32,
 }
@@ -279,8 +282,8 @@ pub(crate) struct Combine {
     pub(crate) pad: u32,
 }
 
-/// `RouteArgs` of `rows.cu`.
-#[derive(Debug, Clone, Copy)]
+/// `RouteArgs` of `route.cuh`.
+#[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct Route {
     pub(crate) logits: Mat,
@@ -297,8 +300,8 @@ pub(crate) struct Route {
     pub(crate) pad: u32,
 }
 
-/// `AttendArgs` of `attention.cu`.
-#[derive(Debug, Clone, Copy)]
+/// `AttendArgs` of `attend.cuh`.
+#[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct Attend {
     pub(crate) q: Mat,
@@ -373,4 +376,119 @@ pub(crate) struct Read {
 #[repr(C)]
 pub(crate) struct Twin {
     pub(crate) x: Mat,
+}
+
+/// `RowInput` of `decode.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct RowInput {
+    pub(crate) x: Mat,
+    pub(crate) digits: DevicePtr,
+    pub(crate) kind: u32,
+    pub(crate) eps: f32,
+    pub(crate) weight: DevicePtr,
+    pub(crate) out: Mat,
+    pub(crate) out_digits: DevicePtr,
+}
+
+/// `LineArgs` of `decode.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Line {
+    pub(crate) part: [Part; 4],
+    pub(crate) first_unit: [u32; 5],
+    pub(crate) num_parts: u32,
+    pub(crate) slices: u32,
+    pub(crate) pad: u32,
+    pub(crate) input: RowInput,
+    pub(crate) residual: Mat,
+}
+
+/// `Latent` of `decode.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Latent {
+    pub(crate) latent: Mat,
+    pub(crate) k_pe: Mat,
+    pub(crate) q: Mat,
+    pub(crate) table: Mat,
+    pub(crate) weight: DevicePtr,
+    pub(crate) slots: DevicePtr,
+    pub(crate) cache: DevicePtr,
+    pub(crate) cache_width: u32,
+    pub(crate) cache_bf16: u32,
+    pub(crate) num_heads: u32,
+    pub(crate) head_stride: u32,
+    pub(crate) interleaved: u32,
+    pub(crate) eps: f32,
+}
+
+/// `HeadsArgs` of `decode.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Heads {
+    pub(crate) w: Packed,
+    pub(crate) out: Mat,
+    pub(crate) out_digits: DevicePtr,
+    pub(crate) x: DevicePtr,
+    pub(crate) x_head_stride: u32,
+    pub(crate) slices: u32,
+    pub(crate) joins: u32,
+    pub(crate) has_latent: u32,
+    pub(crate) attend: Attend,
+    pub(crate) latent: Latent,
+}
+
+/// `RouterArgs` of `decode.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Router {
+    pub(crate) weights: DevicePtr,
+    pub(crate) bias: DevicePtr,
+    pub(crate) out: Mat,
+    pub(crate) input: RowInput,
+    pub(crate) rows: u32,
+    pub(crate) cols: u32,
+}
+
+/// `UpPair` of `decode.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct UpPair {
+    pub(crate) gate: Packed,
+    pub(crate) up: Packed,
+    pub(crate) out: Mat,
+    pub(crate) x: DevicePtr,
+}
+
+/// `UpArgs` of `decode.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Up {
+    pub(crate) routed: UpPair,
+    pub(crate) shared: UpPair,
+    pub(crate) shared_blocks: u32,
+    pub(crate) slices: u32,
+    pub(crate) chooses: u32,
+    pub(crate) pad: u32,
+    pub(crate) route: Route,
+    pub(crate) activation: Activation,
+    pub(crate) h_digits: DevicePtr,
+    pub(crate) arrived: DevicePtr,
+}
+
+/// `DownArgs` of `decode.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Down {
+    pub(crate) w: Packed,
+    pub(crate) out: Mat,
+    pub(crate) weights: Mat,
+    pub(crate) plus: Mat,
+    pub(crate) residual: Mat,
+    pub(crate) ids: DevicePtr,
+    pub(crate) x: DevicePtr,
+    pub(crate) part_bytes: u64,
+    pub(crate) slices: u32,
+    pub(crate) top_k: u32,
 }

@@ -36,7 +36,7 @@ pub(crate) struct Parts {
 }
 
 /// Bytes of 64 columns as digits (`DIGITS_BYTES` of packed.cuh).
-const DIGITS_BYTES: usize = 144;
+pub(crate) const DIGITS_BYTES: usize = 144;
 
 /// A view without its buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -134,6 +134,25 @@ impl DeviceBuffer {
         let digits = &mut self.digits[index];
         let stale = !std::mem::replace(&mut digits.current, true);
         Ok((digits.memory.pointer(), stale))
+    }
+
+    /// Address of the view as digits where somebody reads it so; the caller, who writes the view, then writes them. 0: nobody.
+    pub(crate) fn digits_written(&mut self, tensor: Tensor) -> DevicePtr {
+        let region = Region::of(tensor);
+        let parts = Parts { count: 1, stride: tensor.cols, cols: tensor.cols };
+        match self.digits.iter_mut().find(|d| d.region == region && d.parts == parts) {
+            Some(digits) => {
+                digits.current = true;
+                digits.memory.pointer()
+            }
+            None => 0,
+        }
+    }
+
+    /// Whether the view's digits are current.
+    pub(crate) fn has_digits(&self, tensor: Tensor, parts: Parts) -> bool {
+        let region = Region::of(tensor);
+        self.digits.iter().any(|d| d.current && d.region == region && d.parts == parts)
     }
 
     /// Floats were written without the other forms.

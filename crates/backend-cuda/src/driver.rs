@@ -49,6 +49,9 @@ pub(crate) struct Device {
     pub(crate) multiprocessors: u32,
     /// Driver's CUDA version, e.g. 13000.
     pub(crate) driver_version: i32,
+    /// Whether a kernel may start while the one before it ends (programmatic dependent launch). Kernels that fill the device by
+    /// themselves are better off without: 2.06 ms a step instead of 2.09 (12 layers of GLM-5.2-77 in affine-4, H200).
+    pub(crate) overlaps: bool,
 }
 
 // SAFETY: the driver's handles may be used from any thread; `Device::enter` makes the context current on the one that calls.
@@ -98,7 +101,17 @@ impl Device {
         );
         let multiprocessors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
         let thread = Some(std::thread::current().id());
-        Ok(Device { device, context, stream, thread, name, capability, multiprocessors, driver_version })
+        Ok(Device {
+            device,
+            context,
+            stream,
+            thread,
+            name,
+            capability,
+            multiprocessors,
+            driver_version,
+            overlaps: true,
+        })
     }
 
     /// Makes the context current on the calling thread.
@@ -224,7 +237,7 @@ impl Device {
             sharedMemBytes: shared,
             hStream: self.stream,
             attrs: &raw mut attribute,
-            numAttrs: u32::from(self.capability.0 >= 9),
+            numAttrs: u32::from(self.capability.0 >= 9 && self.overlaps),
         };
         let mut parameters = [ptr::from_ref(args).cast_mut().cast::<c_void>()];
         // SAFETY: the argument struct is the kernel's own (args.rs); the driver copies it before it returns.

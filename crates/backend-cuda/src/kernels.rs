@@ -13,6 +13,7 @@ struct Images {
     pack: &'static [u8],
     matmul: &'static [u8],
     attention: &'static [u8],
+    decode: &'static [u8],
 }
 
 const IMAGES: [Images; 1] = [Images {
@@ -21,6 +22,7 @@ const IMAGES: [Images; 1] = [Images {
     pack: include_bytes!("../cubin/sm_90a/pack.cubin.gz"),
     matmul: include_bytes!("../cubin/sm_90a/matmul.cubin.gz"),
     attention: include_bytes!("../cubin/sm_90a/attention.cubin.gz"),
+    decode: include_bytes!("../cubin/sm_90a/decode.cubin.gz"),
 }];
 
 /// Dynamic shared memory that attention kernels may ask for: what a multiprocessor of an H100 or H200 has, less the reserved kilobyte.
@@ -42,6 +44,7 @@ pub(crate) struct Kernels {
     pack: Module,
     matmul: Module,
     attention: Module,
+    decode: Module,
 }
 
 impl Kernels {
@@ -61,6 +64,7 @@ impl Kernels {
                 pack: load("pack")?,
                 matmul: load("matmul")?,
                 attention: load("attention")?,
+                decode: load("decode")?,
             });
         }
         let Some(images) = IMAGES.iter().find(|i| i.capability == device.capability) else {
@@ -77,6 +81,7 @@ impl Kernels {
             pack: device.load_module("pack", &unpacked(images.pack)?)?,
             matmul: device.load_module("matmul", &unpacked(images.matmul)?)?,
             attention: device.load_module("attention", &unpacked(images.attention)?)?,
+            decode: device.load_module("decode", &unpacked(images.decode)?)?,
         })
     }
 
@@ -93,7 +98,16 @@ impl Kernels {
         self.matmul.kernel(name, if streams { PRODUCT_SHARED } else { 0 })
     }
 
+    pub(crate) fn decode(&mut self, name: &str) -> Result<Kernel> {
+        self.decode.kernel(name, if name.starts_with("router") { 0 } else { PRODUCT_SHARED })
+    }
+
+    /// Whether there is such a kernel for one row.
+    pub(crate) fn has_decode(&mut self, name: &str) -> bool {
+        self.decode(name).is_ok()
+    }
+
     pub(crate) fn attention(&mut self, name: &str) -> Result<Kernel> {
-        self.attention.kernel(name, if name == "index_topk" { 0 } else { ATTENTION_SHARED })
+        self.attention.kernel(name, if matches!(name, "index_topk" | "attend_join") { 0 } else { ATTENTION_SHARED })
     }
 }

@@ -6,10 +6,11 @@
 //! | `kernels` | the compiled kernels, found by compute capability |
 //! | `weights` | repacking weights on the device while they are loaded |
 //! | `buffers` | device buffers and their bfloat16 twins |
-//! | `backend` | the operations: which kernel, which grid |
+//! | `backend` | memory, weights and caches; the operations: which kernel, which grid; steps, recorded and replayed |
+//! | `program` | operations as values, so that a step can be looked at before it is launched |
 //!
-//! Kernels are CUDA C++ in `kernels/`; `packed.cuh` says how quantized weights lie in memory and why, `matmul.cu` how they are
-//! multiplied. Activations are f32; products with quantized weights round them to bfloat16 (what these models were trained
+//! Kernels are CUDA C++ in `kernels/`; `packed.cuh` says how quantized weights lie in memory and why, `matmul.cu` and, for one row,
+//! `decode.cu` how they are multiplied. Activations are f32; products with quantized weights round them to bfloat16 (what these models were trained
 //! with) and sum in f32 on the tensor cores. Plain weights are multiplied in f32.
 
 mod args;
@@ -17,6 +18,7 @@ mod backend;
 mod buffers;
 mod driver;
 mod kernels;
+mod program;
 mod weights;
 
 pub use backend::{CudaBackend, CudaOptions};

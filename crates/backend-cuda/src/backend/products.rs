@@ -23,6 +23,11 @@ pub(super) struct Input {
 }
 
 impl Input {
+    /// Where the digits lie, 0 without.
+    pub(super) fn digits(&self) -> DevicePtr {
+        self.digits
+    }
+
     /// The arguments of a product, the weights left out.
     pub(super) fn args(&self, cols: usize, routing: Routing) -> Matmul {
         Matmul {
@@ -38,9 +43,9 @@ impl Input {
     }
 }
 
-/// Which of the kernels for few rows: one row, up to eight, up to sixteen.
+/// Which of the kernels for few rows: up to eight, up to sixteen.
 pub(super) fn gemv_variant(rows: usize) -> usize {
-    if rows == 1 { 0 } else { rows.div_ceil(8) }
+    rows.div_ceil(8)
 }
 
 /// Slices that a row of weights is cut into: a function of its columns alone, because the order of sums depends on it.
@@ -51,6 +56,11 @@ pub(super) fn slices(cols: usize) -> usize {
         4.. => 2,
         _ => 1,
     }
+}
+
+/// Warps that share a row of plain weights: a function of the columns alone, like [`slices`].
+pub(super) fn plain_warps(cols: usize) -> usize {
+    cols.div_ceil(256).next_power_of_two().min(WARPS)
 }
 
 pub(super) fn activation_args(activation: Activation) -> args::Activation {
@@ -119,8 +129,7 @@ impl CudaBackend {
                 WeightFormat::F16 => "plain_f16",
                 _ => "plain_bf16",
             })?;
-            // A function of the columns alone, like `slices`.
-            let warps = w.cols.div_ceil(512).next_power_of_two().min(WARPS);
+            let warps = plain_warps(w.cols);
             let args = args::Plain {
                 weights: w.plain,
                 bias: w.bias(),
@@ -173,7 +182,7 @@ impl CudaBackend {
                 pad: 0,
             };
             let kernel = self.kernels.pack("write_digits")?;
-            let grid = [parts.cols.div_ceil(64).div_ceil(8) as u32, part_count, x.rows];
+            let grid = [parts.cols.div_ceil(64).div_ceil(32) as u32, part_count, x.rows];
             self.device.launch(&kernel, grid, 256, 0, &args)?;
         }
         Ok(Input { x, digits, parts: part_count, head_stride })

@@ -1,0 +1,60 @@
+// What attention and the product behind it share.
+#pragma once
+#include "row.cuh"
+
+#define PART_HEADER 4
+
+struct AttendArgs {
+  Mat q, q_rope, out;          // q_rope.p null: no second part
+  const void* cache;
+  float* partial;              // [tokens][heads][max_splits][PART_HEADER + value_dim]: largest score, sum of weights, weighted values
+  const float* sinks;          // [heads] or null
+  const u32* index_ids;        // [tokens, index_stride] or null: every position of the window
+  const u32* index_counts;
+  Paging paging;
+  u32 index_stride, num_heads, heads_per_block, heads_per_key;
+  u32 q_dim, q_rope_stride, q_rope_dim;
+  u32 cache_width, cache_bf16;
+  u32 key_first, key_step;     // column of the key of key head 0, and between two key heads
+  u32 value_first, value_step, value_dim;
+  u32 values_are_keys;         // values are the first columns of the keys
+  u32 window;                  // 0: none
+  u32 max_splits;
+  float scale;
+};
+
+// Keys of one part of an attention row: a function of how many keys the row has, so that its bits do not depend on the batch.
+// Short parts fill the device with a short context; long ones keep their joining small.
+DEVICE u32 split_of(u32 count) { return count <= 1024 ? 32 : count <= 4096 ? 64 : 256; }
+
+DEVICE void keys_of(const AttendArgs& a, u32 t, u32& first, u32& count) {
+  u32 p = a.paging.positions[t];
+  if (a.index_ids) { first = 0; count = a.index_counts[t]; return; }
+  first = a.window && p + 1 > a.window ? p + 1 - a.window : 0;
+  count = p + 1 - first;
+}
+
+// Columns c .. c + 8 of the joined parts of a head.
+DEVICE void join8(const AttendArgs& a, u32 t, u32 head, u32 c, float out[8]) {
+  u32 first, count;
+  keys_of(a, t, first, count);
+  u32 split = split_of(count), splits = (count + split - 1) / split, width = PART_HEADER + a.value_dim;
+  const float* part = a.partial + ((u64)t * a.num_heads + head) * a.max_splits * width;
+  float m = a.sinks ? a.sinks[head] : -INFINITY;
+  for (u32 s = 0; s < splits; s++) m = fmaxf(m, part[s * width]);
+  float l = a.sinks ? expf(a.sinks[head] - m) : 0.f;
+#pragma unroll
+  for (int k = 0; k < 8; k++) out[k] = 0.f;
+  bool wide = a.value_dim % 8 == 0;
+#pragma unroll 4
+  for (u32 s = 0; s < splits; s++) {
+    const float* p = part + s * width;
+    float v[8], weight = expf(p[0] - m);
+    load8(v, p + PART_HEADER, c, a.value_dim, wide);
+    l = fmaf(p[1], weight, l);
+#pragma unroll
+    for (int k = 0; k < 8; k++) out[k] = fmaf(v[k], weight, out[k]);
+  }
+#pragma unroll
+  for (int k = 0; k < 8; k++) out[k] /= l;
+}

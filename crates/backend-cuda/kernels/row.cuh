@@ -1,0 +1,97 @@
+// One row of activations and one block of up to 256 threads: norms, rotations, and the forms that products read.
+//
+// A thread has eight neighbouring columns, 8 (256 i + thread) for i = 0, 1, ..; whoever works on a row, alone or before a product, does
+// it in this order, so that the bits are the same.
+#pragma once
+#include "packed.cuh"
+
+#define ROW_STEPS 4  // rows of up to 8192 columns stay in registers
+#define ROW_COLUMNS 2048
+
+DEVICE u32 row_column(u32 i) { return (i * 256 + threadIdx.x) * 8; }
+DEVICE bool is_wide(const float* p, u32 cols) { return (u64)p % 16 == 0 && cols % 8 == 0; }
+
+// Columns c .. c + 8 of a row; zeros past its end. `wide`: the row starts at a multiple of 16 bytes and has whole eights.
+DEVICE void load8(float v[8], const float* row, u32 c, u32 cols, bool wide) {
+  if (wide) {
+    float4 lo = make_float4(0.f, 0.f, 0.f, 0.f), hi = lo;
+    if (c < cols) { lo = *(const float4*)(row + c); hi = *(const float4*)(row + c + 4); }
+    v[0] = lo.x; v[1] = lo.y; v[2] = lo.z; v[3] = lo.w; v[4] = hi.x; v[5] = hi.y; v[6] = hi.z; v[7] = hi.w;
+  } else {
+#pragma unroll
+    for (int k = 0; k < 8; k++) v[k] = c + k < cols ? row[c + k] : 0.f;
+  }
+}
+DEVICE void store8(float* row, const float v[8], u32 c, u32 cols, bool wide) {
+  if (wide) {
+    if (c < cols) { *(float4*)(row + c) = make_float4(v[0], v[1], v[2], v[3]); *(float4*)(row + c + 4) = make_float4(v[4], v[5], v[6], v[7]); }
+  } else {
+#pragma unroll
+    for (int k = 0; k < 8; k++) if (c + k < cols) row[c + k] = v[k];
+  }
+}
+DEVICE uint4 pack8(const float v[8]) { return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])); }
+DEVICE void store8(u16* row, const float v[8], u32 c, u32 cols) {
+  if ((u64)row % 16 == 0 && cols % 8 == 0) { if (c < cols) *(uint4*)(row + c) = pack8(v); }
+  else {
+#pragma unroll
+    for (int k = 0; k < 8; k++) if (c + k < cols) row[c + k] = f32_to_bf16(v[k]);
+  }
+}
+
+// Eight lanes have 64 columns, eight each: writes them as digits (packed.cuh) at `tile`, unless it is null. All lanes of the warp take part.
+DEVICE void digits8(const float v[8], u8* tile) {
+  u32 q = threadIdx.x % 8;
+  float largest = 0.f;
+#pragma unroll
+  for (int k = 0; k < 8; k++) largest = fmaxf(largest, fabsf(v[k]));
+#pragma unroll
+  for (int d = 1; d < 8; d <<= 1) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, d));
+  // Below this 1 / scale would not be a number any more; such columns are zeros.
+  bool some = largest > 1e-30f;
+  float scale = some ? largest * (1.f / 16256.f) : 0.f, inverse = some ? __fdividef(16256.f, largest) : 0.f;
+  int sum = 0;
+  u32 high[2] = {0, 0}, low[2] = {0, 0};
+#pragma unroll
+  for (int k = 0; k < 8; k++) {
+    int x = __float2int_rn(v[k] * inverse);
+    x = max(-16256, min(16256, x));
+    int h = (x + 64) >> 7, l = x - 128 * h;
+    high[k / 4] |= (u32)(h & 255) << (8 * (k % 4));
+    low[k / 4] |= (u32)(l & 255) << (8 * (k % 4));
+    sum += x;
+  }
+  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+  sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+  int other = __shfl_xor_sync(0xffffffffu, sum, 4);
+  if (tile) {
+    u32 at = 16 * (q % 4) + 8 * (q / 4);
+    *(uint2*)(tile + at) = make_uint2(high[0], high[1]);
+    *(uint2*)(tile + 64 + at) = make_uint2(low[0], low[1]);
+    if (q == 0) *(float4*)(tile + 128) = make_float4(scale, scale * (float)sum, scale * (float)other, scale * (float)(sum + other));
+  }
+}
+
+// 1 / rms of a row in registers.
+DEVICE float inverse_rms(const float v[][8], int steps, u32 cols, float eps, float* scratch) {
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < steps; i++)
+#pragma unroll
+    for (int k = 0; k < 8; k++) sum = fmaf(v[i][k], v[i][k], sum);
+  return rsqrtf(block_sum(sum, scratch) / (float)cols + eps);
+}
+
+// Rotates one pair of the head that starts at column `head` of row `t`.
+DEVICE void rope_pair(const Mat& x, u32 t, u32 head, const float* table, u32 half, u32 i, bool interleaved) {
+  u32 c0 = head + (interleaved ? 2 * i : i), c1 = head + (interleaved ? 2 * i + 1 : i + half);
+  const float* row = x.p + (u64)t * x.stride;
+  float x0 = row[c0], x1 = row[c1], c = table[i], s = table[half + i];
+  store(x, t, c0, x0 * c - x1 * s);
+  store(x, t, c1, x1 * c + x0 * s);
+}
+
+DEVICE void cache_store(void* cache, bool is_bf16, u64 at, float x) {
+  if (is_bf16) ((u16*)cache)[at] = f32_to_bf16(x);
+  else ((float*)cache)[at] = x;
+}
