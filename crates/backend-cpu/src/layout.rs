@@ -5,17 +5,19 @@
 //! is widened, so the packed weights take the file's space (plus padding to 16 rows, 32 columns and whole lines of
 //! scales).
 //!
-//! **Codes.** A block is 32 columns: `bits` lines of `bits`-bit codes, cut into bit planes of width 8, 4, 2 or 1 (3 is
-//! 2 and 1, low bits first; 5 is 4 and 1; 6 is 4 and 2). Byte `4 r + j` of a plane's line holds the codes of columns
-//! `4 m + j` of row `r`, for consecutive `m`, lowest bits first. Shifting and masking a line gives four columns of 16
-//! rows as bytes: the operand of a dot product of bytes, with the same four activations in every lane.
+//! **Codes.** A block is 32 columns: `bits` lines of `bits`-bit codes. Byte `4 r + j` of a line holds (parts of) the codes
+//! of columns `4 m + j` of row `r`, for several `m`; [`code_parts`] says where. Shifting and masking a line gives four
+//! columns of 16 rows as bytes: the operand of a dot product of bytes, with the same four activations in every lane.
+//! Codes of 2, 4 and 8 bits fill a byte, lowest `m` in the lowest bits; 5 and 6 are planes of 4 and of 1 or 2 bits. Of
+//! 3-bit codes two stand whole in a byte, and the two bits that are left hold the parts of a third of the remaining
+//! ones: a quarter fewer instructions than planes of 2 and 1 bits, where every code is in two lines.
 //!
 //! **Scales** follow the codes that they scale, 16 numbers a group (one a row), as in the checkpoint:
 //!
 //! | format | record: blocks, then scales |
 //! |---|---|
 //! | affine, group `g` | `g / 32` blocks; 16 scales, 16 offsets (64 bytes when 16-bit) |
-//! | NVFP4 | 2 blocks; 4 x 16 E4M3 (64 bytes) |
+//! | NVFP4 | 2 blocks; 16 x 4 numbers of [`nvfp4_scale`] (64 bytes): those of a row are the bytes of its lane |
 //! | MXFP4, MXFP8 | 4 blocks; 4 x 16 E8M0 (64 bytes) |
 //! | FP8 block | all scales first (f32; one a column block if the tile's rows share it, 16 otherwise), then all blocks |
 //!
@@ -24,6 +26,7 @@
 //! **Floats.** bf16: a line holds two columns of 16 rows, as pairs. f16: 16 rows of one column, then of the next.
 //! f32: a line a column.
 
+use moellon_tensor::minifloat::E4M3_WITHOUT_NAN;
 use moellon_tensor::{ScaleDtype, WeightFormat};
 
 /// Rows of a tile.
@@ -164,15 +167,94 @@ impl TileLayout {
     }
 }
 
-/// Bit planes of a code of `bits` bits: (width, lowest bit), in the order of their lines.
-pub(crate) const fn bit_planes(bits: usize) -> &'static [(usize, usize)] {
+/// Where bits of codes stand in the lines of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct CodePart {
+    /// Line of the block.
+    pub(crate) line: usize,
+    /// Lowest bit in each byte of the line.
+    pub(crate) shift: usize,
+    /// How many bits.
+    pub(crate) width: usize,
+    /// The bit of the code that the lowest one is.
+    pub(crate) lowest: usize,
+}
+
+impl CodePart {
+    /// `width` ones.
+    pub(crate) const fn mask(&self) -> u8 {
+        ((1u32 << self.width) - 1) as u8
+    }
+}
+
+/// Where the codes (of `bits` bits) of columns `4 m .. 4 m + 4` of a block stand: one or two parts.
+pub(crate) const fn code_parts(bits: usize, m: usize) -> [Option<CodePart>; 2] {
+    /// Codes, or a plane of `width` bits of them, from line `first` on.
+    const fn plane(first: usize, width: usize, m: usize, lowest: usize) -> Option<CodePart> {
+        let in_byte = 8 / width;
+        Some(CodePart { line: first + m / in_byte, shift: m % in_byte * width, width, lowest })
+    }
+    const fn part(line: usize, shift: usize, width: usize, lowest: usize) -> Option<CodePart> {
+        Some(CodePart { line, shift, width, lowest })
+    }
+    assert!(m < 8, "a block is eight times four columns");
     match bits {
-        2 => &[(2, 0)],
-        3 => &[(2, 0), (1, 2)],
-        4 => &[(4, 0)],
-        5 => &[(4, 0), (1, 4)],
-        6 => &[(4, 0), (2, 4)],
-        8 => &[(8, 0)],
+        2 | 4 | 8 => [plane(0, bits, m, 0), None],
+        3 => match m {
+            6 => [part(0, 6, 2, 0), part(1, 6, 1, 2)],
+            7 => [part(2, 6, 2, 0), part(1, 7, 1, 2)],
+            _ => [part(m / 2, m % 2 * 3, 3, 0), None],
+        },
+        5 => [plane(0, 4, m, 0), plane(4, 1, m, 4)],
+        6 => [plane(0, 4, m, 0), plane(4, 2, m, 4)],
         _ => panic!("codes have 2, 3, 4, 5, 6 or 8 bits"),
+    }
+}
+
+/// Exponent of the smallest number of [`nvfp4_scale`], as f32 has it.
+pub(crate) const NVFP4_SCALE_EXPONENT: u32 = 127 - 9;
+
+/// The magnitude of an E4M3 number as five bits of exponent and three of mantissa, without subnormals: moved up by 20
+/// bits and added to [`NVFP4_SCALE_EXPONENT`], it is an f32, which takes half the instructions that E4M3 takes. `None`:
+/// zero. Packing gives the sign of a scale, or its zeros, to the codes.
+pub(crate) fn nvfp4_scale(e4m3: u8) -> Option<u8> {
+    let magnitude = E4M3_WITHOUT_NAN[usize::from(e4m3 & 0x7f)];
+    (magnitude > 0.0).then(|| ((magnitude.to_bits() >> 20) - (NVFP4_SCALE_EXPONENT << 3)) as u8)
+}
+
+/// What [`nvfp4_scale`] made.
+pub(crate) fn nvfp4_scale_value(scale: u8) -> f32 {
+    f32::from_bits((u32::from(scale) << 20) + (NVFP4_SCALE_EXPONENT << 23))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_bit_of_a_block_holds_one_bit_of_one_code() {
+        for bits in [2, 3, 4, 5, 6, 8] {
+            let mut taken = vec![0u8; bits];
+            for m in 0..8 {
+                let mut code = 0;
+                for part in code_parts(bits, m).into_iter().flatten() {
+                    let here = part.mask() << part.shift;
+                    assert_eq!(taken[part.line] & here, 0, "{bits} bits, line {}", part.line);
+                    taken[part.line] |= here;
+                    code |= u32::from(part.mask()) << part.lowest;
+                }
+                assert_eq!(code, (1 << bits) - 1, "{bits} bits, columns {}", 4 * m);
+            }
+            assert!(taken.iter().all(|byte| *byte == 0xff), "{bits} bits: {taken:x?}");
+        }
+    }
+
+    #[test]
+    fn every_e4m3_magnitude_is_kept() {
+        for code in 0..=255u8 {
+            let expected = E4M3_WITHOUT_NAN[usize::from(code)].abs();
+            let actual = nvfp4_scale(code).map_or(0.0, nvfp4_scale_value);
+            assert_eq!(actual, expected, "{code:#x}");
+        }
     }
 }

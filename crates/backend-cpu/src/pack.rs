@@ -4,7 +4,9 @@
 #![allow(unsafe_code)]
 
 use crate::disjoint::Disjoint;
-use crate::layout::{BLOCK_COLS, Coding, LINE_BYTES, TILE_ROWS, TileLayout, bit_planes};
+use crate::layout::{
+    BLOCK_COLS, Coding, LINE_BYTES, TILE_ROWS, TileLayout, code_parts, nvfp4_scale, nvfp4_scale_value,
+};
 use moellon_tensor::arena::AlignedBuf;
 use moellon_tensor::bits::unpack_codes;
 use moellon_tensor::minifloat::{E2M1, E4M3_WITHOUT_NAN, E8M0};
@@ -173,6 +175,9 @@ fn pack_tile(matrix: &MatrixView<'_>, layout: &TileLayout, tile: usize, codes: &
                 codes.clear();
                 codes.resize(layout.padded_cols(), 0);
                 unpack_codes(matrix.codes.row(row), bits, 0, &mut codes[..matrix.cols]);
+                if layout.coding == Coding::Nvfp4 {
+                    take_signs(matrix.scale_row(row), codes);
+                }
                 pack_codes(layout, bits, codes, lane, out);
                 pack_scales(matrix, layout, row, lane, out);
             }
@@ -196,7 +201,21 @@ fn pack_floats<const N: usize>(
     }
 }
 
-/// One row's codes (`[padded_cols]`, one a byte) into the bit planes of every block.
+/// Gives NVFP4 codes (one a byte, 16 a scale) what [`nvfp4_scale`] does not hold: signs and zeros of their scales.
+fn take_signs(scales: &[u8], codes: &mut [u8]) {
+    const SIGN: u8 = 8;
+    for (scale, codes) in scales.iter().zip(codes.chunks_exact_mut(16)) {
+        let flipped = if scale & 0x80 == 0 { 0 } else { SIGN };
+        let kept = if nvfp4_scale(*scale).is_some() { 0xf } else { SIGN };
+        if flipped != 0 || kept == SIGN {
+            for code in codes {
+                *code = (*code ^ flipped) & kept;
+            }
+        }
+    }
+}
+
+/// One row's codes (`[padded_cols]`, one a byte) into the lines of every block.
 fn pack_codes(layout: &TileLayout, bits: usize, codes: &[u8], lane: usize, out: &mut [u8]) {
     for (block, codes) in codes.chunks_exact(BLOCK_COLS).enumerate() {
         // Word m: columns 4m .. 4m + 3, a byte each.
@@ -204,17 +223,16 @@ fn pack_codes(layout: &TileLayout, bits: usize, codes: &[u8], lane: usize, out: 
         for (word, four) in words.iter_mut().zip(codes.chunks_exact(4)) {
             *word = u32::from_le_bytes([four[0], four[1], four[2], four[3]]);
         }
-        let mut line = layout.block_offset(block) + 4 * lane;
-        for (width, lowest) in bit_planes(bits) {
-            let mask = 0x0101_0101 * ((1u32 << width) - 1);
-            for words in words.chunks_exact(8 / width) {
-                let mut packed = 0;
-                for (m, word) in words.iter().enumerate() {
-                    packed |= ((word >> lowest) & mask) << (m * width);
-                }
-                out[line..][..4].copy_from_slice(&packed.to_le_bytes());
-                line += LINE_BYTES;
+        let mut lines = [0u32; 8];
+        for (m, word) in words.iter().enumerate() {
+            for part in code_parts(bits, m).into_iter().flatten() {
+                let mask = 0x0101_0101 * u32::from(part.mask());
+                lines[part.line] |= ((word >> part.lowest) & mask) << part.shift;
             }
+        }
+        let start = layout.block_offset(block) + 4 * lane;
+        for (number, line) in lines[..bits].iter().enumerate() {
+            out[start + number * LINE_BYTES..][..4].copy_from_slice(&line.to_le_bytes());
         }
     }
 }
@@ -232,7 +250,13 @@ fn pack_scales(matrix: &MatrixView<'_>, layout: &TileLayout, row: usize, lane: u
                 out[at + TILE_ROWS * size..][..size].copy_from_slice(&offsets[group * size..][..size]);
             }
         }
-        Coding::Nvfp4 | Coding::Mxfp4 | Coding::Mxfp8 => {
+        Coding::Nvfp4 => {
+            for (group, scale) in scales.iter().enumerate() {
+                // Two groups a block, four a record.
+                out[layout.scale_offset(group / 2) + 4 * lane + group % 4] = nvfp4_scale(*scale).unwrap_or(0);
+            }
+        }
+        Coding::Mxfp4 | Coding::Mxfp8 => {
             let group_cols = layout.format.group().expect("these formats have groups");
             for (group, scale) in scales.iter().enumerate() {
                 let block = group * group_cols / BLOCK_COLS;
@@ -275,24 +299,25 @@ fn unpack_columns(bytes: &[u8], map: &TileMap, matrix: usize, row: usize, cols: 
 }
 
 fn unpack_value(tile: &[u8], layout: &TileLayout, lane: usize, col: usize, global_scale: f32) -> f32 {
-    let byte_scale = |group_cols: usize| {
-        let within = col / group_cols % (layout.record_blocks * BLOCK_COLS / group_cols);
-        tile[layout.scale_offset(col / BLOCK_COLS) + within * TILE_ROWS + lane]
-    };
+    let scales_at = layout.scale_offset(col / BLOCK_COLS);
+    let e8m0_scale = || E8M0[usize::from(tile[scales_at + col / BLOCK_COLS % layout.record_blocks * TILE_ROWS + lane])];
     let code = || unpack_code(tile, layout, lane, col);
     match layout.coding {
         Coding::F32 => ScaleDtype::F32.read(tile, col * TILE_ROWS + lane) * global_scale,
         Coding::F16 => ScaleDtype::F16.read(tile, col * TILE_ROWS + lane) * global_scale,
         Coding::Bf16 => ScaleDtype::Bf16.read(tile, (col / 2 * TILE_ROWS + lane) * 2 + col % 2) * global_scale,
         Coding::Affine { .. } => {
-            let scales = &tile[layout.scale_offset(col / BLOCK_COLS)..];
+            let scales = &tile[scales_at..];
             let (scale, offset) =
                 (layout.scale_dtype.read(scales, lane), layout.scale_dtype.read(scales, TILE_ROWS + lane));
             (f32::from(code()) * scale + offset) * global_scale
         }
-        Coding::Mxfp4 => E2M1[usize::from(code())] * (E8M0[usize::from(byte_scale(32))] * global_scale),
-        Coding::Nvfp4 => E2M1[usize::from(code())] * (E4M3_WITHOUT_NAN[usize::from(byte_scale(16))] * global_scale),
-        Coding::Mxfp8 => E4M3_WITHOUT_NAN[usize::from(code())] * (E8M0[usize::from(byte_scale(32))] * global_scale),
+        Coding::Mxfp4 => E2M1[usize::from(code())] * (e8m0_scale() * global_scale),
+        Coding::Nvfp4 => {
+            let scale = nvfp4_scale_value(tile[scales_at + 4 * lane + col / 16 % 4]);
+            E2M1[usize::from(code())] * (scale * global_scale)
+        }
+        Coding::Mxfp8 => E4M3_WITHOUT_NAN[usize::from(code())] * (e8m0_scale() * global_scale),
         Coding::Fp8Block => {
             let lane = if layout.fp8_scale_lanes == 1 { 0 } else { lane };
             let scale = ScaleDtype::F32.read(tile, col / layout.fp8_block_cols * layout.fp8_scale_lanes + lane);
@@ -303,15 +328,13 @@ fn unpack_value(tile: &[u8], layout: &TileLayout, lane: usize, col: usize, globa
 
 fn unpack_code(tile: &[u8], layout: &TileLayout, lane: usize, col: usize) -> u8 {
     let (m, j) = (col % BLOCK_COLS / 4, col % 4);
-    let mut line = layout.block_offset(col / BLOCK_COLS);
+    let block = layout.block_offset(col / BLOCK_COLS);
     let mut code = 0;
-    for (width, lowest) in bit_planes(layout.format.code_bits()) {
-        let per_line = 8 / width;
-        let byte = tile[line + m / per_line * LINE_BYTES + 4 * lane + j];
-        code |= ((u32::from(byte) >> (m % per_line * width)) & ((1 << width) - 1)) << lowest;
-        line += width * LINE_BYTES;
+    for part in code_parts(layout.format.code_bits(), m).into_iter().flatten() {
+        let byte = tile[block + part.line * LINE_BYTES + 4 * lane + j];
+        code |= ((byte >> part.shift) & part.mask()) << part.lowest;
     }
-    code as u8
+    code
 }
 
 #[cfg(test)]

@@ -85,3 +85,19 @@ fn fp8_tiles_across_block_rows_keep_a_scale_a_row() {
         }
     }
 }
+
+#[test]
+fn nvfp4_scales_may_be_negative_zero_and_subnormal() {
+    // Every scale but the two NaN, sixteen codes each.
+    let scales: Vec<u8> = (0..=255).filter(|code| code & 0x7f != 0x7f).chain([0, 0x80]).collect();
+    let cols = scales.len() * 16;
+    let codes: Vec<u8> = (0..cols / 2).map(|i| (i * 37 % 256) as u8).collect();
+    let matrix = MatrixView::new("test", WeightFormat::Nvfp4, [1, cols], &codes, &scales, &[]).unwrap();
+    let packed = PackedMatrices::pack(&test_pool(1), &[matrix]).unwrap();
+    let (mut actual, mut expected) = (vec![0.0f32; cols], vec![0.0f32; cols]);
+    packed.unpack_columns(0, 0, 0..cols, &mut actual);
+    matrix.decode_row(0, &mut expected);
+    // As bits: zeros have signs.
+    let bits = |row: &[f32]| row.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&actual), bits(&expected));
+}

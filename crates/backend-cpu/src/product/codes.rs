@@ -1,6 +1,6 @@
-//! Codes out of bit planes: four columns of sixteen rows as bytes.
+//! Codes out of lines: four columns of sixteen rows as bytes.
 
-use crate::layout::LINE_BYTES;
+use crate::layout::{CodePart, LINE_BYTES, code_parts};
 use crate::simd::Simd;
 
 /// A coding of small integers or table entries.
@@ -56,34 +56,49 @@ pub(super) const fn steps_of_bits(bits: usize) -> usize {
     }
 }
 
-/// Bits of a plane of width `width` whose lines start `first_line` lines into the block, as bits `lowest ..` of each byte.
+/// Where the codes of step `M` stand, known when a kernel is compiled.
+struct Parts<const BITS: usize, const M: usize>;
+
+impl<const BITS: usize, const M: usize> Parts<BITS, M> {
+    const ALL: [Option<CodePart>; 2] = code_parts(BITS, M);
+}
+
+/// The bits of one part, where they belong in each byte.
 ///
 /// # Safety
-/// `block` is valid for reads of the plane's lines.
+/// `block` is valid for reads of the part's line.
 #[inline(always)]
-unsafe fn plane<S: Simd, const M: usize>(
-    s: S,
-    block: *const u8,
-    first_line: usize,
-    width: usize,
-    lowest: usize,
-) -> S::I {
-    let per_line = 8 / width;
+unsafe fn part_bits<S: Simd>(s: S, block: *const u8, part: CodePart) -> S::I {
     // SAFETY: the caller's promise.
-    let line = unsafe { s.load_i(block.add((first_line + M / per_line) * LINE_BYTES)) };
-    if width == 8 {
+    let line = unsafe { s.load_i(block.add(part.line * LINE_BYTES)) };
+    if part.width == 8 {
         return line;
     }
-    let shift = M % per_line * width;
-    let moved = if shift > lowest {
-        s.shr(line, (shift - lowest) as u32)
-    } else if shift < lowest {
-        s.shl(line, (lowest - shift) as u32)
+    let moved = if part.shift > part.lowest {
+        s.shr(line, (part.shift - part.lowest) as u32)
+    } else if part.shift < part.lowest {
+        s.shl(line, (part.lowest - part.shift) as u32)
     } else {
         line
     };
     // Shifts of 32-bit lanes carry bits across bytes; the mask removes them.
-    s.and(moved, s.splat_i(0x0101_0101_i32.wrapping_mul(((1 << width) - 1) << lowest)))
+    s.and(moved, s.splat_i(0x0101_0101_i32.wrapping_mul(i32::from(part.mask()) << part.lowest)))
+}
+
+/// Codes of step `M`, a byte each.
+///
+/// # Safety
+/// `block` is valid for reads of `BITS` lines.
+#[inline(always)]
+unsafe fn codes<S: Simd, const BITS: usize, const M: usize>(s: S, block: *const u8) -> S::I {
+    // SAFETY: parts are inside the block's lines.
+    unsafe {
+        match const { Parts::<BITS, M>::ALL } {
+            [Some(one), Some(two)] => s.or(part_bits(s, block, one), part_bits(s, block, two)),
+            [Some(one), None] => part_bits(s, block, one),
+            [None, _] => unreachable!("every code has a part"),
+        }
+    }
 }
 
 impl<const BITS: usize> Codes for Affine<BITS> {
@@ -93,15 +108,8 @@ impl<const BITS: usize> Codes for Affine<BITS> {
 
     #[inline(always)]
     unsafe fn operand<S: Simd, const M: usize>(s: S, block: *const u8) -> S::I {
-        // SAFETY: the planes of `bit_planes(BITS)` are `BITS` lines together.
-        unsafe {
-            match BITS {
-                3 => s.or(plane::<S, M>(s, block, 0, 2, 0), plane::<S, M>(s, block, 2, 1, 2)),
-                5 => s.or(plane::<S, M>(s, block, 0, 4, 0), plane::<S, M>(s, block, 4, 1, 4)),
-                6 => s.or(plane::<S, M>(s, block, 0, 4, 0), plane::<S, M>(s, block, 4, 2, 4)),
-                width => plane::<S, M>(s, block, 0, width, 0),
-            }
-        }
+        // SAFETY: the caller's promise.
+        unsafe { codes::<S, BITS, M>(s, block) }
     }
 }
 
@@ -114,7 +122,7 @@ impl Codes for E2m1 {
     #[inline(always)]
     unsafe fn operand<S: Simd, const M: usize>(s: S, block: *const u8) -> S::I {
         // SAFETY: the caller's promise.
-        let codes = unsafe { plane::<S, M>(s, block, 0, 4, 0) };
+        let codes = unsafe { codes::<S, 4, M>(s, block) };
         s.look_up(s.load_table(&E2M1_OPERANDS), codes)
     }
 }

@@ -1,11 +1,11 @@
 //! Integer and E2M1 weights, dequantized to f32, times f32 activations: one fused multiply-add a column, in order.
-//! For references and golden tests, so all formats share one body that finds its bit planes at run time.
+//! For references and golden tests, so all formats share one body that finds its bits at run time.
 // Loops run over arrays of registers, several at once; iterators would hide vectors in closures.
 #![allow(clippy::needless_range_loop)]
 
 use super::codes::{E2M1_BIAS, E2M1_FACTOR, E2M1_OPERANDS};
-use super::{TileArgs, TileKernel, finish, load_e4m3, load_e8m0, load_scales};
-use crate::layout::{BLOCK_COLS, Coding, LINE_BYTES, TILE_ROWS, TileLayout, bit_planes};
+use super::{TileArgs, TileKernel, finish, load_e8m0, load_scales, nvfp4_scales};
+use crate::layout::{BLOCK_COLS, Coding, LINE_BYTES, TILE_ROWS, TileLayout, code_parts};
 use crate::simd::Simd;
 
 /// Sizes of this kernel.
@@ -14,22 +14,19 @@ pub(super) const SIZES: [usize; 4] = [1, 1, 0, 0];
 /// Affine and E2M1 codes.
 pub(super) struct Exact;
 
-/// Columns `4 m .. 4 m + 4` of the block at `block`, a byte each, from its bit planes.
+/// Columns `4 m .. 4 m + 4` of the block at `block`, a byte each.
 ///
 /// # Safety
-/// `block` is valid for reads of all planes.
+/// `block` is valid for reads of `bits` lines.
 #[inline(always)]
-unsafe fn operand<S: Simd>(s: S, block: *const u8, m: usize, planes: &[(usize, usize)]) -> S::I {
+unsafe fn operand<S: Simd>(s: S, block: *const u8, m: usize, bits: usize) -> S::I {
     let mut codes = s.splat_i(0);
-    let mut first_line = 0;
-    for (width, lowest) in planes {
-        let per_line = 8 / width;
+    for part in code_parts(bits, m).into_iter().flatten() {
         // SAFETY: the caller's promise.
-        let line = unsafe { s.load_i(block.add((first_line + m / per_line) * LINE_BYTES)) };
-        let mask = s.splat_i(0x0101_0101_i32.wrapping_mul((1 << width) - 1));
-        let bits = s.and(s.shr(line, (m % per_line * width) as u32), mask);
-        codes = s.or(codes, s.shl(bits, *lowest as u32));
-        first_line += width;
+        let line = unsafe { s.load_i(block.add(part.line * LINE_BYTES)) };
+        let mask = s.splat_i(0x0101_0101_i32.wrapping_mul(i32::from(part.mask())));
+        let found = s.and(s.shr(line, part.shift as u32), mask);
+        codes = s.or(codes, s.shl(found, part.lowest as u32));
     }
     codes
 }
@@ -54,10 +51,7 @@ unsafe fn block_scales<S: Simd>(s: S, layout: &TileLayout, tile: *const u8, bloc
                 let scale = load_e8m0(s, scales.add(within * TILE_ROWS));
                 ([scale, scale], s.splat(0.0))
             }
-            Coding::Nvfp4 => {
-                let first = scales.add(within * 2 * TILE_ROWS);
-                ([load_e4m3(s, first), load_e4m3(s, first.add(TILE_ROWS))], s.splat(0.0))
-            }
+            Coding::Nvfp4 => (nvfp4_scales(s, scales, within), s.splat(0.0)),
             Coding::F32 | Coding::F16 | Coding::Bf16 | Coding::Fp8Block | Coding::Mxfp8 => {
                 unreachable!("`Product::dispatch` sends these to other kernels")
             }
@@ -71,7 +65,7 @@ impl TileKernel for Exact {
     #[inline(always)]
     unsafe fn run<S: Simd, const T: usize, const R: usize>(s: S, args: &TileArgs<'_>) {
         let layout = args.layout;
-        let planes = bit_planes(layout.format.code_bits());
+        let bits = layout.format.code_bits();
         let is_affine = matches!(layout.coding, Coding::Affine { .. });
         let (table, bias) = (s.load_table(&E2M1_OPERANDS), s.splat_i(E2M1_BIAS));
         let mut totals = [[s.splat(0.0); R]; T];
@@ -82,7 +76,7 @@ impl TileKernel for Exact {
                     let codes = args.tiles[t].add(layout.block_offset(block));
                     let (scales, offset) = block_scales(s, layout, args.tiles[t], block);
                     for m in 0..8 {
-                        let mut bytes = operand(s, codes, m, planes);
+                        let mut bytes = operand(s, codes, m, bits);
                         if !is_affine {
                             bytes = s.look_up(table, bytes);
                         }

@@ -3,7 +3,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::codes::{Codes, E2M1_FACTOR, prefetch_line};
-use super::{PREFETCH_BYTES, TileArgs, TileKernel, finish, load_e4m3, load_e8m0, load_scales};
+use super::{PREFETCH_BYTES, TileArgs, TileKernel, finish, load_e8m0, load_scales, nvfp4_scales};
 use crate::activations::Int8Layout;
 use crate::layout::{BLOCK_COLS, LINE_BYTES, TILE_ROWS};
 use crate::simd::Simd;
@@ -436,8 +436,8 @@ impl<C: Codes> TileKernel for Nvfp4<C> {
                             let scales = scales.add(within * 2 * LINE_BYTES);
                             (s.load(scales.cast()), s.load(scales.add(LINE_BYTES).cast()))
                         } else {
-                            let scales = scales.add(within * 2 * TILE_ROWS);
-                            (load_e4m3(s, scales), load_e4m3(s, scales.add(TILE_ROWS)))
+                            let [low, high] = nvfp4_scales(s, scales, within);
+                            (low, high)
                         };
                         at[t] = at[t].add(C::LINES * LINE_BYTES);
                         for r in 0..R {

@@ -23,7 +23,7 @@ mod int8;
 mod wide;
 
 use crate::activations::Int8Layout;
-use crate::layout::{Coding, TILE_ROWS, TileLayout};
+use crate::layout::{Coding, NVFP4_SCALE_EXPONENT, TILE_ROWS, TileLayout};
 use crate::pack::TileMap;
 use crate::simd::{Kernel, Level, Simd};
 use codes::{Affine, Codes, E2m1, Wide, steps_of_bits};
@@ -571,15 +571,24 @@ unsafe fn load_e8m0<S: Simd>(s: S, from: *const u8) -> S::F {
     s.cast_to_f(s.or(exponent, s.and(is_zero, s.splat_i(1 << 22))))
 }
 
-/// E4M3 scales of 16 rows.
+/// NVFP4 scales of 16 rows for both halves of block `within` (0 or 1) of a record.
 ///
 /// # Safety
-/// `from` is valid for reads of 16 bytes.
+/// `line` is the record's line of scales, behind its codes.
 #[inline(always)]
-unsafe fn load_e4m3<S: Simd>(s: S, from: *const u8) -> S::F {
+unsafe fn nvfp4_scales<S: Simd>(s: S, line: *const u8, within: usize) -> [S::F; 2] {
+    // The block's two bytes of each row end up in the upper half of its lane; below is anything. For the first block two
+    // bytes of codes are read as well.
     // SAFETY: the caller's promise.
-    let codes = unsafe { s.load_u8(from) };
-    e4m3_value(s, s.shl(codes, 24))
+    let lanes = unsafe { s.load_i(line.sub(2).add(2 * within)) };
+    [nvfp4_scale_lanes(s, s.shl(lanes, 4)), nvfp4_scale_lanes(s, s.shr(lanes, 4))]
+}
+
+/// The values of scales in bits 20 to 27 of the lanes (what else is there does not matter).
+#[inline(always)]
+fn nvfp4_scale_lanes<S: Simd>(s: S, moved: S::I) -> S::F {
+    let bits = s.and(moved, s.splat_i(0x0ff0_0000));
+    s.cast_to_f(s.add_i(bits, s.splat_i((NVFP4_SCALE_EXPONENT << 23) as i32)))
 }
 
 /// The values of E4M3 codes in the top bytes of the lanes (what is below does not matter).

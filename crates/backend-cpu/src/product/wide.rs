@@ -3,7 +3,7 @@
 //! The numbers and their order are those of the packed tile, so results are the same bits.
 
 use super::codes::{Codes, prefetch_line};
-use super::{PREFETCH_BYTES, load_e4m3, load_e8m0, load_scales};
+use super::{PREFETCH_BYTES, load_e8m0, load_scales, nvfp4_scales};
 use crate::layout::{Coding, LINE_BYTES, TILE_ROWS, TileLayout};
 use crate::simd::{Kernel, Simd};
 use std::marker::PhantomData;
@@ -63,7 +63,7 @@ impl<C: Codes> Kernel for Expand<C> {
                             load_scales(s, layout.scale_dtype, at.add(offset))
                         }
                         Coding::Mxfp4 => load_e8m0(s, at.add(line * TILE_ROWS)),
-                        _ => load_e4m3(s, at.add(line * TILE_ROWS)),
+                        _ => nvfp4_scales(s, at, line / 2)[line % 2],
                     };
                     s.store(scale, to.add(line * LINE_BYTES).cast());
                 }
