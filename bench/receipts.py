@@ -4,7 +4,11 @@
     python3 bench/receipts.py golden            # worst difference from transformers, every fixture and CPU level
     python3 bench/receipts.py open DIRECTORY    # opening and loading a large checkpoint (bench/large_checkpoint.py)
     python3 bench/receipts.py tiny              # the bundled model: prompt and decode speed
-    python3 bench/receipts.py decode            # slices of published shapes: decode and prefill against bandwidth
+    python3 bench/receipts.py decode [SHAPE ..] # slices of published shapes: decode and prefill against bandwidth
+    python3 bench/receipts.py context           # decode at 8192 positions against 128, sparse attention on
+    python3 bench/receipts.py verify            # steps of several rows of one sequence against their bytes
+    python3 bench/receipts.py resident DIRECTORY # memory of a large checkpoint, loaded and decoding
+    python3 bench/receipts.py kernels           # one linear layer by format and rows (examples/kernel_speed)
     python3 bench/receipts.py cuda              # the same on an NVIDIA GPU, up to the whole GLM-5.2-77; text against the CPU's
     cargo xtask docs --write
 
@@ -167,10 +171,83 @@ def bench(plans, prompts):
     return reports, rows, commands
 
 
-def decode(stolen):
-    plans = [("qwen3-30b-a3b:layers=8,vocab=32768", f, "1,2,4,8", "--windows", "5") for f in ("affine-4", "nvfp4", "affine-3")]
-    reports, rows, commands = bench(plans, "512")
-    write("decode-cpu", commands, reports, {"decode-cpu": rows}, stolen)
+# Slices that fit a small machine; a run of one takes two or three minutes.
+SLICES = {"qwen": "qwen3-30b-a3b:layers=8,vocab=32768", "glm": "glm-5.2-77:layers=6,vocab=32768"}
+
+
+def decode(stolen, shapes):
+    for shape in shapes or SLICES:
+        plans = [(SLICES[shape], f, "1,2,4,8", "--windows", "7") for f in ("affine-4", "nvfp4", "affine-3")]
+        reports, rows, commands = bench(plans, "512")
+        for report, row in zip((r for r in reports for _ in r["results"]), rows, strict=True):
+            row["windows discarded for steal"] = sum(r["discarded_windows"] for r in report["results"] + report["prefill"])
+        write(f"decode-cpu-{shape}", commands, reports, {"decode-cpu": rows}, stolen)
+
+
+def context(stolen):
+    reports, rows, commands = [], [], []
+    for length in (128, 2048, 8192):
+        command = ["bench", "--synthetic", SLICES["glm"], "--format", "affine-4", "--batch", "1", "--context", str(length), "--prompt", "1", "--windows", "9", "--cache", "bf16", "--json"]
+        report = json.loads(run(*command)[0])
+        reports.append(report)
+        commands.append(f"{NAME} {' '.join(command)}")
+        result = report["results"][0]
+        rows.append({
+            "shape": SLICES["glm"], "format": "affine-4", "context": length, "ms": f"{result['step_ms']:.2f}",
+            "quartiles": "-".join(f"{ms:.2f}" for ms in result["step_ms_quartiles"]),
+            "against 128": f"{result['step_ms'] / reports[0]['results'][0]['step_ms']:.2f}",
+            "MB a step": f"{result['bytes_per_step'] / 1e6:.0f}",
+            "share of measured bandwidth": f"{100 * result['bandwidth_share']:.0f} %",
+        })
+    write("context-cpu", commands, reports, {"context-cpu": rows}, stolen)
+
+
+def verify(stolen):
+    reports, rows, commands = [], [], []
+    for shape in SLICES.values():
+        command = ["bench", "--synthetic", shape, "--format", "affine-4", "--speculate", "replay:p=0.8,overlap=0.26,depth=2", "--batch", "1", "--windows", "5", "--steps", "8", "--json"]
+        report = json.loads(run(*command)[0])
+        reports.append(report)
+        commands.append(f"{NAME} {' '.join(command)}")
+        for cost in report["verify"]:
+            rows.append({
+                "shape": shape, "format": "affine-4", "rows of one sequence": cost["rows"], "ms": f"{cost['ms']:.2f}",
+                "against one row": f"{cost['cost']:.2f}", "by bytes": f"{cost['bytes_cost']:.2f}",
+                "against its bytes": f"{cost['cost'] / cost['bytes_cost']:.2f}", "distinct experts": f"{cost['distinct_experts']:.1f}",
+            })
+    write("verify-cpu", commands, reports, {"verify-cpu": rows}, stolen)
+
+
+def resident(stolen, directory):
+    size = sum(p.stat().st_size for p in Path(directory).glob("*.safetensors"))
+    command = ["bench", "-m", directory, "--batch", "1", "--context", "2048", "--prompt", "512", "--cache", "bf16", "--windows", "3", "--json"]
+    report = json.loads(run(*command)[0])
+    memory, allowed = report["memory"], 1.1 * size + report["cache_bytes"]
+    gb = lambda size: f"{size / 1e9:.2f}"
+    row = {
+        "checkpoint": f"{gb(size)} GB, affine-4", "cache, GB": gb(report["cache_bytes"]), "resident, GB": gb(memory["resident_bytes"]),
+        "of file + 10 % + cache": f"{memory['resident_bytes'] / allowed:.2f}", "peak (while loading), GB": gb(memory["peak_bytes"]),
+        "peak of it": f"{memory['peak_bytes'] / allowed:.2f}", "in huge pages, GB": gb(memory["huge_page_bytes"]),
+    }
+    commands = ["python3 bench/large_checkpoint.py DIRECTORY", f"{NAME} {' '.join(command)}".replace(directory, "DIRECTORY")]
+    write("resident-cpu", commands, report, {"resident-cpu": [row]}, stolen)
+
+
+def kernels(stolen):
+    program = ROOT / "target/release/examples/kernel_speed"
+    formats = ["affine-4", "nvfp4", "affine-3"]
+    lines = subprocess.run([program, *formats], check=True, capture_output=True, text=True).stdout.splitlines()
+    rows = []
+    for line in lines:
+        # `FORMAT rows N: X GB/s (P % of Y), Z GMAC/s`
+        name, _, count, rate, _, _, share, _, _, _, macs, _ = line.replace("(", "( ").split()
+        rows.append({
+            "format": name, "rows": count.rstrip(":"), "GB/s": rate, "share of measured bandwidth": f"{share} %", "GMAC/s": macs,
+            "against one row": None,
+        })
+        one = next(row for row in rows if row["format"] == name)
+        rows[-1]["against one row"] = f"{float(one['GB/s']) / float(rate):.2f}"
+    write("kernels-cpu", ["target/release/examples/kernel_speed " + " ".join(formats)], lines, {"kernels-cpu": rows}, stolen)
 
 
 def cuda(stolen):
@@ -195,7 +272,7 @@ def cuda(stolen):
 
 
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "cuda"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "cuda"):
         raise SystemExit(__doc__)
     stolen = steal_ticks()
     match sys.argv[1]:
@@ -206,7 +283,15 @@ def main():
         case "tiny":
             tiny(stolen)
         case "decode":
-            decode(stolen)
+            decode(stolen, sys.argv[2:])
+        case "context":
+            context(stolen)
+        case "verify":
+            verify(stolen)
+        case "resident":
+            resident(stolen, sys.argv[2])
+        case "kernels":
+            kernels(stolen)
         case "cuda":
             cuda(stolen)
 

@@ -1,6 +1,6 @@
 //! Decode and prefill speed of a loaded model, against the bytes it must move and the bandwidth of the same minute.
 
-use crate::machine::{Machine, ReadBandwidth, StealClock};
+use crate::machine::{Machine, ReadBandwidth, ResidentMemory, StealClock};
 use crate::statistics::{median, quantile};
 use moellon_model::Decoder;
 use moellon_model::batch::{Batch, LogitRows};
@@ -20,6 +20,14 @@ pub enum Error {
     /// The back end.
     #[error(transparent)]
     Ops(#[from] moellon_ops::Error),
+    /// A machine whose host is too busy to measure anything on.
+    #[error("{what}: all {windows} windows had more than {STEAL_LIMIT_PERCENT} % steal, so nothing was measured")]
+    Stolen {
+        /// What was to be measured.
+        what: String,
+        /// Windows that were discarded.
+        windows: usize,
+    },
     /// The engine refused a request or failed.
     #[error("engine: {0}")]
     Engine(String),
@@ -63,6 +71,12 @@ pub struct BenchReport {
     pub format: String,
     /// Median read bandwidth over the run.
     pub measured_read_gb_s: f64,
+    /// Memory of the process at the end; absent where the system does not say.
+    pub memory: Option<ResidentMemory>,
+    /// Bytes of the weights that were loaded, as a file has them.
+    pub weight_bytes: u64,
+    /// Bytes of all cache rows that the decoder has room for.
+    pub cache_bytes: u64,
     /// One entry a batch size.
     pub results: Vec<DecodeResult>,
     /// One entry a prompt length.
@@ -124,8 +138,12 @@ pub struct PrefillResult {
     pub tokens: usize,
     /// Tokens a second, median.
     pub tok_s: f64,
-    /// CPU time stolen, in percent.
+    /// First and third quartile of the runs, in tokens a second.
+    pub tok_s_quartiles: [f64; 2],
+    /// CPU time stolen during the runs that counted, in percent.
     pub steal_pct: f64,
+    /// Runs that were discarded for steal.
+    pub discarded_windows: usize,
     /// Where the time goes, from a separate profiled run.
     pub stages: Vec<StageResult>,
 }
@@ -136,6 +154,8 @@ pub struct Bench<'a> {
     pub decoder: &'a mut Decoder,
     /// Where it is.
     pub backend: &'a mut dyn Backend,
+    /// Bytes of its weights.
+    pub weight_bytes: u64,
     /// Measures the host's read bandwidth now, for back ends that work in its memory.
     pub measure_read: &'a dyn Fn() -> ReadBandwidth,
     /// Called with a line of what is being done.
@@ -168,6 +188,9 @@ impl Bench<'_> {
             model: model.to_owned(),
             format: format.to_owned(),
             measured_read_gb_s,
+            memory: ResidentMemory::now(),
+            weight_bytes: self.weight_bytes,
+            cache_bytes: self.decoder.caches().map(|cache| (cache.num_slots * cache.row_bytes()) as u64).sum(),
             results,
             prefill,
         })
@@ -211,6 +234,9 @@ impl Bench<'_> {
             bandwidths.push(read.gb_per_s);
         }
         self.backend.free(chosen.buffer);
+        if samples.is_empty() {
+            return Err(Error::Stolen { what: format!("decode, batch {batch}"), windows: discarded });
+        }
         // Random tokens choose more or fewer experts: bytes are a mean over steps as well.
         let mut profiler = Profiler::new(self.backend);
         for _ in 0..PROFILED_STEPS {
@@ -243,25 +269,43 @@ impl Bench<'_> {
 
     fn prefill(&mut self, plan: &BenchPlan, tokens: usize) -> Result<PrefillResult> {
         let mut rng = SplitMix64::new(plan.seed);
-        let mut samples = Vec::new();
-        let steal = StealClock::start();
-        // The first run warms up.
-        for run in 0..=plan.windows.min(3) {
+        let (mut samples, mut steals, mut discarded, mut warm) = (Vec::new(), Vec::new(), 0, false);
+        let runs = plan.windows.min(3);
+        while samples.len() < runs && discarded < 4 * runs {
             let mut session = moellon_model::Session::new();
             let prompt = random_tokens(self.decoder, tokens, &mut rng);
+            let steal = StealClock::start();
             let started = Instant::now();
             session.extend(&prompt, self.decoder, self.backend)?;
             self.backend.synchronize()?;
-            if run > 0 {
-                samples.push(tokens as f64 / started.elapsed().as_secs_f64());
+            let elapsed = started.elapsed().as_secs_f64();
+            let stolen = steal.steal_percent();
+            // The first run warms up.
+            if !std::mem::replace(&mut warm, true) {
+                continue;
             }
+            if stolen > STEAL_LIMIT_PERCENT {
+                discarded += 1;
+                continue;
+            }
+            samples.push(tokens as f64 / elapsed);
+            steals.push(stolen);
         }
-        let steal_pct = steal.steal_percent();
+        if samples.is_empty() {
+            return Err(Error::Stolen { what: format!("prefill, {tokens} tokens"), windows: discarded });
+        }
         let prompt = random_tokens(self.decoder, tokens, &mut rng);
         let mut profiler = Profiler::new(self.backend);
         moellon_model::Session::new().extend(&prompt, self.decoder, &mut profiler)?;
         let stages = stage_results(profiler.profile(), 1);
-        Ok(PrefillResult { tokens, tok_s: median(&samples), steal_pct, stages })
+        Ok(PrefillResult {
+            tokens,
+            tok_s: median(&samples),
+            tok_s_quartiles: [quantile(&samples, 0.25), quantile(&samples, 0.75)],
+            steal_pct: median(&steals),
+            discarded_windows: discarded,
+            stages,
+        })
     }
 }
 

@@ -52,11 +52,7 @@ fn cpu_model() -> String {
 /// Total and available bytes; 0 where the system does not say.
 fn memory() -> (u64, u64) {
     let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let field = |name: &str| {
-        let line = info.lines().find_map(|l| l.strip_prefix(name))?;
-        line.trim_start_matches(':').trim().trim_end_matches(" kB").parse::<u64>().ok().map(|kib| kib * 1024)
-    };
-    (field("MemTotal").unwrap_or(0), field("MemAvailable").unwrap_or(0))
+    (kib_field(&info, "MemTotal").unwrap_or(0), kib_field(&info, "MemAvailable").unwrap_or(0))
 }
 
 /// Names of NVIDIA GPUs as the driver lists them, and the drivers of other render devices.
@@ -72,6 +68,36 @@ fn gpus() -> Vec<String> {
         Some(driver.file_name()?.to_string_lossy().into_owned())
     });
     nvidia.chain(others.filter(|driver| driver != "nvidia")).collect()
+}
+
+/// Memory of this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResidentMemory {
+    /// Bytes resident now.
+    pub resident_bytes: u64,
+    /// The most that ever were.
+    pub peak_bytes: u64,
+    /// Of the resident ones, anonymous memory in huge pages.
+    pub huge_page_bytes: u64,
+}
+
+impl ResidentMemory {
+    /// Now; `None` where the system does not say.
+    pub fn now() -> Option<Self> {
+        let status = std::fs::read_to_string("/proc/self/status").ok()?;
+        let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap_or_default();
+        Some(ResidentMemory {
+            resident_bytes: kib_field(&status, "VmRSS")?,
+            peak_bytes: kib_field(&status, "VmHWM")?,
+            huge_page_bytes: kib_field(&rollup, "AnonHugePages").unwrap_or(0),
+        })
+    }
+}
+
+/// Bytes of a line `name: number kB`.
+fn kib_field(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
 /// Reads the share of CPU time that a hypervisor gave to others between two moments.

@@ -41,6 +41,7 @@ pub fn run(options: &BenchOptions) -> Result<()> {
     let mut bench = Bench {
         decoder: &mut decoder,
         backend: backend.as_mut(),
+        weight_bytes: load_time.bytes,
         measure_read: &measure_read,
         progress: &mut progress,
     };
@@ -240,7 +241,20 @@ fn print(report: &BenchReport, stages: bool) {
         &rows,
     );
     for prefill in &report.prefill {
-        println!("prefill {} tokens: {:.1} tok/s, steal {:.1} %", prefill.tokens, prefill.tok_s, prefill.steal_pct);
+        println!(
+            "prefill {} tokens: {:.1} tok/s, steal {:.1} %, {} discarded",
+            prefill.tokens, prefill.tok_s, prefill.steal_pct, prefill.discarded_windows
+        );
+    }
+    if let Some(memory) = report.memory {
+        println!(
+            "\nresident {} (peak {}, {} in huge pages): weights {}, caches {}",
+            table::bytes(memory.resident_bytes as f64),
+            table::bytes(memory.peak_bytes as f64),
+            table::bytes(memory.huge_page_bytes as f64),
+            table::bytes(report.weight_bytes as f64),
+            table::bytes(report.cache_bytes as f64)
+        );
     }
     if stages {
         let of_steps = report.results.iter().map(|r| (format!("a step, batch {}", r.batch), &r.stages));
