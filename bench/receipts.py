@@ -6,7 +6,7 @@
     python3 bench/receipts.py tiny              # the bundled model: prompt and decode speed
     python3 bench/receipts.py decode [SHAPE ..] # slices of published shapes: decode and prefill against bandwidth
     python3 bench/receipts.py context           # decode at 8192 positions against 128, sparse attention on
-    python3 bench/receipts.py verify            # steps of several rows of one sequence against their bytes
+    python3 bench/receipts.py verify [SHAPE ..] # steps of several rows of one sequence against their bytes
     python3 bench/receipts.py resident DIRECTORY # memory of a large checkpoint, loaded and decoding
     python3 bench/receipts.py kernels           # one linear layer by format and rows (examples/kernel_speed)
     python3 bench/receipts.py cuda              # the same on an NVIDIA GPU, up to the whole GLM-5.2-77; text against the CPU's
@@ -171,17 +171,17 @@ def bench(plans, prompts):
     return reports, rows, commands
 
 
-# Slices that fit a small machine; a run of one takes two or three minutes.
+# Slices that fit a small machine; a run of one takes two to six minutes, most of it making weights.
 SLICES = {"qwen": "qwen3-30b-a3b:layers=8,vocab=32768", "glm": "glm-5.2-77:layers=6,vocab=32768"}
 
 
 def decode(stolen, shapes):
     for shape in shapes or SLICES:
-        plans = [(SLICES[shape], f, "1,2,4,8", "--windows", "7") for f in ("affine-4", "nvfp4", "affine-3")]
-        reports, rows, commands = bench(plans, "512")
-        for report, row in zip((r for r in reports for _ in r["results"]), rows, strict=True):
-            row["windows discarded for steal"] = sum(r["discarded_windows"] for r in report["results"] + report["prefill"])
-        write(f"decode-cpu-{shape}", commands, reports, {"decode-cpu": rows}, stolen)
+        for plan in ("affine-4", "nvfp4", "affine-3"):
+            reports, rows, commands = bench([(SLICES[shape], plan, "1,2,4,8", "--windows", "7")], "512")
+            for row in rows:
+                row["windows discarded for steal"] = sum(r["discarded_windows"] for r in reports[0]["results"] + reports[0]["prefill"])
+            write(f"decode-cpu-{shape}-{plan}", commands, reports, {"decode-cpu": rows}, stolen)
 
 
 def context(stolen):
@@ -202,9 +202,9 @@ def context(stolen):
     write("context-cpu", commands, reports, {"context-cpu": rows}, stolen)
 
 
-def verify(stolen):
+def verify(stolen, shapes):
     reports, rows, commands = [], [], []
-    for shape in SLICES.values():
+    for shape in [SLICES[shape] for shape in shapes or SLICES]:
         command = ["bench", "--synthetic", shape, "--format", "affine-4", "--speculate", "replay:p=0.8,overlap=0.26,depth=2", "--batch", "1", "--windows", "5", "--steps", "8", "--json"]
         report = json.loads(run(*command)[0])
         reports.append(report)
@@ -215,7 +215,7 @@ def verify(stolen):
                 "against one row": f"{cost['cost']:.2f}", "by bytes": f"{cost['bytes_cost']:.2f}",
                 "against its bytes": f"{cost['cost'] / cost['bytes_cost']:.2f}", "distinct experts": f"{cost['distinct_experts']:.1f}",
             })
-    write("verify-cpu", commands, reports, {"verify-cpu": rows}, stolen)
+    write("-".join(["verify-cpu", *shapes]), commands, reports, {"verify-cpu": rows}, stolen)
 
 
 def resident(stolen, directory):
@@ -287,7 +287,7 @@ def main():
         case "context":
             context(stolen)
         case "verify":
-            verify(stolen)
+            verify(stolen, sys.argv[2:])
         case "resident":
             resident(stolen, sys.argv[2])
         case "kernels":

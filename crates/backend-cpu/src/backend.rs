@@ -48,6 +48,8 @@ pub struct CpuBackend {
     pub(crate) lists: ExpertLists,
     pub(crate) items: Vec<Item>,
     pub(crate) queues: Queues,
+    /// Whether a step has begun that nobody has read from.
+    in_step: bool,
 }
 
 /// Memory for work space ran out.
@@ -102,6 +104,7 @@ impl CpuBackend {
             lists: ExpertLists::default(),
             items: Vec::new(),
             queues: Queues::default(),
+            in_step: false,
         })
     }
 
@@ -113,6 +116,19 @@ impl CpuBackend {
     /// The vector instructions in use.
     pub fn level(&self) -> CpuLevel {
         self.level.name()
+    }
+
+    /// A step begins: the team stays awake until something is read.
+    fn begin_step(&mut self) {
+        self.end_step();
+        self.pool.begin_step();
+        self.in_step = true;
+    }
+
+    fn end_step(&mut self) {
+        if std::mem::take(&mut self.in_step) {
+            self.pool.end_step();
+        }
     }
 
     /// Calls `rows` for all of `0..num_rows`, on several threads if `elements_per_row` make it worth it.
@@ -181,12 +197,14 @@ impl Backend for CpuBackend {
 
     fn read_f32(&mut self, src: Tensor, dst: &mut [f32]) -> Result<()> {
         check_copy("read_f32", src, ElementType::F32, dst.len())?;
+        self.end_step();
         self.memory.read_floats(src, dst);
         Ok(())
     }
 
     fn read_u32(&mut self, src: Tensor, dst: &mut [u32]) -> Result<()> {
         check_copy("read_u32", src, ElementType::U32, dst.len())?;
+        self.end_step();
         self.memory.read_integers(src, dst);
         Ok(())
     }
@@ -220,8 +238,20 @@ impl Backend for CpuBackend {
         Ok(experts)
     }
 
+    fn synchronize(&mut self) -> Result<()> {
+        self.end_step();
+        Ok(())
+    }
+
+    fn embed(&mut self, op: &Embed) -> Result<()> {
+        op.validate()?;
+        self.pool.pin_caller();
+        // The first operation of every step.
+        self.begin_step();
+        crate::embed::run(self, op)
+    }
+
     operations! {
-        embed: Embed => crate::embed::run,
         rope_table: RopeTable => crate::rope::run_table,
         rms_norm: RmsNorm => crate::rms_norm::run,
         layer_norm: LayerNorm => crate::layer_norm::run,

@@ -109,6 +109,9 @@ pub struct Decoder {
     pub(crate) mtp_index_set: Option<IndexSet>,
     /// `[1, rope dim / 2]`
     inverse_frequencies: Tensor,
+    /// `[num_sequences, blocks of max_context]`: a batch's block tables on their way to the device, in memory that is
+    /// kept.
+    padded_block_tables: Vec<u32>,
 }
 
 impl Decoder {
@@ -141,7 +144,16 @@ impl Decoder {
         let inverse_frequencies =
             backend.alloc("rope frequencies", ElementType::F32, frequencies.len())?.tensor(1, frequencies.len());
         backend.write_f32(inverse_frequencies, frequencies)?;
-        Ok(Decoder { config, options, weights, workspace, caches, mtp_index_set: None, inverse_frequencies })
+        Ok(Decoder {
+            config,
+            options,
+            weights,
+            workspace,
+            caches,
+            mtp_index_set: None,
+            inverse_frequencies,
+            padded_block_tables: Vec::new(),
+        })
     }
 
     /// The model's numbers.
@@ -266,9 +278,11 @@ impl Decoder {
         let space = &self.workspace;
         let columns = self.options.max_context.div_ceil(self.options.block_size);
         let block_table = space.block_table.tensor(batch.block_tables.len(), columns);
-        let pad =
-            |table: &Vec<u32>| table.iter().copied().chain(std::iter::repeat(0)).take(columns).collect::<Vec<u32>>();
-        backend.write_u32(block_table, &batch.block_tables.iter().flat_map(pad).collect::<Vec<u32>>())?;
+        self.padded_block_tables.clear();
+        for table in &batch.block_tables {
+            self.padded_block_tables.extend(table.iter().copied().chain(std::iter::repeat(0)).take(columns));
+        }
+        backend.write_u32(block_table, &self.padded_block_tables)?;
         let row = |buffer: moellon_ops::Buffer| buffer.tensor(1, num_tokens);
         let (positions, sequences, slots) = (row(space.positions), row(space.sequences), row(space.slots));
         backend.write_u32(row(space.token_ids), &batch.token_ids)?;

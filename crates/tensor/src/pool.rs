@@ -7,7 +7,8 @@
 //! - work is split statically ([`partition`]); the caller is thread 0 and works too;
 //! - one epoch counter starts a region and one flag a thread ends it; the closure is borrowed, nothing is allocated;
 //! - inside a region threads meet at [`Pool::barrier`], so that a longer piece of a step can be one region;
-//! - while a step is active ([`Pool::enter`]) idle threads spin with PAUSE; otherwise they park after a short grace;
+//! - while a step is active ([`Pool::enter`], [`Pool::begin_step`]) idle threads spin with PAUSE; otherwise they park
+//!   after a short grace;
 //! - when a machine is oversubscribed (the measured latency is far above its best), spinning takes the processor from
 //!   whoever we wait for: threads then yield at once and park early.
 //!
@@ -31,6 +32,8 @@ const SPINS_PER_CLOCK: u32 = 128;
 const SPIN_BEFORE_YIELD: Duration = Duration::from_micros(30);
 /// How long an idle thread stays awake after the last region outside of a step.
 const GRACE: Duration = Duration::from_micros(100);
+/// And inside of one: longer than anything that a step does on one thread, and an end to a step that nobody ended.
+const STEP_GRACE: Duration = Duration::from_millis(20);
 /// Steps between two looks at the latency.
 const STEPS_PER_PROBE: u64 = 64;
 /// A machine is oversubscribed when an empty region takes this many times the best ever seen...
@@ -233,11 +236,22 @@ impl Pool {
 
     /// Says that many regions will follow at once (a decode step): until the guard is dropped, idle threads spin.
     pub fn enter(&self) -> ActiveStep<'_> {
+        self.begin_step();
+        ActiveStep { shared: &self.shared }
+    }
+
+    /// [`Pool::enter`] for callers whose steps begin and end in different functions; [`Pool::end_step`] ends it.
+    pub fn begin_step(&self) {
         self.shared.active.0.fetch_add(1, Ordering::Relaxed);
         if self.steps.fetch_add(1, Ordering::Relaxed) % STEPS_PER_PROBE == STEPS_PER_PROBE - 1 {
             self.probe(4);
         }
-        ActiveStep { shared: &self.shared }
+    }
+
+    /// Ends a step that [`Pool::begin_step`] began.
+    pub fn end_step(&self) {
+        let before = self.shared.active.0.fetch_sub(1, Ordering::Relaxed);
+        assert!(before > 0, "a step ends that did not begin");
     }
 
     /// Time of an empty region now: the median of 33.
@@ -257,7 +271,7 @@ impl Pool {
         self.shared.oversubscribed.load(Ordering::Relaxed)
     }
 
-    /// Compares the fastest of `regions` empty regions with the fastest ever.
+    /// Looks how long an empty region takes now: the fastest of `regions`.
     fn probe(&self, regions: usize) {
         let mut fastest = Duration::MAX;
         for _ in 0..regions {
@@ -265,6 +279,11 @@ impl Pool {
             self.run(|_, _| {});
             fastest = fastest.min(start.elapsed());
         }
+        self.judge(fastest);
+    }
+
+    /// Compares the fastest of a few empty regions with the fastest ever.
+    fn judge(&self, fastest: Duration) {
         let mut best = self.best_latency.lock().unwrap_or_else(PoisonError::into_inner);
         *best = fastest.min(*best);
         let limit = (*best * OVERSUBSCRIBED_FACTOR).max(OVERSUBSCRIBED_FLOOR);
@@ -352,7 +371,7 @@ fn wait_for_epoch(shared: &Shared, index: usize, seen: u64) -> u64 {
         }
         let Some(waited) = spin.once(shared) else { continue };
         let idle = shared.active.0.load(Ordering::Relaxed) == 0 || shared.oversubscribed.load(Ordering::Relaxed);
-        if idle && waited > GRACE {
+        if waited > if idle { GRACE } else { STEP_GRACE } {
             sleep(shared, index, seen);
             spin = Spin::new();
         }

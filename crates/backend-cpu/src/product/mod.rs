@@ -38,8 +38,9 @@ pub(crate) const MAX_ROWS: usize = 8;
 /// Activation rows that [`Product::run`] takes at most: 64 rows of 2048 columns stay in L2 while tile after tile is
 /// multiplied with them.
 pub(crate) const ROW_BLOCK: usize = 64;
-/// Rows from which on tiles are expanded: two calls of four rows pay for it.
-const EXPAND_ROWS: usize = 8;
+/// Rows from which on tiles are expanded: four calls of four rows pay for it. Two calls do not: the second finds the tile
+/// in the nearest cache, and unpacking again costs less than writing and reading what was unpacked.
+const EXPAND_ROWS: usize = 16;
 /// Rows of a call with expanded tiles.
 const WIDE_ROWS: usize = 4;
 /// Expanded tiles that a call reads at most.

@@ -170,3 +170,32 @@ fn pinning_the_caller_leaves_it_one_core() {
     pool.run(|_, _| {});
     assert_eq!(allowed_cpus(), before);
 }
+
+#[test]
+fn a_pool_yields_while_empty_regions_are_slow_and_no_longer() {
+    // One thread: never more threads than cores.
+    let pool = pool(1);
+    *pool.best_latency.lock().unwrap() = Duration::from_micros(1);
+    for (latency_us, expected) in [(2, false), (100, true), (16, false), (17, true), (1, false)] {
+        pool.judge(Duration::from_micros(latency_us));
+        assert_eq!(pool.is_oversubscribed(), expected, "{latency_us} us");
+    }
+    // Far above the best, but nothing that would hurt.
+    *pool.best_latency.lock().unwrap() = Duration::from_nanos(100);
+    pool.judge(Duration::from_micros(7));
+    assert!(!pool.is_oversubscribed());
+}
+
+#[test]
+fn steps_are_counted_towards_the_probe_and_may_be_begun_and_ended_apart() {
+    let pool = pool(2);
+    // The probe overwrites this when it runs, and only then.
+    for step in 1..=STEPS_PER_PROBE {
+        *pool.best_latency.lock().unwrap() = Duration::MAX;
+        pool.begin_step();
+        let probed = *pool.best_latency.lock().unwrap() < Duration::MAX;
+        assert_eq!(probed, step == STEPS_PER_PROBE, "step {step}");
+        pool.end_step();
+    }
+    assert_eq!(pool.shared.active.0.load(Ordering::Relaxed), 0);
+}
