@@ -312,6 +312,10 @@ pub struct ServeOptions {
     /// How many times as long a step that decodes may take when a prompt is computed beside it.
     #[arg(long, default_value_t = 2.25, value_name = "X")]
     pub max_decode_slowdown: f64,
+    /// Give the model's memory back after so many seconds without requests; the next one loads it again. `POST
+    /// /models/unload` does so at once.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..), value_name = "S")]
+    pub idle_unload: Option<u64>,
     /// Seconds that running requests get after a stop signal.
     #[arg(long, default_value_t = 30, value_name = "S")]
     pub drain: u64,

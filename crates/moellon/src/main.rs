@@ -26,7 +26,7 @@ fn main() -> ExitCode {
     cli::init_logging(&arguments);
     let result = match arguments.command {
         cli::Command::Run(options) => run::run(&options),
-        cli::Command::Serve(options) => serve::run(&options),
+        cli::Command::Serve(options) => serve::run(*options),
         cli::Command::Inspect(options) => inspect::run(&options),
         cli::Command::Logits(options) => logits::run(&options),
         cli::Command::Bench(options) => bench::run(&options),

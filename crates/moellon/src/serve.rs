@@ -12,7 +12,7 @@ use moellon_model::synthetic::preset;
 use moellon_model::{Decoder, DecoderOptions, ModelConfig};
 use moellon_ops::{Backend, CacheDtype};
 use moellon_serve::{
-    EventSource, EventStream, Generator, GeneratorStats, GrammarConstraints, ServedModel, ThinkingPolicy,
+    EventSource, EventStream, Generator, GeneratorStats, GrammarConstraints, Resident, ServedModel, ThinkingPolicy,
     detect_tool_call_format,
 };
 use moellon_text::{ChatTemplate, ThinkingFormat, Tokenizer};
@@ -69,10 +69,45 @@ impl Source {
     }
 }
 
+/// Makes the engine, at the start and after every unload.
+struct Loader {
+    options: ServeOptions,
+    source: Source,
+    sizes: DecoderOptions,
+    /// Bytes a second that all threads together read, measured at the start.
+    read_bandwidth: f64,
+}
+
+impl Loader {
+    fn load(&self) -> Result<EngineGenerator> {
+        let (options, source) = (&self.options, &self.source);
+        let mut backend = backend::create(&options.device, options.activations)?;
+        let device = backend.caps().device.clone();
+        let decoder = source.load(options, self.sizes, backend.as_mut())?;
+        let trunk = decoder.weights().account.trunk();
+        let (weights_bytes, bytes_per_token) = (trunk.size_bytes, trunk.bytes_per_token);
+        let disk_cache = options.disk_cache.as_ref().map(|dir| DiskCacheOptions {
+            dir: dir.clone(),
+            max_bytes: options.disk_cache_gb.saturating_mul(1_000_000_000),
+            model_identity: source.identity.clone(),
+        });
+        let engine_options = EngineOptions {
+            max_waiting: options.max_waiting,
+            max_decode_slowdown: options.max_decode_slowdown,
+            disk_cache,
+            ..EngineOptions::default()
+        };
+        let (flags, tokenizer) = (&options.speculation, &source.tokenizer);
+        let engine = speculation::engine(decoder, backend, flags, &source.identity, tokenizer, engine_options)?;
+        let (handle, read_bandwidth) = (EngineHandle::spawn(engine)?, self.read_bandwidth);
+        Ok(EngineGenerator { handle, device, weights_bytes, bytes_per_token, read_bandwidth })
+    }
+}
+
 /// Runs the command.
-pub fn run(options: &ServeOptions) -> Result<()> {
-    let source = Source::open(options)?;
-    let sizes = sizes(options, &source.config)?;
+pub fn run(options: ServeOptions) -> Result<()> {
+    let mut source = Source::open(&options)?;
+    let sizes = sizes(&options, &source.config)?;
     let default_sampling = run::sampling(&options.sampling, &source.model, source.config.vocab_size)?;
     anyhow::ensure!(options.max_tokens != Some(0), "--max-tokens is 0, expected at least 1");
     anyhow::ensure!(
@@ -80,27 +115,13 @@ pub fn run(options: &ServeOptions) -> Result<()> {
         "--max-decode-slowdown is {}, expected a number of at least 1",
         options.max_decode_slowdown
     );
-    let mut backend = backend::create(&options.device, options.activations)?;
-    let device = backend.caps().device.clone();
     // Before the weights are there: it takes half a gigabyte for half a second.
     let read_bandwidth = doctor::measure_bandwidth(options.device.threads)?.gb_per_s * 1e9;
-    let decoder = source.load(options, sizes, backend.as_mut())?;
-    let trunk = decoder.weights().account.trunk();
-    let (weights_bytes, bytes_per_token) = (trunk.size_bytes, trunk.bytes_per_token);
-    let disk_cache = options.disk_cache.as_ref().map(|dir| DiskCacheOptions {
-        dir: dir.clone(),
-        max_bytes: options.disk_cache_gb.saturating_mul(1_000_000_000),
-        model_identity: source.identity.clone(),
-    });
-    let engine_options = EngineOptions {
-        max_waiting: options.max_waiting,
-        max_decode_slowdown: options.max_decode_slowdown,
-        disk_cache,
-        ..EngineOptions::default()
-    };
-    let (flags, tokenizer) = (&options.speculation, &source.tokenizer);
-    let engine = speculation::engine(decoder, backend, flags, &source.identity, tokenizer, engine_options)?;
-    let handle = EngineHandle::spawn(engine)?;
+    let template = source.template.take();
+    let loader = Arc::new(Loader { options, source, sizes, read_bandwidth });
+    let (options, source) = (&loader.options, &loader.source);
+    let generator = loader.load()?;
+    let device = generator.device.clone();
     let constraints = GrammarConstraints::new(Arc::clone(&source.tokenizer), source.config.vocab_size)
         .map_err(|reason| anyhow::anyhow!("constraints: {reason}"))?;
     let name = source.name.clone();
@@ -109,8 +130,8 @@ pub fn run(options: &ServeOptions) -> Result<()> {
     let model = ServedModel {
         name: name.clone(),
         aliases: options.alias.clone(),
-        tool_call_format: source.template.as_ref().and_then(|(_, text)| detect_tool_call_format(text)),
-        template: source.template.map(|(template, _): (ChatTemplate, String)| Arc::new(template)),
+        tool_call_format: template.as_ref().and_then(|(_, text)| detect_tool_call_format(text)),
+        template: template.map(|(template, _)| Arc::new(template)),
         thinking_format: ThinkingFormat::default(),
         stop_token_ids,
         context_length: sizes.max_context,
@@ -119,9 +140,9 @@ pub fn run(options: &ServeOptions) -> Result<()> {
         default_seed: options.sampling.seed,
         default_max_tokens: options.max_tokens,
         constraints: Some(Arc::new(constraints)),
-        source: source.model.name,
+        source: source.model.name.clone(),
         device,
-        tokenizer: source.tokenizer,
+        tokenizer: Arc::clone(&source.tokenizer),
     };
     let serve_options = moellon_serve::ServeOptions {
         address: SocketAddr::new(options.host, options.port),
@@ -144,10 +165,15 @@ pub fn run(options: &ServeOptions) -> Result<()> {
         table::bytes(cache_bytes as f64),
         sizes.num_blocks * BLOCK_SIZE
     );
-    let drain = serve_options.drain;
-    let generator = EngineGenerator { handle: handle.clone(), weights_bytes, bytes_per_token, read_bandwidth };
-    let served = moellon_serve::run(serve_options, model, Arc::new(generator));
-    handle.shutdown(drain);
+    let idle = options.idle_unload.map(Duration::from_secs);
+    let max_waiting = options.max_waiting;
+    let load = move || {
+        let generator = loader.load().map_err(|error| format!("{error:#}"))?;
+        Ok(Arc::new(generator) as Arc<dyn Generator>)
+    };
+    let resident = Arc::new(Resident::new(Arc::new(generator), load, idle, max_waiting)?);
+    let served = moellon_serve::run(serve_options, model, Arc::clone(&resident) as Arc<dyn Generator>);
+    resident.close();
     Ok(served?)
 }
 
@@ -213,16 +239,23 @@ fn api_keys(options: &ServeOptions) -> Result<Vec<String>> {
 /// The engine behind the server's own trait, with what is known of its model.
 struct EngineGenerator {
     handle: EngineHandle,
+    /// What computes, in words.
+    device: String,
     weights_bytes: u64,
     /// Bytes of weights that one token reads at batch 1.
     bytes_per_token: f64,
-    /// Bytes a second that all threads together read, measured at the start.
+    /// As in [`Loader`].
     read_bandwidth: f64,
 }
 
 impl Generator for EngineGenerator {
     fn submit(&self, request: Request) -> Result<EventStream, RequestError> {
         Ok(Box::new(Events(self.handle.submit(request)?)))
+    }
+
+    fn close(&self) {
+        // Who is still in work had the server's drain time.
+        self.handle.shutdown(Duration::ZERO);
     }
 
     fn stats(&self) -> GeneratorStats {
@@ -251,6 +284,7 @@ impl Generator for EngineGenerator {
             mask_time: stats.mask_time,
             preemptions: stats.preemptions,
             admission_rejects: stats.rejected,
+            unloaded: false,
             weights_bytes: self.weights_bytes,
             bytes_read_per_token: Some(self.bytes_per_token),
             bandwidth_fraction: stats.counted_step.map(|step| step.bytes_per_s() / self.read_bandwidth),

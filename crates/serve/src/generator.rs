@@ -35,6 +35,31 @@ pub trait Generator: Send + Sync {
 
     /// How it is doing.
     fn stats(&self) -> GeneratorStats;
+
+    /// Gives its memory back until the next request.
+    ///
+    /// # Errors
+    /// [`UnloadError`]; by default it cannot be unloaded.
+    fn unload(&self) -> Result<(), UnloadError> {
+        Err(UnloadError::Unsupported)
+    }
+
+    /// Ends it: it keeps on disk what it keeps there, and gives its memory back. Nothing is submitted afterwards.
+    fn close(&self) {}
+}
+
+/// Why a generator keeps its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum UnloadError {
+    /// It has work.
+    #[error("the model has {requests} requests in work, expected none")]
+    Busy {
+        /// Requests that run or wait.
+        requests: usize,
+    },
+    /// It is not made for it.
+    #[error("this model cannot be unloaded")]
+    Unsupported,
 }
 
 /// A generator's state, for `/health`, `/metrics` and the page. What is not known is `None` and not shown.
@@ -48,6 +73,8 @@ pub struct GeneratorStats {
     pub steps: u64,
     /// Time since the last step ended, or since the start.
     pub since_last_step: Duration,
+    /// Whether its memory was given back until the next request.
+    pub unloaded: bool,
     /// Whether it failed and has not restarted yet.
     pub failed: bool,
     /// Times it restarted after a failure.

@@ -25,6 +25,7 @@ mod page;
 mod pipeline;
 mod prompt;
 mod registry;
+mod resident;
 pub mod scripted;
 mod server;
 mod settings;
@@ -34,8 +35,9 @@ mod tokenize;
 
 pub use constraints::GrammarConstraints;
 pub use generator::{
-    ConstraintCompiler, EventSource, EventStream, Generator, GeneratorStats, Grammar, ToolCallGrammar,
+    ConstraintCompiler, EventSource, EventStream, Generator, GeneratorStats, Grammar, ToolCallGrammar, UnloadError,
 };
 pub use model::{ServedModel, detect_tool_call_format};
 pub use options::{HttpLimits, RequestLimits, ServeOptions, ThinkingPolicy};
+pub use resident::Resident;
 pub use server::{ServeError, Server, run};

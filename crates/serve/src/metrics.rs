@@ -150,6 +150,7 @@ impl Metrics {
         gauge("moellon:cache_reusable_bytes", stats.cache_reusable_bytes as f64);
         gauge("moellon:cache_total_bytes", stats.cache_total_bytes as f64);
         gauge("moellon:weights_bytes", stats.weights_bytes as f64);
+        gauge("moellon:model_loaded", if stats.unloaded { 0.0 } else { 1.0 });
         gauge("moellon:seconds_since_last_step", stats.since_last_step.as_secs_f64());
         gauge("moellon:spec_draft_seconds", stats.draft_time);
         gauge("moellon:engine_failed", f64::from(u8::from(stats.failed)));

@@ -48,6 +48,7 @@ async fn status(State(app): State<Arc<App>>) -> Response<Body> {
         "uptime_s": app.started.elapsed().as_secs_f64(),
         "draining": app.is_draining(),
         "failed": stats.failed,
+        "loaded": !stats.unloaded,
         "running": stats.running,
         "waiting": stats.waiting,
         "steps": stats.steps,

@@ -2,12 +2,13 @@
 
 use crate::app::App;
 use crate::error::{ApiError, ErrorKind, Protocol, json_response};
+use crate::generator::UnloadError;
 use crate::openai_chat::unix_seconds;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::{HeaderValue, Response, StatusCode, header};
-use axum::routing::get;
+use axum::routing::{get, post};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -26,6 +27,7 @@ pub(crate) fn routes() -> Router<Arc<App>> {
         .route("/version", get(version))
         .route("/v1/loads", get(loads))
         .route("/loads", get(loads))
+        .route("/models/unload", post(unload))
 }
 
 /// Whether tokens come: a process that lives and a model that answers are two things.
@@ -39,6 +41,7 @@ async fn health(State(app): State<Arc<App>>) -> Response<Body> {
     let code = if status == "ok" { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let body = json!({
         "status": status,
+        "loaded": !stats.unloaded,
         "running": stats.running,
         "waiting": stats.waiting,
         "steps": stats.steps,
@@ -155,4 +158,22 @@ async fn loads(State(app): State<Arc<App>>) -> Response<Body> {
         "queues": {"waiting": stats.waiting},
     });
     json_response(StatusCode::OK, &json!({"timestamp": unix_seconds(), "dp_rank_count": 1, "loads": [load]}))
+}
+
+/// Gives the model's memory back until the next request.
+async fn unload(State(app): State<Arc<App>>) -> Response<Body> {
+    let generator = Arc::clone(&app.workshop.generator);
+    // What is cached may be written to disk first.
+    let unloaded = tokio::task::spawn_blocking(move || generator.unload()).await;
+    let error = match unloaded {
+        Ok(Ok(())) => return json_response(StatusCode::OK, &json!({"success": true})),
+        Ok(Err(error @ UnloadError::Busy { .. })) => {
+            ApiError::new(ErrorKind::Unavailable, error.to_string()).with_code("busy").retry_after(1)
+        }
+        Ok(Err(error @ UnloadError::Unsupported)) => {
+            ApiError::new(ErrorKind::InvalidRequest, error.to_string()).with_code("unsupported")
+        }
+        Err(_) => ApiError::new(ErrorKind::Internal, "the model could not be unloaded"),
+    };
+    error.response(Protocol::OpenAi, "")
 }

@@ -74,14 +74,25 @@ impl TestServer {
         options: ServeOptions,
         script: impl Fn(&str, &Request) -> ScriptedAnswer + Send + Sync + 'static,
     ) -> TestServer {
-        let generator = Arc::new(ScriptedGenerator::new(Arc::clone(&model.tokenizer), script));
-        let server = Server::bind(options, model, Arc::clone(&generator) as Arc<dyn Generator>).await.unwrap();
+        let scripted = Arc::new(ScriptedGenerator::new(Arc::clone(&model.tokenizer), script));
+        let generator = Arc::clone(&scripted) as Arc<dyn Generator>;
+        TestServer::start_generator(model, options, scripted, generator).await
+    }
+
+    /// A server of a generator, `scripted` or around it.
+    pub(crate) async fn start_generator(
+        model: ServedModel,
+        options: ServeOptions,
+        scripted: Arc<ScriptedGenerator>,
+        generator: Arc<dyn Generator>,
+    ) -> TestServer {
+        let server = Server::bind(options, model, generator).await.unwrap();
         let address = server.address().unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
         tokio::spawn(server.serve(async move {
             let _ = stopped.await;
         }));
-        TestServer { address, generator, stop: Some(stop) }
+        TestServer { address, generator: scripted, stop: Some(stop) }
     }
 
     pub(crate) fn stop(&mut self) {

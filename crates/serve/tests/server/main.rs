@@ -6,5 +6,6 @@ mod client;
 mod completions;
 mod constraints;
 mod hardening;
+mod resident;
 mod responses;
 mod status;
