@@ -76,7 +76,7 @@ impl<'a> Fields<'a> {
 
     /// A whole number from `least` to `most`.
     pub(crate) fn count(&self, name: &str, least: usize, most: usize) -> Result<Option<usize>, ApiError> {
-        let convert = |value: &Value| usize::try_from(value.as_u64()?).ok().filter(|n| (least..=most).contains(n));
+        let convert = |value: &Value| usize::try_from(whole(value)?).ok().filter(|n| (least..=most).contains(n));
         match self.get(name) {
             None => Ok(None),
             Some(value) => convert(value).map(Some).ok_or_else(|| {
@@ -118,4 +118,12 @@ pub(crate) fn shown(value: &Value) -> String {
     }
     let end = text.floor_char_boundary(MAX_SHOWN_BYTES);
     format!("{}... ({} bytes)", &text[..end], text.len())
+}
+
+/// A whole number, also one that is written as `4.0`: JSON does not tell them apart, and some languages only write such.
+fn whole(value: &Value) -> Option<u64> {
+    /// Beyond it a float is not one number any more.
+    const MAX_EXACT: f64 = (1u64 << 53) as f64;
+    let is_exact = |number: &f64| number.fract() == 0.0 && (0.0..=MAX_EXACT).contains(number);
+    value.as_u64().or_else(|| value.as_f64().filter(is_exact).map(|number| number as u64))
 }

@@ -26,6 +26,9 @@ pub(crate) fn document() -> Value {
     let id = json!([{"name": "id", "in": "path", "required": true, "schema": {"type": "string"}}]);
     let model = json!({"summary": "The served model", "parameters": id, "responses": responses(false)});
     paths.insert("/v1/models/{id}".to_owned(), json!({"get": model}));
+    let unload =
+        json!({"summary": "Give the model's memory back until the next request", "responses": responses(false)});
+    paths.insert("/models/unload".to_owned(), json!({"post": unload}));
     let cancel = json!({"summary": "End a request in work", "parameters": id, "responses": responses(false)});
     paths.insert("/moellon/requests/{id}".to_owned(), json!({"delete": cancel}));
     let posts = [
@@ -69,18 +72,18 @@ fn responses(streams: bool) -> Value {
 fn settings() -> Value {
     json!({
         "model": {"type": ["string", "null"]},
-        "temperature": {"type": ["number", "null"], "minimum": 0},
-        "top_p": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1},
-        "top_k": {"type": ["integer", "null"], "minimum": -1},
+        "temperature": {"type": ["number", "null"], "minimum": 0, "maximum": MAX_F32},
+        "top_p": {"type": ["number", "null"], "minimum": MIN_POSITIVE, "maximum": 1},
+        "top_k": {"type": ["integer", "null"], "minimum": -1, "maximum": MAX_WHOLE},
         "min_p": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
-        "repetition_penalty": {"type": ["number", "null"], "exclusiveMinimum": 0},
+        "repetition_penalty": {"type": ["number", "null"], "minimum": MIN_POSITIVE, "maximum": MAX_F32},
         "frequency_penalty": {"type": ["number", "null"], "minimum": -2, "maximum": 2},
         "presence_penalty": {"type": ["number", "null"], "minimum": -2, "maximum": 2},
-        "seed": {"type": ["integer", "null"]},
+        "seed": {"type": ["integer", "null"], "minimum": i64::MIN, "maximum": u64::MAX},
         "stream": {"type": ["boolean", "null"]},
-        "stop_token_ids": {"type": ["array", "null"], "items": {"type": "integer", "minimum": 0}},
+        "stop_token_ids": {"type": ["array", "null"], "items": {"type": "integer", "minimum": 0}, "maxItems": 64},
         "ignore_eos": {"type": ["boolean", "null"]},
-        "min_tokens": {"type": ["integer", "null"], "minimum": 0},
+        "min_tokens": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_WHOLE},
         "cache_salt": {"type": ["string", "null"]},
     })
 }
@@ -93,26 +96,107 @@ fn object(required: &[&str], more: Value) -> Value {
     json!({"type": "object", "required": required, "properties": properties})
 }
 
-fn list_of_objects() -> Value {
-    json!({"type": "array", "minItems": 1, "items": {"type": "object"}})
+/// Largest number of a sampling setting.
+const MAX_F32: f64 = f32::MAX as f64;
+
+/// Smallest of one that must not be 0, with room for rounding.
+const MIN_POSITIVE: f64 = 1e-6;
+
+/// Whole numbers up to this are exact in every JSON reader.
+const MAX_WHOLE: u64 = 1 << 53;
+
+fn text_or_parts() -> Value {
+    let part = json!({
+        "type": "object",
+        "required": ["type", "text"],
+        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    });
+    json!({"anyOf": [{"type": "string"}, {"type": "array", "items": part, "minItems": 1}]})
+}
+
+/// Messages of text. Those with tool calls and their results are not described: what they need depends on one another.
+fn conversation(roles: &[&str]) -> Value {
+    let message = json!({
+        "type": "object",
+        "required": ["role", "content"],
+        "properties": {"role": {"enum": roles}, "content": text_or_parts()},
+    });
+    json!({"type": "array", "minItems": 1, "items": message})
+}
+
+fn tool_name() -> Value {
+    json!({"type": "string", "pattern": "^[A-Za-z0-9_.:/-]{1,256}$"})
+}
+
+fn stop_string() -> Value {
+    json!({"type": "string", "minLength": 1, "maxLength": 1024})
+}
+
+fn stop() -> Value {
+    json!({"anyOf": [stop_string(), {"type": "array", "items": stop_string(), "maxItems": 64}, {"type": "null"}]})
+}
+
+fn logit_bias() -> Value {
+    json!({
+        "type": ["object", "null"],
+        "propertyNames": {"pattern": "^[0-9]{1,3}$"},
+        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    })
+}
+
+fn stream_options() -> Value {
+    json!({"type": ["object", "null"], "properties": {"include_usage": {"type": ["boolean", "null"]}}})
 }
 
 fn chat_schema() -> Value {
+    let function = json!({
+        "type": "object",
+        "required": ["name"],
+        "properties": {
+            "name": tool_name(),
+            "description": {"type": "string"},
+            "parameters": {"type": "object"},
+            "strict": {"type": ["boolean", "null"]},
+        },
+    });
+    let tool = json!({
+        "type": "object",
+        "required": ["type", "function"],
+        "properties": {"type": {"const": "function"}, "function": function},
+    });
+    let named = json!({
+        "type": "object",
+        "required": ["type", "function"],
+        "properties": {
+            "type": {"const": "function"},
+            "function": {"type": "object", "required": ["name"], "properties": {"name": tool_name()}},
+        },
+    });
+    let schema = json!({
+        "type": "object",
+        "required": ["name", "schema"],
+        "properties": {"name": {"type": "string"}, "schema": {"type": ["object", "boolean"]}},
+    });
+    let of_type = |name: &str| json!({"type": "object", "required": ["type"], "properties": {"type": {"const": name}}});
+    let mut with_schema = of_type("json_schema");
+    with_schema["required"] = json!(["type", "json_schema"]);
+    with_schema["properties"]["json_schema"] = schema;
+    let response_format = json!({"anyOf": [of_type("text"), of_type("json_object"), with_schema, {"type": "null"}]});
     let more = json!({
-        "messages": list_of_objects(),
-        "tools": {"type": ["array", "null"], "items": {"type": "object"}},
-        "tool_choice": {},
+        "messages": conversation(&["system", "developer", "user", "assistant"]),
+        "tools": {"type": ["array", "null"], "items": tool},
+        "tool_choice": {"anyOf": [{"enum": ["none", "auto", "required", null]}, named]},
         "parallel_tool_calls": {"type": ["boolean", "null"]},
-        "max_tokens": {"type": ["integer", "null"], "minimum": 1},
-        "max_completion_tokens": {"type": ["integer", "null"], "minimum": 1},
+        "max_tokens": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_WHOLE},
+        "max_completion_tokens": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_WHOLE},
         "n": {"type": ["integer", "null"], "minimum": 1, "maximum": 8},
-        "stop": {},
-        "logit_bias": {"type": ["object", "null"]},
+        "stop": stop(),
+        "logit_bias": logit_bias(),
         "logprobs": {"type": ["boolean", "null"]},
         "top_logprobs": {"type": ["integer", "null"], "minimum": 0, "maximum": 20},
-        "response_format": {"type": ["object", "null"]},
+        "response_format": response_format,
         "structured_outputs": {"type": ["object", "null"]},
-        "stream_options": {"type": ["object", "null"]},
+        "stream_options": stream_options(),
         "reasoning_effort": {"enum": ["none", "minimal", "low", "medium", "high", "xhigh", "max", null]},
         "thinking_token_budget": {"type": ["integer", "null"], "minimum": -1},
         "chat_template_kwargs": {"type": ["object", "null"]},
@@ -123,13 +207,13 @@ fn chat_schema() -> Value {
 fn completion_schema() -> Value {
     let more = json!({
         "prompt": {"type": ["string", "array"]},
-        "max_tokens": {"type": ["integer", "null"], "minimum": 0},
+        "max_tokens": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_WHOLE},
         "n": {"type": ["integer", "null"], "minimum": 1, "maximum": 8},
         "echo": {"type": ["boolean", "null"]},
         "logprobs": {"type": ["integer", "null"], "minimum": 0, "maximum": 20},
-        "stop": {},
-        "logit_bias": {"type": ["object", "null"]},
-        "stream_options": {"type": ["object", "null"]},
+        "stop": stop(),
+        "logit_bias": logit_bias(),
+        "stream_options": stream_options(),
     });
     object(&["prompt"], more)
 }
@@ -138,7 +222,7 @@ fn responses_schema() -> Value {
     let more = json!({
         "input": {"type": ["string", "array"]},
         "instructions": {"type": ["string", "null"]},
-        "max_output_tokens": {"type": ["integer", "null"], "minimum": 1},
+        "max_output_tokens": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_WHOLE},
         "tools": {"type": ["array", "null"], "items": {"type": "object"}},
         "tool_choice": {},
         "parallel_tool_calls": {"type": ["boolean", "null"]},
@@ -149,13 +233,22 @@ fn responses_schema() -> Value {
 }
 
 fn messages_schema(needs_max_tokens: bool) -> Value {
+    let tool = json!({
+        "type": "object",
+        "required": ["name", "input_schema"],
+        "properties": {"name": tool_name(), "description": {"type": "string"}, "input_schema": {"type": "object"}},
+    });
     let more = json!({
-        "messages": list_of_objects(),
-        "system": {"type": ["string", "array", "null"]},
-        "max_tokens": {"type": ["integer", "null"], "minimum": 1},
-        "stop_sequences": {"type": ["array", "null"], "items": {"type": "string", "minLength": 1}},
-        "tools": {"type": ["array", "null"], "items": {"type": "object"}},
-        "tool_choice": {"type": ["object", "null"]},
+        "messages": conversation(&["user", "assistant"]),
+        "system": text_or_parts(),
+        "max_tokens": {"type": "integer", "minimum": 1, "maximum": MAX_WHOLE},
+        "stop_sequences": {"type": ["array", "null"], "items": stop_string(), "maxItems": 64},
+        "tools": {"type": ["array", "null"], "items": tool},
+        "tool_choice": {
+            "type": ["object", "null"],
+            "required": ["type"],
+            "properties": {"type": {"enum": ["auto", "any", "none"]}},
+        },
         "thinking": {"type": ["object", "null"]},
         "output_config": {"type": ["object", "null"]},
     });
@@ -167,7 +260,7 @@ fn tokenize_schema() -> Value {
     let properties = json!({
         "prompt": {"type": "string"},
         "content": {"type": "string"},
-        "messages": list_of_objects(),
+        "messages": conversation(&["system", "user", "assistant"]),
         "add_special_tokens": {"type": ["boolean", "null"]},
     });
     json!({"type": "object", "properties": properties})

@@ -59,6 +59,7 @@ async fn bad_prompts_get_400() {
     let cases = [
         (json!({}), "prompt"),
         (json!({"prompt": []}), "prompt"),
+        (json!({"prompt": ""}), "prompt"),
         (json!({"prompt": [[]]}), "prompt"),
         (json!({"prompt": [[-1]]}), "prompt"),
         (json!({"prompt": [99_999_999]}), "prompt"),

@@ -206,6 +206,7 @@ async fn odd_but_harmless_requests_are_answered() {
         json!({"seed": i64::MIN}),
         json!({"seed": u64::MAX}),
         json!({"top_k": -1}),
+        json!({"n": 1.0, "max_tokens": 5.0}),
         json!({"temperature": null, "stop": null, "tools": null}),
         json!({"metadata": {"a": 1}, "store": false, "user": "x", "prompt_cache_key": "y", "unknown": [1]}),
         json!({"messages": [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]}),
@@ -418,4 +419,14 @@ async fn a_stop_signal_lets_requests_finish() {
     socket.read_to_string(&mut answer).await.unwrap();
     assert!(answer.contains("[DONE]"), "{answer}");
     assert!(TcpStream::connect(address).await.is_err());
+}
+
+#[tokio::test]
+async fn a_port_that_is_taken_is_an_error_with_the_address() {
+    let server = TestServer::saying("</think>ok").await;
+    let options = ServeOptions { address: server.address, ..options() };
+    let generator = std::sync::Arc::clone(&server.generator);
+    let error = moellon_serve::Server::bind(options, crate::client::served_model(), generator).await.err().unwrap();
+    assert!(error.to_string().starts_with(&format!("cannot listen on {}", server.address)), "{error}");
+    assert_alive(&server).await;
 }
