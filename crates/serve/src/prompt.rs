@@ -134,16 +134,27 @@ fn is_trivial(request: &ChatRequest) -> bool {
     const FEW_TOKENS: usize = 64;
     let result = request.messages.last().filter(|message| message["role"] == "tool");
     let text = result.map(|message| message["content"].as_str().unwrap_or_default().trim_start());
-    let failed = |text: &str| {
-        let head: String = text.chars().take(80).collect::<String>().to_lowercase();
-        ["error", "failed", "failure", "traceback", "panicked", "exception", "not found"]
-            .iter()
-            .any(|w| head.contains(w))
-    };
     let is_prescribed = matches!(request.tool_choice, ToolChoice::Named(_))
         || matches!(request.grammar, Some(Grammar::Choice(_) | Grammar::Regex(_)));
     let is_short = request.settings.max_tokens.is_some_and(|max_tokens| max_tokens <= FEW_TOKENS);
-    is_prescribed || is_short || text.is_some_and(|text| !failed(text))
+    is_prescribed || is_short || text.is_some_and(|text| !says_failure(text))
+}
+
+/// Whether a tool's result speaks of a failure where tools do: in its first words, or in its last, as test runners. "0 failed"
+/// and "no errors" do not.
+fn says_failure(result: &str) -> bool {
+    const ENDS_CHARS: usize = 80;
+    const WORDS: [&str; 7] = ["error", "failed", "failure", "traceback", "panicked", "exception", "not found"];
+    let text = result.trim().to_lowercase();
+    let head: String = text.chars().take(ENDS_CHARS).collect();
+    let skipped = text.chars().count().saturating_sub(ENDS_CHARS);
+    let tail: String = text.chars().skip(skipped).collect();
+    let counts_none = |before: &str| {
+        let last = before.trim_end().rsplit(|c: char| !c.is_alphanumeric()).next();
+        matches!(last, Some("0" | "no" | "without"))
+    };
+    let says = |part: &str, word: &str| part.match_indices(word).any(|(at, _)| !counts_none(&part[..at]));
+    WORDS.iter().any(|word| says(&head, word) || says(&tail, word))
 }
 
 /// Messages whose texts cannot name special tokens. The assistant's own are left: templates look for `</think>` in them.

@@ -187,6 +187,10 @@ async fn the_automatic_policy_thinks_where_there_is_something_to_think_about() {
         (after("sunny, 20 degrees"), false),
         (after("Error: no such city"), true),
         (after("thread 'main' panicked at src/main.rs"), true),
+        (after("test result: ok. 4 passed; 0 failed; 0 ignored"), false),
+        (after("compiled, no errors"), false),
+        (after(&format!("running 90 tests\n{}\n2 failed", "test a ... ok\n".repeat(90))), true),
+        (after("10 failed"), true),
         // What a request says about thinking counts more.
         (merged(after("sunny"), json!({"reasoning_effort": "low"})), true),
         (merged(after("sunny"), json!({"enable_thinking": true})), true),
