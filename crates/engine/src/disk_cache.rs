@@ -479,6 +479,26 @@ mod tests {
     }
 
     #[test]
+    fn a_folder_that_takes_no_files_costs_blocks_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let (hash, tokens, rows) = ([7; 32], [1, 2], [9u8; 8]);
+        let cache = DiskCache::open(&options(folder.path(), 10_000), "f32").unwrap();
+        cache.write(&hash, &tokens, &rows);
+        cache.flush();
+        // As a disk that goes away: permissions would not stop a test that root runs.
+        fs::remove_dir_all(folder.path()).unwrap();
+        cache.write(&[8; 32], &tokens, &rows);
+        cache.flush();
+        assert_eq!((cache.stats().written, cache.stats().dropped), (1, 1));
+        assert!(!cache.contains(&[8; 32]));
+        assert_eq!(cache.store.read(&hash, &tokens, 8), None);
+        fs::create_dir(folder.path()).unwrap();
+        cache.write(&[8; 32], &tokens, &rows);
+        cache.flush();
+        assert_eq!(cache.store.read(&[8; 32], &tokens, 8).as_deref(), Some(rows.as_slice()));
+    }
+
+    #[test]
     fn every_damaged_byte_is_a_miss() {
         let folder = tempfile::tempdir().unwrap();
         let (hash, tokens, rows) = ([7; 32], [1, 2], [9u8; 8]);
