@@ -92,6 +92,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::print_stderr, reason = "a test that cannot run here says so")]
     fn a_thread_that_sleeps_does_not_spend_its_time() {
         let clock = ThreadClock::of_this_thread();
         if clock.schedstat.is_none() {
