@@ -15,7 +15,9 @@ pub(crate) fn run() -> Result<()> {
     if !kernels.cuda.is_empty() {
         check_cuda(&kernels.cuda)?;
     }
-    ensure!(kernels.wgsl.is_empty(), "no checker for WGSL yet (naga comes with the back end): {:?}", kernels.wgsl);
+    if !kernels.wgsl.is_empty() {
+        check_wgsl(&kernels.wgsl)?;
+    }
     println!("kernels: {} kernels", kernels.cuda.len() + kernels.wgsl.len());
     Ok(())
 }
@@ -31,6 +33,28 @@ impl Kernels {
         let ending = |suffix: &str| paths.iter().filter(|p| p.ends_with(suffix)).cloned().collect();
         Kernels { cuda: ending(".cu"), wgsl: ending(".wgsl") }
     }
+}
+
+/// The folder whose kernels the back end's test checks: all of them, it says itself.
+const WGSL_FOLDER: &str = "crates/backend-wgpu/kernels/";
+
+/// Validates every kernel with naga and keeps its translation for Metal in `target/xtask/metal`.
+fn check_wgsl(files: &[String]) -> Result<()> {
+    let stray: Vec<&String> = files.iter().filter(|file| !file.starts_with(WGSL_FOLDER)).collect();
+    ensure!(stray.is_empty(), "WGSL outside {WGSL_FOLDER}, where nothing checks it: {stray:?}");
+    let metal = workspace::scratch("metal")?;
+    // All packages, so that nothing is compiled with other features than in the stages that follow.
+    let status = Command::new("cargo")
+        .args(["test", "--workspace", "--quiet", "--test", "wgsl"])
+        .env("MOELLON_METAL_OUT", &metal)
+        .current_dir(workspace::root())
+        .status()
+        .context("cargo test --test wgsl")?;
+    ensure!(status.success(), "WGSL kernels are not valid");
+    let num_translated = std::fs::read_dir(&metal).context("translations for Metal")?.count();
+    ensure!(num_translated > files.len(), "{num_translated} translations of {} files", files.len());
+    println!("kernels: {num_translated} translations for Metal in {}", metal.display());
+    Ok(())
 }
 
 fn check_cuda(files: &[String]) -> Result<()> {

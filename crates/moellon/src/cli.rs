@@ -90,6 +90,8 @@ pub enum BackendChoice {
     Cpu,
     /// An NVIDIA GPU.
     Cuda,
+    /// A GPU behind Metal, Vulkan or DX12.
+    Wgpu,
     /// Plain loops in f64, to compare with: very slow.
     Reference,
 }

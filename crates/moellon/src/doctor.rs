@@ -1,10 +1,11 @@
 //! `moellon doctor`: what this machine has and what would run where.
 
-use crate::cli::DoctorOptions;
-use crate::table;
+use crate::cli::{BackendChoice, DeviceOptions, DoctorOptions};
+use crate::{backend, table};
 use anyhow::{Context, Result};
 use moellon_backend_cpu::CpuLevel;
 use moellon_backend_cpu::bandwidth::ReadProbe;
+use moellon_backend_wgpu::{AdapterChoice, AdapterReport, SelfTest};
 use moellon_lab::{Machine, ReadBandwidth, StealClock};
 use moellon_tensor::pool::{Pool, PoolOptions};
 use serde_json::{Value, json};
@@ -54,11 +55,25 @@ struct Report {
     levels: Vec<CpuLevel>,
     one_thread: ReadBandwidth,
     all_threads: ReadBandwidth,
+    /// What each adapter is, and what it does where it has a choice; or why it does not open.
+    adapters: Vec<(AdapterReport, Result<SelfTest, String>)>,
+    /// What `auto` runs on, and why.
+    auto: (&'static str, String),
 }
 
 impl Report {
     fn new() -> Result<Self> {
+        let automatic =
+            DeviceOptions { backend: BackendChoice::Auto, threads: None, cpu_level: None, gpu: 0, cuda_kernels: None };
+        let (gpu, why) = backend::open_gpu(&automatic);
+        let auto = (gpu.map_or("cpu", |gpu| gpu.caps().name), why);
+        let tested = |(ordinal, adapter): (usize, AdapterReport)| {
+            let choice = AdapterChoice { ordinal, allow_software: true };
+            (adapter, moellon_backend_wgpu::self_test(choice).map_err(|error| error.to_string()))
+        };
         Ok(Report {
+            adapters: moellon_backend_wgpu::adapters().into_iter().enumerate().map(tested).collect(),
+            auto,
             machine: Machine::this(),
             levels: CpuLevel::available().collect(),
             one_thread: measure_bandwidth(Some(1))?,
@@ -88,14 +103,21 @@ impl Report {
         }
         match self.machine.gpus.as_slice() {
             [] => println!("gpus           none found"),
-            gpus => println!("gpus           {} (no GPU back end in this build)", gpus.join("; ")),
+            gpus => println!("gpus           {}", gpus.join("; ")),
         }
-        println!("auto runs on   cpu, because {}", self.reason());
+        for (ordinal, (adapter, self_test)) in self.adapters.iter().enumerate() {
+            println!(
+                "adapter {ordinal}      {} ({}), {} {}, {} a binding",
+                adapter.name,
+                adapter.kind,
+                adapter.api,
+                adapter.driver,
+                table::bytes(adapter.max_binding_bytes as f64)
+            );
+            println!("               {}", self_test.as_ref().map_or_else(Clone::clone, |test| self_test_text(*test)));
+        }
+        println!("auto runs on   {}, because {}", self.auto.0, self.auto.1);
         println!("a model whose tokens read 1 GB decodes at most at {:.1} tok/s here", self.all_threads.gb_per_s);
-    }
-
-    fn reason(&self) -> &'static str {
-        if self.machine.gpus.is_empty() { "there is no GPU" } else { "this build has no back end for the GPU" }
     }
 
     fn json(&self) -> Value {
@@ -111,8 +133,45 @@ impl Report {
             "read_gb_s": self.all_threads.gb_per_s,
             "steal_pct": self.all_threads.steal_percent,
             "gpus": self.machine.gpus,
-            "backends": ["cpu", "reference"],
-            "auto": { "backend": "cpu", "reason": self.reason() },
+            "adapters": self.adapters.iter().map(adapter_json).collect::<Vec<_>>(),
+            "backends": ["cpu", "cuda", "wgpu", "reference"],
+            "auto": { "backend": self.auto.0, "reason": self.auto.1 },
         })
     }
+}
+
+fn self_test_text(test: SelfTest) -> String {
+    let has = |what: &'static str, yes: bool| format!("{what}: {}", if yes { "yes" } else { "no" });
+    let [smallest, largest] = test.subgroup_sizes;
+    [
+        has("self-test passed; keeps subnormals of f16", test.half_subnormals),
+        has("of f32", test.single_subnormals),
+        has("fused multiply-add", test.fused),
+        format!("subgroups of {smallest} to {largest}"),
+        has("f16", test.shader_f16),
+        has("cooperative matrices", test.cooperative_matrix),
+    ]
+    .join(", ")
+}
+
+fn adapter_json((adapter, self_test): &(AdapterReport, Result<SelfTest, String>)) -> Value {
+    let self_test = match self_test {
+        Ok(test) => json!({
+            "half_subnormals": test.half_subnormals,
+            "single_subnormals": test.single_subnormals,
+            "fused": test.fused,
+            "subgroup_sizes": test.subgroup_sizes,
+            "shader_f16": test.shader_f16,
+            "cooperative_matrix": test.cooperative_matrix,
+        }),
+        Err(error) => json!({ "error": error }),
+    };
+    json!({
+        "name": adapter.name,
+        "kind": adapter.kind.to_string(),
+        "api": adapter.api,
+        "driver": adapter.driver,
+        "max_binding_bytes": adapter.max_binding_bytes,
+        "self_test": self_test,
+    })
 }

@@ -1,4 +1,5 @@
 //! The `moellon` command as a person or a script uses it.
+#![allow(clippy::print_stderr)] // A skipped test says so.
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -279,6 +280,29 @@ fn bad_flags_are_one_clear_line() {
         std::fs::copy(repository().join("models/moellon-tiny").join(file), folder.path().join(file)).expect("copies");
     }
     assert!(error(&["run", "-m", &folder.path().display().to_string(), "-p", "x"]).contains("vocab_size 128"));
+}
+
+/// The portable GPU back end sums in another order than the CPU's exact mode and rounds nothing else: the text is the same.
+#[test]
+fn wgpu_writes_what_the_cpu_writes() {
+    let on = |device: &[&str]| {
+        let prompt =
+            ["run", "--json", "--temp", "0", "-n", "48", "--no-think", "-p", "Write a function that adds two numbers"];
+        moellon(&[&prompt[..], device].concat())
+    };
+    let wgpu = on(&["--backend", "wgpu"]);
+    let stderr = String::from_utf8_lossy(&wgpu.stderr);
+    if !wgpu.status.success() && stderr.contains("no adapter") {
+        eprintln!("SKIP text on the wgpu back end: {stderr}");
+        return;
+    }
+    let text = |output: &Output| {
+        let answer: Value = serde_json::from_str(&stdout(output)).expect("output is JSON");
+        answer["text"].as_str().expect("text").to_owned()
+    };
+    let expected = text(&on(&["--backend", "cpu", "--activations", "exact"]));
+    assert!(expected.contains("fn "), "{expected}");
+    assert_eq!(text(&wgpu), expected);
 }
 
 #[test]

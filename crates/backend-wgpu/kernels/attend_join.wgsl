@@ -1,0 +1,39 @@
+// Joins the parts of attend.wgsl in order, with a sink where there is one. A workgroup a head and token.
+struct Args {
+  out_offset: u32, out_stride: u32, num_heads: u32, value_dim: u32, num_parts: u32, window: u32, positions_offset: u32,
+  counts_offset: u32, has_index: u32, sinks_offset: u32, has_sinks: u32,
+}
+var<immediate> args: Args;
+@group(0) @binding(0) var<storage, read_write> parts: array<f32>;
+@group(0) @binding(1) var<storage, read_write> positions: array<u32>;
+@group(0) @binding(2) var<storage, read_write> index_counts: array<u32>;
+@group(0) @binding(3) var<storage, read_write> sinks: array<f32>;
+@group(0) @binding(4) var<storage, read_write> out: array<f32>;
+
+@compute @workgroup_size(128)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+  let head = group.x;
+  let token = group.y;
+  var total = positions[args.positions_offset + token] + 1u;
+  if (args.has_index != 0u) {
+    total = index_counts[args.counts_offset + token];
+  } else if (args.window != 0u) { total = min(total, args.window); }
+  let num_parts = (total + 63u) / 64u;
+  let width = 2u + args.value_dim;
+  let start = (token * args.num_heads + head) * args.num_parts * width;
+  var largest = LOWEST;
+  if (args.has_sinks != 0u) { largest = sinks[args.sinks_offset + head]; }
+  for (var part = 0u; part < num_parts; part++) { largest = max(largest, parts[start + part * width]); }
+  var sum = 0.0;
+  if (args.has_sinks != 0u) { sum = exp(sinks[args.sinks_offset + head] - largest); }
+  for (var part = 0u; part < num_parts; part++) {
+    sum = fma(exp(parts[start + part * width] - largest), parts[start + part * width + 1u], sum);
+  }
+  for (var column = local; column < args.value_dim; column += 128u) {
+    var value = 0.0;
+    for (var part = 0u; part < num_parts; part++) {
+      value = fma(exp(parts[start + part * width] - largest), parts[start + part * width + 2u + column], value);
+    }
+    out[args.out_offset + token * args.out_stride + head * args.value_dim + column] = value / sum;
+  }
+}

@@ -1,0 +1,553 @@
+//! An adapter behind a safe surface: which there are, opening one, its self-test, memory and pipelines.
+//!
+//! Contains `unsafe` because wgpu's checks inside kernels (bounds of every access, bounded loops, divisors) are left out: they cost a third of the
+//! instructions of a product. What they would catch is caught before: `validate()` of every operation checks shapes against buffers,
+//! loading checks weights, and conformance runs every kernel.
+#![allow(unsafe_code)]
+
+use crate::kernels::{Kernel, Source, TOKENS};
+use moellon_ops::{Error, Result};
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// The name of this back end in messages.
+pub(crate) const NAME: &str = "wgpu";
+/// Bytes of immediates that every kernel may use; Vulkan guarantees as many.
+const IMMEDIATES_BYTES: u32 = 128;
+/// Bindings of the kernel that has most.
+const STORAGE_BUFFERS: u32 = 9;
+
+pub(crate) fn device_error(message: impl Into<String>) -> Error {
+    Error::Device { backend: NAME, message: message.into() }
+}
+
+/// What an adapter is, the best first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum AdapterKind {
+    /// A GPU with memory of its own.
+    Discrete,
+    /// A GPU that shares the memory of the CPU.
+    Integrated,
+    /// A part of a GPU, or one that the driver does not say more about.
+    Virtual,
+    /// A CPU that plays a GPU, such as lavapipe: for tests.
+    Software,
+}
+
+impl std::fmt::Display for AdapterKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            AdapterKind::Discrete => "discrete GPU",
+            AdapterKind::Integrated => "integrated GPU",
+            AdapterKind::Virtual => "virtual GPU",
+            AdapterKind::Software => "a CPU that plays a GPU",
+        })
+    }
+}
+
+/// An adapter that this machine has.
+#[derive(Debug, Clone)]
+pub struct AdapterReport {
+    /// Its name, as the driver says it.
+    pub name: String,
+    /// What it is.
+    pub kind: AdapterKind,
+    /// `vulkan`, `metal` or `dx12`.
+    pub api: String,
+    /// Driver and its version.
+    pub driver: String,
+    /// Most bytes that a kernel can see at a time.
+    pub max_binding_bytes: u64,
+    /// What it lacks to run this back end; empty if nothing.
+    pub lacks: Vec<String>,
+}
+
+/// Which adapter to open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AdapterChoice {
+    /// Position in the list of [`adapters`].
+    pub ordinal: usize,
+    /// Whether an adapter that is a CPU may be taken.
+    pub allow_software: bool,
+}
+
+/// What an adapter does where WGSL leaves it a choice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SelfTest {
+    /// Binary16 subnormals survive `unpack2x16float`: small codes are decoded with it, else with integers.
+    pub half_subnormals: bool,
+    /// f32 subnormals survive arithmetic. Nothing needs them.
+    pub single_subnormals: bool,
+    /// `fma` rounds once.
+    pub fused: bool,
+    /// Smallest and largest subgroup. Nothing depends on them.
+    pub subgroup_sizes: [u32; 2],
+    /// Whether the adapter has f16 arithmetic.
+    pub shader_f16: bool,
+    /// Whether the adapter has cooperative matrices.
+    pub cooperative_matrix: bool,
+}
+
+fn instance() -> wgpu::Instance {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    descriptor.backends = wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12;
+    // Neither validation layers nor debug names: errors come from wgpu's own checks.
+    descriptor.flags = wgpu::InstanceFlags::empty();
+    wgpu::Instance::new(descriptor)
+}
+
+fn kind_of(info: &wgpu::AdapterInfo) -> AdapterKind {
+    match info.device_type {
+        wgpu::DeviceType::DiscreteGpu => AdapterKind::Discrete,
+        wgpu::DeviceType::IntegratedGpu => AdapterKind::Integrated,
+        wgpu::DeviceType::VirtualGpu | wgpu::DeviceType::Other => AdapterKind::Virtual,
+        wgpu::DeviceType::Cpu => AdapterKind::Software,
+    }
+}
+
+/// All adapters, the best kind first.
+fn enumerate() -> Vec<wgpu::Adapter> {
+    let mut all = pollster::block_on(instance().enumerate_adapters(wgpu::Backends::all()));
+    all.sort_by_key(|adapter| kind_of(&adapter.get_info()));
+    all
+}
+
+fn report(adapter: &wgpu::Adapter) -> AdapterReport {
+    let (info, limits, features) = (adapter.get_info(), adapter.limits(), adapter.features());
+    let mut lacks = Vec::new();
+    if !features.contains(wgpu::Features::IMMEDIATES) {
+        lacks.push("immediates (push constants)".to_owned());
+    }
+    let mut at_least = |what: &str, found: u64, needed: u64| {
+        if found < needed {
+            lacks.push(format!("{what}: {found}, needed {needed}"));
+        }
+    };
+    at_least("bytes of immediates", limits.max_immediate_size.into(), IMMEDIATES_BYTES.into());
+    at_least("storage buffers", limits.max_storage_buffers_per_shader_stage.into(), STORAGE_BUFFERS.into());
+    at_least("bytes of workgroup memory", limits.max_compute_workgroup_storage_size.into(), 27 << 10);
+    at_least("invocations of a workgroup", limits.max_compute_invocations_per_workgroup.into(), 256);
+    AdapterReport {
+        name: info.name.clone(),
+        kind: kind_of(&info),
+        api: info.backend.to_string(),
+        driver: [info.driver.as_str(), info.driver_info.as_str()].join(" ").trim().to_owned(),
+        max_binding_bytes: binding_limit(&limits),
+        lacks,
+    }
+}
+
+/// The adapters that this machine has, in the order of [`AdapterChoice::ordinal`].
+pub fn adapters() -> Vec<AdapterReport> {
+    enumerate().iter().map(report).collect()
+}
+
+/// Opens an adapter and tests it.
+///
+/// # Errors
+/// [`Error::Device`] in one line: no such adapter, what it lacks, a self-test that it fails.
+pub fn self_test(choice: AdapterChoice) -> Result<SelfTest> {
+    Device::open(choice, None).map(|device| device.self_test)
+}
+
+/// Most bytes of a buffer that can be bound whole: multiples of 16.
+fn binding_limit(limits: &wgpu::Limits) -> u64 {
+    limits.max_storage_buffer_binding_size.min(limits.max_buffer_size) / 16 * 16
+}
+
+/// Memory of the device. Clones are the same memory.
+#[derive(Debug, Clone)]
+pub(crate) struct Memory {
+    pub(crate) buffer: wgpu::Buffer,
+    pub(crate) id: u64,
+    pub(crate) bytes: u64,
+}
+
+/// A compiled kernel.
+#[derive(Debug, Clone)]
+pub(crate) struct Pipeline {
+    pub(crate) pipeline: wgpu::ComputePipeline,
+    pub(crate) read_write: u32,
+    pub(crate) read: u32,
+}
+
+struct Layout {
+    bindings: wgpu::BindGroupLayout,
+    pipeline: wgpu::PipelineLayout,
+}
+
+/// An open adapter.
+pub(crate) struct Device {
+    pub(crate) device: wgpu::Device,
+    pub(crate) queue: wgpu::Queue,
+    pub(crate) report: AdapterReport,
+    pub(crate) self_test: SelfTest,
+    layouts: HashMap<(u32, u32), Layout>,
+    pipelines: HashMap<Kernel, Pipeline>,
+    bind_groups: HashMap<(u32, u32, Vec<u64>), wgpu::BindGroup>,
+    next_memory: u64,
+    /// Time that compiling took.
+    compile_time: Duration,
+    /// What the driver said outside of any call that could return it.
+    failure: Arc<Mutex<Option<String>>>,
+    cache: Option<(wgpu::PipelineCache, PathBuf)>,
+}
+
+impl Device {
+    /// Opens an adapter and tests it.
+    pub(crate) fn open(choice: AdapterChoice, cache_folder: Option<&Path>) -> Result<Self> {
+        let mut all = enumerate();
+        if !choice.allow_software {
+            all.retain(|adapter| kind_of(&adapter.get_info()) != AdapterKind::Software);
+        }
+        if all.is_empty() {
+            return Err(device_error("no adapter: neither Vulkan, Metal nor DX12 has one"));
+        }
+        if choice.ordinal >= all.len() {
+            let names: Vec<String> = all.iter().map(|a| a.get_info().name).collect();
+            return Err(device_error(format!(
+                "adapter {} does not exist, there are {}: {}",
+                choice.ordinal,
+                all.len(),
+                names.join("; ")
+            )));
+        }
+        let adapter = all.swap_remove(choice.ordinal);
+        let report = report(&adapter);
+        if !report.lacks.is_empty() {
+            return Err(device_error(format!("adapter {} lacks {}", report.name, report.lacks.join("; "))));
+        }
+        let features = adapter.features();
+        let required_features = wgpu::Features::IMMEDIATES | (features & wgpu::Features::PIPELINE_CACHE);
+        let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
+            label: Some("moellon"),
+            required_features,
+            required_limits: adapter.limits(),
+            memory_hints: wgpu::MemoryHints::Performance,
+            ..Default::default()
+        }))
+        .map_err(|e| device_error(format!("adapter {} does not open: {}", report.name, one_line(&e))))?;
+        let failure = Arc::new(Mutex::new(None));
+        let sink = Arc::clone(&failure);
+        device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
+            let mut failure = sink.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            failure.get_or_insert_with(|| one_line(&error));
+        }));
+        let info = adapter.get_info();
+        let self_test = SelfTest {
+            half_subnormals: false,
+            single_subnormals: false,
+            fused: false,
+            subgroup_sizes: [info.subgroup_min_size, info.subgroup_max_size],
+            shader_f16: features.contains(wgpu::Features::SHADER_F16),
+            cooperative_matrix: features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX),
+        };
+        let mut opened = Device {
+            device,
+            queue,
+            report,
+            self_test,
+            layouts: HashMap::new(),
+            pipelines: HashMap::new(),
+            bind_groups: HashMap::new(),
+            next_memory: 0,
+            compile_time: Duration::ZERO,
+            failure,
+            cache: None,
+        };
+        opened.open_cache(&info, cache_folder);
+        opened.run_self_test()?;
+        Ok(opened)
+    }
+
+    /// Bytes that one binding can have.
+    pub(crate) fn max_binding_bytes(&self) -> u64 {
+        self.report.max_binding_bytes
+    }
+
+    /// Rows of activations that there are kernels of products for. A CPU that plays a GPU spends more on compiling kernels than it ever
+    /// saves by having many.
+    pub(crate) fn tokens(&self) -> &'static [usize] {
+        if self.report.kind == AdapterKind::Software { &[1, 4] } else { &TOKENS }
+    }
+
+    /// What went wrong since the last question, if anything.
+    pub(crate) fn check(&self) -> Result<()> {
+        let mut failure = self.failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        failure.take().map_or(Ok(()), |message| Err(device_error(message)))
+    }
+
+    /// Runs `make` and turns what wgpu says about it into an error.
+    fn scoped<T>(&self, what: &str, make: impl FnOnce(&wgpu::Device) -> T) -> Result<T> {
+        let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
+        let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let made = make(&self.device);
+        let errors = [validation, internal, memory].map(|scope| pollster::block_on(scope.pop()));
+        match errors.into_iter().flatten().next() {
+            Some(error) => Err(device_error(format!("{what}: {}", one_line(&error)))),
+            None => Ok(made),
+        }
+    }
+
+    /// Memory of at least `bytes`, zeroed.
+    pub(crate) fn alloc(&mut self, what: &str, bytes: u64) -> Result<Memory> {
+        // Kernels bind whole buffers; an empty one cannot be bound.
+        let bytes = bytes.max(16).next_multiple_of(16);
+        if bytes > self.max_binding_bytes() {
+            return Err(Error::OutOfMemory {
+                backend: NAME,
+                what: format!("{what}, in one buffer of this adapter,"),
+                needed_bytes: bytes,
+                free_bytes: self.max_binding_bytes(),
+            });
+        }
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+        let buffer = self.scoped(&format!("{bytes} bytes for {what}"), |device| {
+            device.create_buffer(&wgpu::BufferDescriptor { label: None, size: bytes, usage, mapped_at_creation: false })
+        })?;
+        self.next_memory += 1;
+        Ok(Memory { buffer, id: self.next_memory, bytes })
+    }
+
+    /// Forgets what was bound together with some memory, so that dropping it frees it.
+    pub(crate) fn forget(&mut self, memory: &Memory) {
+        self.bind_groups.retain(|(_, _, ids), _| !ids.contains(&memory.id));
+    }
+
+    /// The memories bound for a kernel; made once.
+    pub(crate) fn bind(&mut self, pipeline: &Pipeline, memories: &[&Memory]) -> wgpu::BindGroup {
+        let key = (pipeline.read_write, pipeline.read, memories.iter().map(|m| m.id).collect::<Vec<_>>());
+        if let Some(group) = self.bind_groups.get(&key) {
+            return group.clone();
+        }
+        let entries: Vec<wgpu::BindGroupEntry<'_>> = (0..)
+            .zip(memories)
+            .map(|(binding, memory)| wgpu::BindGroupEntry { binding, resource: memory.buffer.as_entire_binding() })
+            .collect();
+        let layout = &self.layouts[&(pipeline.read_write, pipeline.read)].bindings;
+        let group =
+            self.device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries });
+        self.bind_groups.insert(key, group.clone());
+        group
+    }
+
+    /// A kernel, compiled if it was not yet.
+    pub(crate) fn pipeline(&mut self, kernel: Kernel) -> Result<Pipeline> {
+        if let Some(pipeline) = self.pipelines.get(&kernel) {
+            return Ok(pipeline.clone());
+        }
+        let started = Instant::now();
+        let source = kernel.source(self.self_test.half_subnormals);
+        let compiled = self.compile(&source)?;
+        self.compile_time += started.elapsed();
+        self.pipelines.insert(kernel, compiled.clone());
+        Ok(compiled)
+    }
+
+    /// How many kernels were compiled, and how long that took.
+    pub(crate) fn compiled(&self) -> (usize, Duration) {
+        (self.pipelines.len(), self.compile_time)
+    }
+
+    fn compile(&mut self, source: &Source) -> Result<Pipeline> {
+        let key = (source.read_write, source.read);
+        if !self.layouts.contains_key(&key) {
+            let layout = self.make_layout(source)?;
+            self.layouts.insert(key, layout);
+        }
+        let layout = &self.layouts[&key];
+        let cache = self.cache.as_ref().map(|(cache, _)| cache);
+        let pipeline = self.scoped(&format!("kernel {}", source.name), |device| {
+            let descriptor = wgpu::ShaderModuleDescriptor {
+                label: Some(&source.name),
+                source: wgpu::ShaderSource::Wgsl(Cow::Borrowed(&source.wgsl)),
+            };
+            // SAFETY: see the top of this file; every loop of the kernels counts to a bound, every divisor is a shape that `validate()`
+            // has seen to be positive.
+            let module =
+                unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) };
+            device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                label: Some(&source.name),
+                layout: Some(&layout.pipeline),
+                module: &module,
+                entry_point: Some("main"),
+                compilation_options: wgpu::PipelineCompilationOptions {
+                    // Every kernel writes its workgroup memory before it reads it.
+                    zero_initialize_workgroup_memory: false,
+                    ..Default::default()
+                },
+                cache,
+            })
+        })?;
+        Ok(Pipeline { pipeline, read_write: source.read_write, read: source.read })
+    }
+
+    fn make_layout(&self, source: &Source) -> Result<Layout> {
+        let entries: Vec<wgpu::BindGroupLayoutEntry> = (0..source.read_write + source.read)
+            .map(|binding| wgpu::BindGroupLayoutEntry {
+                binding,
+                visibility: wgpu::ShaderStages::COMPUTE,
+                ty: wgpu::BindingType::Buffer {
+                    ty: wgpu::BufferBindingType::Storage { read_only: binding >= source.read_write },
+                    has_dynamic_offset: false,
+                    min_binding_size: None,
+                },
+                count: None,
+            })
+            .collect();
+        self.scoped(&format!("bindings of kernel {}", source.name), |device| {
+            let bindings =
+                device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: None, entries: &entries });
+            let pipeline = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+                label: None,
+                bind_group_layouts: &[Some(&bindings)],
+                immediate_size: IMMEDIATES_BYTES,
+            });
+            Layout { bindings, pipeline }
+        })
+    }
+
+    /// Waits until everything submitted has run.
+    pub(crate) fn wait(&self) -> Result<()> {
+        self.device
+            .poll(wgpu::PollType::wait_indefinitely())
+            .map_err(|e| device_error(format!("waiting for the adapter: {}", one_line(&e))))?;
+        self.check()
+    }
+
+    /// Waits and copies `bytes` bytes of a buffer that the host may map, from its start.
+    pub(crate) fn map_read(&self, staging: &wgpu::Buffer, dst: &mut [u8]) -> Result<()> {
+        let slice = staging.slice(..dst.len() as u64);
+        let mapped = Arc::new(Mutex::new(None));
+        let sink = Arc::clone(&mapped);
+        slice.map_async(wgpu::MapMode::Read, move |result| {
+            *sink.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(result);
+        });
+        self.wait()?;
+        let result = mapped.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        match result {
+            Some(Ok(())) => {}
+            Some(Err(e)) => return Err(device_error(format!("reading memory back: {}", one_line(&e)))),
+            None => return Err(device_error("reading memory back: the adapter did not answer")),
+        }
+        let range =
+            slice.get_mapped_range().map_err(|e| device_error(format!("reading memory back: {}", one_line(&e))))?;
+        dst.copy_from_slice(&range);
+        drop(range);
+        staging.unmap();
+        Ok(())
+    }
+
+    fn run_self_test(&mut self) -> Result<()> {
+        let memory = self.alloc("the self-test", 64)?;
+        let inputs: [u32; 16] = [
+            0,
+            0,
+            0,
+            0,
+            0x0200,                            // 2^-15, binary16 subnormal
+            0x0080_0000,                       // 2^-126
+            0.5f32.to_bits(),                  // times that: 2^-127
+            0x0000_0001,                       // the smallest f32
+            (1.0f32 + f32::EPSILON).to_bits(), // (1 + e)^2 - (1 + 2 e) = e^2, lost if the product is rounded
+            (1.0f32 + f32::EPSILON).to_bits(),
+            (-(1.0f32 + 2.0 * f32::EPSILON)).to_bits(),
+            0,
+            0,
+            0,
+            0,
+            0,
+        ];
+        self.queue.write_buffer(&memory.buffer, 0, bytemuck::cast_slice(&inputs));
+        let pipeline = self.pipeline(Kernel::SelfTest)?;
+        let group = self.bind(&pipeline, &[&memory]);
+        let staging = self.staging(16)?;
+        let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        {
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            pass.set_pipeline(&pipeline.pipeline);
+            pass.set_bind_group(0, &group, &[]);
+            pass.dispatch_workgroups(1, 1, 1);
+        }
+        encoder.copy_buffer_to_buffer(&memory.buffer, 0, &staging, 0, 16);
+        self.queue.submit([encoder.finish()]);
+        let mut words = [0u32; 4];
+        self.map_read(&staging, bytemuck::cast_slice_mut(&mut words))?;
+        let half = f32::from_bits(words[0]);
+        if half != 0.0 && half != 2f32.powi(-15) {
+            return Err(device_error(format!(
+                "adapter {} fails its self-test: binary16 2^-15 is {half:e}",
+                self.report.name
+            )));
+        }
+        self.self_test.half_subnormals = half != 0.0;
+        self.self_test.single_subnormals = words[1] == 0x0040_0000 && words[2] == 1;
+        self.self_test.fused = f32::from_bits(words[3]) == f32::EPSILON * f32::EPSILON;
+        self.forget(&memory);
+        Ok(())
+    }
+
+    /// Memory that the host can read.
+    pub(crate) fn staging(&self, bytes: u64) -> Result<wgpu::Buffer> {
+        self.scoped("memory for reading back", |device| {
+            device.create_buffer(&wgpu::BufferDescriptor {
+                label: None,
+                size: bytes.next_multiple_of(16),
+                usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+                mapped_at_creation: false,
+            })
+        })
+    }
+
+    /// Takes compiled kernels of an earlier run from a file, where the API has such a thing.
+    fn open_cache(&mut self, info: &wgpu::AdapterInfo, folder: Option<&Path>) {
+        let Some(folder) = folder.filter(|_| self.device.features().contains(wgpu::Features::PIPELINE_CACHE)) else {
+            return;
+        };
+        // wgpu's key names adapter and driver version.
+        let Some(key) = wgpu::util::pipeline_cache_key(info) else { return };
+        let path = folder.join(key);
+        let data = std::fs::read(&path).ok();
+        // SAFETY: the data is what this driver gave us (`save_cache`), under a name that is unique to it; wgpu checks its header, and with
+        // `fallback` data that does not fit is dropped.
+        let cache = unsafe {
+            self.device.create_pipeline_cache(&wgpu::PipelineCacheDescriptor {
+                label: Some("moellon"),
+                data: data.as_deref(),
+                fallback: true,
+            })
+        };
+        self.cache = Some((cache, path));
+    }
+
+    /// Keeps compiled kernels for the next run. That it cannot be written is no reason to fail.
+    pub(crate) fn save_cache(&self) {
+        let Some((cache, path)) = &self.cache else { return };
+        let Some(data) = cache.get_data() else { return };
+        let known = std::fs::metadata(path).is_ok_and(|m| m.len() == data.len() as u64);
+        let Some(folder) = path.parent().filter(|_| !known) else { return };
+        let temporary = path.with_extension(format!("tmp{}", std::process::id()));
+        let written = std::fs::create_dir_all(folder)
+            .and_then(|()| std::fs::write(&temporary, &data))
+            .and_then(|()| std::fs::File::open(&temporary)?.sync_all())
+            .and_then(|()| std::fs::rename(&temporary, path));
+        if written.is_err() {
+            let _ = std::fs::remove_file(&temporary);
+        }
+    }
+}
+
+/// An error's text in one line, its causes behind colons.
+fn one_line(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}

@@ -1,0 +1,264 @@
+//! Weights on the device. Codes lie as in the checkpoint, row after row: a chunk of 32 columns is a whole number of words in every format,
+//! and neighbouring invocations have neighbouring chunks, so nothing needs to be interleaved (`kernels/product.wgsl`). Rows are padded to
+//! whole chunks. Scales are repacked so that what a chunk needs is one word (two for f32 scales with offsets).
+//!
+//! A weight that is larger than one binding of the adapter is cut into shards: ranges of matrices, or of rows of one matrix.
+
+use crate::device::{Device, Memory, NAME};
+use crate::kernels::{Code, ROWS, ScaleKind};
+use moellon_ops::{Error, Result};
+use moellon_tensor::{MatrixView, WeightFormat};
+
+/// Bytes that are handed to the queue at a time.
+const PIECE: usize = 16 << 20;
+
+/// A range of a weight in memory of its own.
+pub(crate) struct Shard {
+    pub(crate) codes: Memory,
+    pub(crate) scales: Memory,
+    pub(crate) first_matrix: usize,
+    pub(crate) num_matrices: usize,
+    /// Rows of each of its matrices.
+    pub(crate) first_row: usize,
+    pub(crate) num_rows: usize,
+}
+
+/// One or several matrices on the device.
+pub(crate) struct DeviceWeight {
+    pub(crate) code: Code,
+    pub(crate) count: usize,
+    pub(crate) rows: usize,
+    /// Chunks of a row.
+    pub(crate) chunks: usize,
+    /// Invocations of a team: a function of the shape alone, because the order of sums depends on it.
+    pub(crate) lanes: usize,
+    /// Words of scales of a row.
+    pub(crate) scale_words: usize,
+    /// FP8: columns that share a scale.
+    pub(crate) block_columns: usize,
+    pub(crate) shards: Vec<Shard>,
+    /// Global scales `[count]` where there are any, then biases `[count, rows]` where there are any.
+    pub(crate) extra: Memory,
+    pub(crate) has_global: bool,
+    pub(crate) has_bias: bool,
+}
+
+/// What runs side by side, for the choice of lanes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Company {
+    /// One matrix at a time.
+    Alone,
+    /// All matrices of the weight (heads).
+    All,
+    /// A few matrices of the weight (experts).
+    Few,
+}
+
+impl DeviceWeight {
+    /// Copies matrices of one shape and format to the device.
+    pub(crate) fn load(
+        name: &str,
+        matrices: &[MatrixView<'_>],
+        bias: Option<&[f32]>,
+        company: Company,
+        device: &mut Device,
+    ) -> Result<Self> {
+        let first = &matrices[0];
+        let (format, rows, cols, count) = (first.format, first.rows, first.cols, matrices.len());
+        let Some(code) = Code::of(format).filter(|code| *code != Code::F16 || device.self_test.half_subnormals) else {
+            return Err(unsupported(name, format));
+        };
+        let chunks = cols.div_ceil(32);
+        let row_bytes = chunks * code.chunk_words() * 4;
+        let block_columns = match format {
+            WeightFormat::Fp8Block { block_cols, .. } => block_cols as usize,
+            _ => 32,
+        };
+        let scale_words = scale_words(code, cols, block_columns);
+        let largest = (row_bytes.max(scale_words * 4) as u64).max(1);
+        let rows_per_shard = (device.max_binding_bytes() / largest) as usize;
+        if rows_per_shard == 0 {
+            return Err(Error::OutOfMemory {
+                backend: NAME,
+                what: format!("a row of {name} in one buffer of this adapter"),
+                needed_bytes: largest,
+                free_bytes: device.max_binding_bytes(),
+            });
+        }
+        let mut shards = Vec::new();
+        if rows_per_shard >= rows {
+            let matrices_per_shard = (rows_per_shard / rows.max(1)).max(1);
+            for first_matrix in (0..count).step_by(matrices_per_shard) {
+                let num_matrices = matrices_per_shard.min(count - first_matrix);
+                shards.push((first_matrix, num_matrices, 0, rows));
+            }
+        } else {
+            let step = (rows_per_shard / ROWS * ROWS).max(1);
+            for matrix in 0..count {
+                shards.extend((0..rows).step_by(step).map(|row| (matrix, 1, row, step.min(rows - row))));
+            }
+        }
+        let shards = shards
+            .into_iter()
+            .map(|(first_matrix, num_matrices, first_row, num_rows)| {
+                let total_rows = (num_matrices * num_rows) as u64;
+                let codes = device.alloc(name, total_rows * row_bytes as u64)?;
+                let scales = device.alloc(name, total_rows * 4 * scale_words as u64)?;
+                let mut upload = Upload::new(device);
+                for (i, matrix) in matrices[first_matrix..first_matrix + num_matrices].iter().enumerate() {
+                    let part = matrix.row_range(first_row..first_row + num_rows);
+                    upload.codes(&codes, i * num_rows * row_bytes, row_bytes, &part)?;
+                    upload.scales(&scales, i * num_rows * scale_words * 4, code, scale_words, &part)?;
+                }
+                upload.finish()?;
+                Ok(Shard { codes, scales, first_matrix, num_matrices, first_row, num_rows })
+            })
+            .collect::<Result<Vec<Shard>>>()?;
+        let globals: Vec<f32> = matrices.iter().map(|m| m.global_scale).collect();
+        let has_global = globals.iter().any(|g| *g != 1.0);
+        let mut floats = if has_global { globals } else { Vec::new() };
+        floats.extend_from_slice(bias.unwrap_or_default());
+        let extra = device.alloc(name, 4 * floats.len() as u64)?;
+        device.queue.write_buffer(&extra.buffer, 0, bytemuck::cast_slice(&floats));
+        let beside = match company {
+            Company::Alone => 1,
+            Company::All => count,
+            Company::Few => count.min(8),
+        };
+        Ok(DeviceWeight {
+            code,
+            count,
+            rows,
+            chunks,
+            lanes: lanes(rows * beside, chunks),
+            scale_words,
+            block_columns,
+            shards,
+            extra,
+            has_global,
+            has_bias: bias.is_some(),
+        })
+    }
+}
+
+/// Invocations of a team. Few rows get large teams, so that every part of the adapter has work.
+fn lanes(rows: usize, chunks: usize) -> usize {
+    const WORKGROUPS: usize = 512;
+    let largest = chunks.next_power_of_two().min(256);
+    let mut lanes = largest.min(32);
+    while lanes < largest && rows.div_ceil(ROWS * 256 / lanes) < WORKGROUPS {
+        lanes *= 2;
+    }
+    lanes
+}
+
+/// Words of scales of a row of `cols` columns.
+fn scale_words(code: Code, cols: usize, block_columns: usize) -> usize {
+    match code {
+        Code::Affine { group, scale, .. } => {
+            cols.div_ceil(group as usize) * if scale == ScaleKind::F32 { 2 } else { 1 }
+        }
+        Code::Nvfp4 => cols.div_ceil(64),
+        Code::Mxfp4 | Code::Mxfp8 => cols.div_ceil(128),
+        Code::Fp8 => cols.div_ceil(block_columns),
+        Code::F32 | Code::F16 | Code::Bf16 => 0,
+    }
+}
+
+/// Bytes on their way to the device, a piece at a time.
+struct Upload<'a> {
+    device: &'a Device,
+    in_flight: usize,
+    row: Vec<u8>,
+}
+
+impl<'a> Upload<'a> {
+    fn new(device: &'a Device) -> Self {
+        Upload { device, in_flight: 0, row: Vec::new() }
+    }
+
+    fn write(&mut self, to: &Memory, at: usize, bytes: &[u8]) -> Result<()> {
+        self.device.queue.write_buffer(&to.buffer, at as u64, bytes);
+        self.in_flight += bytes.len();
+        // The queue keeps copies until they are submitted.
+        if self.in_flight >= 4 * PIECE { self.finish() } else { Ok(()) }
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        self.in_flight = 0;
+        self.device.queue.submit([]);
+        self.device.wait()
+    }
+
+    /// Codes of a matrix, from byte `at` on, rows padded to `row_bytes`.
+    fn codes(&mut self, to: &Memory, at: usize, row_bytes: usize, matrix: &MatrixView<'_>) -> Result<()> {
+        let rows = matrix.codes;
+        if rows.row_bytes() == row_bytes && rows.stride_bytes() == row_bytes {
+            let all = &rows.span(matrix.rows)[..row_bytes * matrix.rows];
+            for (i, piece) in all.chunks(PIECE).enumerate() {
+                self.write(to, at + i * PIECE, piece)?;
+            }
+            return Ok(());
+        }
+        self.rows(to, at, matrix.rows, row_bytes, |row, out| {
+            out[..rows.row_bytes()].copy_from_slice(rows.row(row));
+        })
+    }
+
+    /// Scales of a matrix, from byte `at` on.
+    fn scales(&mut self, to: &Memory, at: usize, code: Code, words: usize, matrix: &MatrixView<'_>) -> Result<()> {
+        if words == 0 {
+            return Ok(());
+        }
+        self.rows(to, at, matrix.rows, 4 * words, |row, out| {
+            let scales = matrix.scale_row(row);
+            match code {
+                Code::Affine { scale, .. } => {
+                    // Scale and offset of a group side by side.
+                    let size = if scale == ScaleKind::F32 { 4 } else { 2 };
+                    let pairs = scales.chunks_exact(size).zip(matrix.offsets.row(row).chunks_exact(size));
+                    for (out, (s, o)) in out.chunks_exact_mut(2 * size).zip(pairs) {
+                        out[..size].copy_from_slice(s);
+                        out[size..].copy_from_slice(o);
+                    }
+                }
+                _ => out[..scales.len()].copy_from_slice(scales),
+            }
+        })
+    }
+
+    /// Rows of `row_bytes` bytes that `fill` makes out of zeros.
+    fn rows(
+        &mut self,
+        to: &Memory,
+        at: usize,
+        num_rows: usize,
+        row_bytes: usize,
+        fill: impl Fn(usize, &mut [u8]),
+    ) -> Result<()> {
+        let per_piece = (PIECE / row_bytes).max(1);
+        let mut buffer = std::mem::take(&mut self.row);
+        for begin in (0..num_rows).step_by(per_piece) {
+            let here = per_piece.min(num_rows - begin);
+            buffer.clear();
+            buffer.resize(here * row_bytes, 0);
+            for (i, out) in buffer.chunks_exact_mut(row_bytes).enumerate() {
+                fill(begin + i, out);
+            }
+            self.write(to, at + begin * row_bytes, &buffer)?;
+        }
+        self.row = buffer;
+        Ok(())
+    }
+}
+
+fn unsupported(name: &str, format: WeightFormat) -> Error {
+    Error::UnsupportedFormat {
+        backend: NAME,
+        weight: name.to_owned(),
+        format: format.to_string(),
+        takes: "f32, bf16, f16 where the adapter keeps its subnormals, mxfp4, mxfp8, nvfp4, affine 2-6 and 8 bits with groups of 32, 64 or \
+                128, fp8 in blocks of 32 columns or multiples"
+            .to_owned(),
+    }
+}
