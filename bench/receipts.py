@@ -12,7 +12,7 @@
     python3 bench/receipts.py cuda              # the same on an NVIDIA GPU, up to the whole GLM-5.2-77; text against the CPU's
     cargo xtask docs --write
 
-A receipt holds the commit, the machine, the commands, every sample, and rows for tables. Needs nothing but Python.
+A receipt holds the commit, the machine, the commands, every sample, rows for tables, and a hash over it all. Needs nothing but Python.
 """
 
 import datetime
@@ -76,6 +76,7 @@ def write(name, commands, samples, tables, stolen):
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(receipt, indent=1) + "\n")
     temporary.rename(path)
+    run("receipt", "seal", path)
     print(path.relative_to(ROOT))
 
 

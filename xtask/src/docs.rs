@@ -3,7 +3,10 @@
 //! A document marks a table with `<!-- table:NAME -->` and `<!-- /table -->`, each on a line of its own. A receipt
 //! (`receipts/*.json`) gives rows to tables in its member `tables`: `{"NAME": [{"column": value, ..}, ..]}`. Rows stand
 //! in the order of the receipts' file names; columns in the order in which rows first name them; the last column names
-//! the receipt.
+//! the receipt. `<!-- table:NAME | column=value | .. -->` shows the rows with those values alone.
+//!
+//! README.md makes no claim of its own: outside of such tables and of code no number may stand there with a unit that is
+//! measured ([`MEASURED_UNITS`]).
 
 use crate::workspace;
 use anyhow::{Context, Result, bail, ensure};
@@ -43,6 +46,9 @@ pub(crate) fn run(mode: Mode) -> Result<()> {
         let text = std::fs::read_to_string(&file).with_context(|| path.clone())?;
         let (updated, count) = fill_tables(&text, &tables).with_context(|| path.clone())?;
         num_tables += count;
+        if path == "README.md" {
+            check_claims(&updated)?;
+        }
         if updated != text {
             match mode {
                 Mode::Verify => stale.push(path.clone()),
@@ -75,12 +81,63 @@ fn collect_tables(receipts: &[(String, Value)]) -> Result<Tables> {
     Ok(tables)
 }
 
+/// Units of numbers that only a receipt can state.
+const MEASURED_UNITS: [&str; 8] = ["tok/s", "GB/s", "MB/s", "%", "ms", "us", "µs", "x"];
+
+/// Refuses numbers with a measured unit outside of generated tables and code.
+fn check_claims(text: &str) -> Result<()> {
+    let (mut in_code, mut in_table) = (false, false);
+    for (number, line) in text.lines().enumerate() {
+        let mark = line.trim();
+        match mark {
+            _ if mark.starts_with("```") => in_code = !in_code,
+            _ if mark.starts_with("<!-- table:") => in_table = true,
+            "<!-- /table -->" => in_table = false,
+            _ if in_code || in_table => {}
+            _ => {
+                if let Some(claim) = claim(line) {
+                    bail!("line {}: {claim:?} is a measured number outside of a generated table", number + 1);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The first number of a line that has a measured unit, in the same word or the next.
+fn claim(line: &str) -> Option<String> {
+    let words: Vec<&str> = line.split_whitespace().map(|w| w.trim_matches(|c: char| ",.;:()*".contains(c))).collect();
+    let is_number = |word: &str| !word.is_empty() && word.chars().all(|c| c.is_ascii_digit() || c == '.' || c == ',');
+    words.iter().enumerate().find_map(|(i, word)| {
+        let split = word.find(|c: char| !(c.is_ascii_digit() || c == '.' || c == ',')).unwrap_or(word.len());
+        let (number, unit) = word.split_at(split);
+        let next = words.get(i + 1).copied().unwrap_or_default();
+        let joined = is_number(number) && MEASURED_UNITS.contains(&unit);
+        let apart = is_number(word) && next != "x" && MEASURED_UNITS.contains(&next);
+        (joined || apart).then(|| if joined { (*word).to_owned() } else { format!("{word} {next}") })
+    })
+}
+
 fn cell(value: &Value) -> String {
     let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
     text.replace('|', "\\|").replace('\n', " ")
 }
 
-fn render(rows: &[Row]) -> String {
+/// The rows of a mark's table: all, or those with the values that it names.
+fn select<'a>(mark: &str, tables: &'a Tables) -> Result<Vec<&'a Row>> {
+    let mut parts = mark.split(" | ").map(str::trim);
+    let name = parts.next().unwrap_or_default();
+    let rows = tables.get(name).with_context(|| format!("no receipt has a row for table {name}"))?;
+    let wanted = parts
+        .map(|part| part.split_once('=').with_context(|| format!("table {name}: {part:?} is not column=value")))
+        .collect::<Result<Vec<_>>>()?;
+    let has = |row: &&Row, (column, value): &(&str, &str)| row.cells.iter().any(|(c, v)| c == column && v == value);
+    let rows: Vec<&Row> = rows.iter().filter(|row| wanted.iter().all(|w| has(row, w))).collect();
+    ensure!(!rows.is_empty(), "no row of table {mark}");
+    Ok(rows)
+}
+
+fn render(rows: &[&Row]) -> String {
     let mut columns: Vec<&str> = Vec::new();
     for (column, _) in rows.iter().flat_map(|row| &row.cells) {
         if !columns.contains(&column.as_str()) {
@@ -111,9 +168,9 @@ fn fill_tables(text: &str, tables: &Tables) -> Result<(String, usize)> {
         match (open, name) {
             _ if in_code => out.push_str(line),
             (None, Some(name)) => {
-                let rows = tables.get(name).with_context(|| format!("no receipt has a row for table {name}"))?;
+                let rows = select(name, tables)?;
                 out.push_str(line);
-                out.push_str(&render(rows));
+                out.push_str(&render(&rows));
                 (open, count) = (Some(name), count + 1);
             }
             (Some(name), Some(inner)) => bail!("table {inner} begins inside table {name}"),
@@ -177,5 +234,28 @@ mod tests {
     fn text_without_tables_is_untouched() {
         let text = "# Title\n\n```\n<!-- table:example -->\n<!-- /table -->\n```\nno newline at the end";
         assert_eq!(fill_tables(text, &Tables::new()).unwrap(), (text.to_owned(), 0));
+    }
+
+    #[test]
+    fn a_mark_can_choose_rows() {
+        let (text, _) = fill_tables("<!-- table:decode | model=tiny -->\n<!-- /table -->\n", &tables()).unwrap();
+        assert_eq!(text.lines().count(), 5, "{text}");
+        assert!(text.contains("| tiny | 41.5 | 2026-01-a |"));
+        let error = fill_tables("<!-- table:decode | model=none -->\n<!-- /table -->\n", &tables()).unwrap_err();
+        assert_eq!(error.to_string(), "no row of table decode | model=none");
+    }
+
+    #[test]
+    fn claims_stand_in_tables() {
+        assert_eq!(claim("decodes at 62 tok/s, and more"), Some("62 tok/s".to_owned()));
+        assert_eq!(claim("is 1.6x as fast"), Some("1.6x".to_owned()));
+        assert_eq!(claim("**28 %** of the bandwidth"), Some("28 %".to_owned()));
+        for fine in ["OpenAI-python 2 and 3", "affine with 1 to 6 and 8 bits", "a model of 106 GB", "MLX 0.32.4 x 3"] {
+            assert_eq!(claim(fine), None, "{fine}");
+        }
+        let text = "a\n```\n5 ms\n```\n<!-- table:t -->\n| 5 ms |\n<!-- /table -->\n";
+        assert!(check_claims(text).is_ok());
+        let error = check_claims("one\ntakes 5 ms\n").unwrap_err().to_string();
+        assert_eq!(error, "line 2: \"5 ms\" is a measured number outside of a generated table");
     }
 }

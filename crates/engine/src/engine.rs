@@ -338,6 +338,16 @@ impl Engine {
         self.stats.failures_in_a_row += 1;
     }
 
+    /// Forgets the prefixes that are cached in memory, as a new start would; those on disk stay. For measuring.
+    ///
+    /// # Panics
+    /// If requests are running or waiting: they hold cached blocks.
+    pub fn forget_prefixes(&mut self) {
+        assert!(self.is_idle(), "prefixes are forgotten between requests");
+        self.pool = KvPool::new(self.limits.num_blocks, self.limits.block_size, self.limits.block_bytes);
+        self.prefix_cache = PrefixCache::new(self.max_prefix_blocks);
+    }
+
     /// Ends every request, running or waiting, with `error`.
     pub fn fail_all(&mut self, error: &RequestError) {
         let running = self.running.drain(..);

@@ -35,8 +35,7 @@ pub enum Error {
 
 type Result<T> = std::result::Result<T, Error>;
 
-/// Windows with more steal than this are discarded.
-pub const STEAL_LIMIT_PERCENT: f64 = 2.0;
+pub use crate::disturbance::STEAL_LIMIT_PERCENT;
 
 /// Steps whose operations are timed and counted one by one.
 const PROFILED_STEPS: u64 = 8;

@@ -177,7 +177,7 @@ fn print_replay(report: &ReplayReport) {
 }
 
 /// A decoder with room for the largest batch at the context, or the longest prompt.
-fn open(options: &BenchOptions, backend: &mut dyn Backend) -> Result<(Decoder, String, String, LoadTime)> {
+pub fn open(options: &BenchOptions, backend: &mut dyn Backend) -> Result<(Decoder, String, String, LoadTime)> {
     let largest_batch = options.batch.iter().copied().max().unwrap_or(1);
     let longest_prompt = options.prompt.iter().copied().max().unwrap_or(1);
     let block_size = 64;

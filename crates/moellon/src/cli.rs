@@ -42,6 +42,14 @@ pub enum Command {
     Bench(BenchOptions),
     /// Say what this machine has and what would run where.
     Doctor(DoctorOptions),
+    /// Say what a token reads, what the machine's bandwidth allows, what is reached and what would be if.
+    Roofline(RooflineOptions),
+    /// Write one HTML file with everything that was measured on this machine.
+    Report(ReportOptions),
+    /// Test hypotheses about speed on this machine and model: each is switched on and off in turn until the difference is sure.
+    Lever(LeverOptions),
+    /// Check, compare or show the records of measurements.
+    Receipt(ReceiptOptions),
     /// Measure what weights are given and what experts add, with texts, a layer at a time.
     Calibrate(surgery::CalibrateOptions),
     /// Write a model with fewer experts: those that the calibration says matter.
@@ -63,7 +71,7 @@ pub struct ModelOptions {
 }
 
 /// Where and how to compute.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct DeviceOptions {
     /// Back end.
     #[arg(long, env = "MOELLON_BACKEND", default_value = "auto")]
@@ -454,7 +462,156 @@ impl FromStr for ReplaySpec {
 }
 
 #[derive(Debug, Args)]
+pub struct RooflineOptions {
+    #[command(flatten)]
+    pub bench: BenchOptions,
+    /// Predict the speed if something were otherwise; may be given several times. NAME=NUMBER, joined by commas: bits of a
+    /// weight with scales by part (experts, attention, head, all, ..), batch, k (rows that a step verifies) with p (chance
+    /// that a draft is right) and overlap (share of experts that neighbours have in common), bandwidth (GB/s).
+    #[arg(long, value_name = "experts=3,..")]
+    pub what_if: Vec<String>,
+    /// Folder to write a receipt to.
+    #[arg(long, value_name = "DIR")]
+    pub receipts: Option<PathBuf>,
+    /// Name of the receipt.
+    #[arg(long, requires = "receipts", value_name = "NAME")]
+    pub name: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct ReportOptions {
+    #[command(flatten)]
+    pub model: ModelOptions,
+    #[command(flatten)]
+    pub device: DeviceOptions,
+    /// Folder of receipts: levers, rooflines, surgery. What the folder lacks of the roofline is measured now.
+    #[arg(long, default_value = "receipts", value_name = "DIR")]
+    pub receipts: PathBuf,
+    /// Where to write the page.
+    #[arg(short, long, default_value = "moellon-report.html", value_name = "FILE")]
+    pub out: PathBuf,
+    /// Print the same as JSON instead.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct LeverOptions {
+    #[command(subcommand)]
+    pub command: LeverCommand,
+    /// Folder of levers (*.toml) besides those of the program, or instead of those with the same name.
+    #[arg(long, global = true, value_name = "DIR")]
+    pub levers: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum LeverCommand {
+    /// Name all levers.
+    List,
+    /// Say what a lever believes and how it is tested.
+    Show {
+        /// Which.
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+    },
+    /// Test some levers.
+    Run {
+        /// Which.
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+        #[command(flatten)]
+        test: LeverTestOptions,
+    },
+    /// Test all levers.
+    All {
+        #[command(flatten)]
+        test: LeverTestOptions,
+    },
+    /// Say what was found, from the receipts: the last verdict of each lever, model and machine.
+    Verdicts {
+        /// Folder of receipts.
+        #[arg(long, default_value = "receipts", value_name = "DIR")]
+        receipts: PathBuf,
+    },
+    /// Test the lab itself: a planted slowdown must be found, and nothing must be found in nothing.
+    Check {
+        #[command(flatten)]
+        test: LeverTestOptions,
+        /// Comparisons of each kind.
+        #[arg(long, default_value_t = 20, value_name = "N")]
+        runs: usize,
+        /// The planted slowdown in percent.
+        #[arg(long, default_value_t = 3.0, value_name = "PERCENT")]
+        slowdown: f64,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct LeverTestOptions {
+    #[command(flatten)]
+    pub model: ModelOptions,
+    #[command(flatten)]
+    pub device: DeviceOptions,
+    /// Text that is continued and calibrated with; by default Rust sources that are part of the program.
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
+    /// Text that predictions are compared on.
+    #[arg(long, value_name = "FILE")]
+    pub held_text: Option<PathBuf>,
+    /// Folder that the receipt is written to.
+    #[arg(long, default_value = "receipts", value_name = "DIR")]
+    pub receipts: PathBuf,
+    /// Name of the receipt; by default that of the command and model.
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Write no receipt.
+    #[arg(long, conflicts_with = "name")]
+    pub no_receipt: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ReceiptOptions {
+    #[command(subcommand)]
+    pub command: ReceiptCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ReceiptCommand {
+    /// Check layout and hash; fails if a hash is broken.
+    Verify {
+        /// Receipts, or folders of them.
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
+    /// Say where two receipts differ.
+    Diff {
+        before: PathBuf,
+        after: PathBuf,
+        /// Also list samples, one by one.
+        #[arg(long)]
+        samples: bool,
+    },
+    /// Print what a receipt says.
+    Show {
+        /// Receipts, or folders of them.
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
+    /// Put the hash into receipts that scripts wrote without one. Nothing else of them changes.
+    Seal {
+        /// Receipts of schema 1.
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
+}
+
+#[derive(Debug, Args)]
 pub struct DoctorOptions {
+    #[command(flatten)]
+    pub model: ModelOptions,
+    /// Folder of receipts: levers that were tested here are named.
+    #[arg(long, default_value = "receipts", value_name = "DIR")]
+    pub receipts: PathBuf,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,

@@ -1,18 +1,24 @@
 //! `moellon doctor`: what this machine has and what would run where.
 
+use crate::advice::{self, Findings};
 use crate::cli::{BackendChoice, DeviceOptions, DoctorOptions};
+use crate::lever::{self, Tested};
+use crate::model_source::ModelSource;
 use crate::{backend, table};
 use anyhow::{Context, Result};
 use moellon_backend_cpu::CpuLevel;
 use moellon_backend_cpu::bandwidth::ReadProbe;
 use moellon_backend_wgpu::{AdapterChoice, AdapterReport, SelfTest};
+use moellon_lab::receipt::{Receipt, Seal};
+use moellon_lab::roofline::CostModel;
 use moellon_lab::{Machine, ReadBandwidth, StealClock};
+use moellon_model::weights::Weights;
 use moellon_tensor::pool::{Pool, PoolOptions};
 use serde_json::{Value, json};
 
 /// Runs the command.
 pub fn run(options: &DoctorOptions) -> Result<()> {
-    let report = Report::new()?;
+    let report = Report::new(options)?;
     if options.json {
         println!("{}", serde_json::to_string_pretty(&report.json())?);
     } else {
@@ -51,6 +57,10 @@ pub fn measure_bandwidth(threads: Option<usize>) -> Result<ReadBandwidth> {
 }
 
 struct Report {
+    model: String,
+    model_bytes: u64,
+    cost: CostModel,
+    tests: Vec<(Tested, String)>,
     machine: Machine,
     levels: Vec<CpuLevel>,
     one_thread: ReadBandwidth,
@@ -62,7 +72,18 @@ struct Report {
 }
 
 impl Report {
-    fn new() -> Result<Self> {
+    fn new(options: &DoctorOptions) -> Result<Self> {
+        let source = ModelSource::open(options.model.model.as_deref())?;
+        let weights = Weights::describe(&source.config, &source.checkpoint)?;
+        let machine = Machine::this();
+        let (one_thread, all_threads) = (measure_bandwidth(Some(1))?, measure_bandwidth(None)?);
+        let context = source.config.max_position_embeddings.min(1024);
+        let cost = CostModel::new(&weights.account, &source.config, context, all_threads.gb_per_s * 1e9);
+        let receipts = if options.receipts.is_dir() { lever::receipts(&options.receipts)? } else { Vec::new() };
+        let of_model: Vec<Receipt> = receipts
+            .into_iter()
+            .filter(|r| matches!(r.seal, Seal::Intact(_)) && r.value["model"]["name"] == source.name.as_str())
+            .collect();
         let automatic =
             DeviceOptions { backend: BackendChoice::Auto, threads: None, cpu_level: None, gpu: 0, cuda_kernels: None };
         let (gpu, why) = backend::open_gpu(&automatic);
@@ -74,11 +95,34 @@ impl Report {
         Ok(Report {
             adapters: moellon_backend_wgpu::adapters().into_iter().enumerate().map(tested).collect(),
             auto,
-            machine: Machine::this(),
+            tests: lever::last_tests(&of_model, &machine.cpu),
+            model_bytes: source.checkpoint.size_bytes(),
+            model: source.name,
+            cost,
+            machine,
             levels: CpuLevel::available().collect(),
-            one_thread: measure_bandwidth(Some(1))?,
-            all_threads: measure_bandwidth(None)?,
+            one_thread,
+            all_threads,
         })
+    }
+
+    /// What limits and what would pay, in words.
+    fn words(&self) -> [Vec<String>; 2] {
+        let kept = lever::kept(&self.tests);
+        let findings = Findings {
+            cores: self.machine.cores,
+            one_thread: self.one_thread.gb_per_s,
+            all_threads: self.all_threads.gb_per_s,
+            steal_percent: self.all_threads.steal_percent.max(self.one_thread.steal_percent),
+            free_bytes: self.machine.free_bytes,
+            gpus: &self.machine.gpus,
+            cost: &self.cost,
+            model: &self.model,
+            model_bytes: self.model_bytes,
+            kept: &kept,
+            tested: !self.tests.is_empty(),
+        };
+        [advice::limits(&findings), advice::levers(&findings)]
     }
 
     fn print(&self) {
@@ -117,11 +161,19 @@ impl Report {
             println!("               {}", self_test.as_ref().map_or_else(Clone::clone, |test| self_test_text(*test)));
         }
         println!("auto runs on   {}, because {}", self.auto.0, self.auto.1);
-        println!("a model whose tokens read 1 GB decodes at most at {:.1} tok/s here", self.all_threads.gb_per_s);
+        let [limits, levers] = self.words();
+        println!("\nwhat limits");
+        limits.iter().for_each(|line| println!("- {line}"));
+        println!("\nwhat would pay");
+        levers.iter().for_each(|line| println!("- {line}"));
     }
 
     fn json(&self) -> Value {
+        let [limits, levers] = self.words();
         json!({
+            "model": self.model,
+            "limits": limits,
+            "levers": levers,
             "version": env!("CARGO_PKG_VERSION"),
             "cpu": self.machine.cpu,
             "cores": self.machine.cores,

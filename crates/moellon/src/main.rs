@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command-line program prints")]
 #![allow(unreachable_pub, reason = "a binary has no outside")]
 
+mod advice;
 mod backend;
 mod bench;
 mod chat;
@@ -9,9 +10,14 @@ mod cli;
 mod doctor;
 mod generate;
 mod inspect;
+mod lever;
 mod load;
 mod logits;
 mod model_source;
+mod provenance;
+mod receipt;
+mod report;
+mod roofline;
 mod run;
 mod serve;
 mod speculation;
@@ -31,6 +37,10 @@ fn main() -> ExitCode {
         cli::Command::Logits(options) => logits::run(&options),
         cli::Command::Bench(options) => bench::run(&options),
         cli::Command::Doctor(options) => doctor::run(&options),
+        cli::Command::Lever(options) => lever::run(&options),
+        cli::Command::Receipt(options) => receipt::run(&options),
+        cli::Command::Roofline(options) => roofline::run(&options),
+        cli::Command::Report(options) => report::run(&options),
         cli::Command::Calibrate(options) => surgery::calibrate(&options),
         cli::Command::Prune(options) => surgery::prune(&options),
         cli::Command::Plan(options) => surgery::plan(&options),

@@ -156,10 +156,12 @@ struct Rows {
 }
 
 /// What one row of logits says.
-struct Row {
-    kl: f64,
-    nats: [f64; 2],
-    argmax: [u32; 2],
+pub(crate) struct Row {
+    pub(crate) kl: f64,
+    /// Negative log-likelihoods of model and reference.
+    pub(crate) nats: [f64; 2],
+    /// The most likely tokens of model and reference.
+    pub(crate) argmax: [u32; 2],
 }
 
 fn compare_heads(
@@ -222,7 +224,7 @@ pub(crate) fn total_divergence(model: &[f32], reference: &[f32], vocab_size: usi
     rows.iter().sum()
 }
 
-fn compare_row(model: &[f32], reference: &[f32], next: Option<u32>) -> Row {
+pub(crate) fn compare_row(model: &[f32], reference: &[f32], next: Option<u32>) -> Row {
     let (model_sum, model_best) = log_sum_exp(model);
     let (reference_sum, reference_best) = log_sum_exp(reference);
     let kl: f64 = model

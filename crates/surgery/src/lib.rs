@@ -6,7 +6,7 @@
 //! | prune | `prune.rs` | fewer experts, by their saliency |
 //! | plan | `plan.rs`, `sensitivity.rs`, `allocate.rs` | which module gets how many bits |
 //! | quantize | `quantize.rs`, `encoder.rs`, `search_*.rs`, `feedback.rs` | other formats, module by module |
-//! | compare | `compare.rs`, `picture.rs` | how far predictions are from another model's |
+//! | compare | `compare.rs`, `distance.rs`, `picture.rs` | how far predictions are from another model's |
 //!
 //! A model's weights are listed by the model itself (`inventory.rs`); products are written in MLX's layout (`layout.rs`),
 //! under a temporary name and with a journal, so that a killed run goes on (`product.rs`), and carry a receipt and a model
@@ -15,6 +15,7 @@
 pub mod allocate;
 pub mod calibrate;
 pub mod compare;
+pub mod distance;
 pub mod encoder;
 pub mod error;
 pub mod feedback;

@@ -8,12 +8,22 @@ use std::fmt;
 use std::io;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Alignment of every buffer: a cache line, the width of the widest vector register.
 pub const ALIGNMENT_BYTES: usize = 64;
 /// Buffers of at least this size are aligned to it and ask for huge pages: fewer TLB misses, and hardware prefetchers
 /// that stop at page ends run on.
 pub const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// Whether buffers ask for huge pages.
+static HUGE_PAGES: AtomicBool = AtomicBool::new(true);
+
+/// Whether buffers that are allocated from now on ask for huge pages (they do unless told) or for none, whatever the system
+/// does by itself: for measuring what huge pages bring.
+pub fn set_huge_pages(wanted: bool) {
+    HUGE_PAGES.store(wanted, Ordering::Relaxed);
+}
 
 /// Owned memory of `len` elements, zeroed, at a multiple of [`ALIGNMENT_BYTES`] (of [`HUGE_PAGE_BYTES`] when that
 /// large). Pages are mapped when first touched, so the thread that fills a part decides on which NUMA node it lies.
@@ -159,7 +169,8 @@ fn map_huge(size_bytes: usize) -> Option<NonNull<u8>> {
     #[cfg(target_os = "linux")]
     // SAFETY: advice on our own mapping; a refusal costs speed only.
     unsafe {
-        libc::madvise(aligned.cast(), size_bytes, libc::MADV_HUGEPAGE);
+        let advice = if HUGE_PAGES.load(Ordering::Relaxed) { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+        libc::madvise(aligned.cast(), size_bytes, advice);
     }
     NonNull::new(aligned)
 }

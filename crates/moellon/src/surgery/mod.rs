@@ -22,7 +22,7 @@ use moellon_ops::Backend;
 
 /// Makes a fresh exact back end whenever a part of a model is loaded. The first one is made here, so that a flag that asks
 /// for what this machine does not have is refused with its own message.
-fn backends(device: &DeviceOptions) -> Result<impl FnMut() -> moellon_ops::Result<Box<dyn Backend>> + '_> {
+pub fn backends(device: &DeviceOptions) -> Result<impl FnMut() -> moellon_ops::Result<Box<dyn Backend>> + '_> {
     let mut first = Some(backend::create(device, ActivationsChoice::Exact)?);
     Ok(move || match first.take() {
         Some(backend) => Ok(backend),

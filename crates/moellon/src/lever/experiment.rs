@@ -1,0 +1,345 @@
+//! One lever on one model: arms are built, run in turn, judged.
+
+use super::arm::{self, Room};
+use super::quality::quality;
+use super::workload::{Answer, Decode, FirstToken, Prefix, Serve, Stepper, questions};
+use super::{Applicable, Base};
+use anyhow::{Result, anyhow};
+use moellon_lab::disturbance::Witness;
+use moellon_lab::in_turn::{Arm, InTurn, Side, in_turn, main_taint};
+use moellon_lab::lever::{Lever, Setting, Verdict, Workload};
+use moellon_lab::roofline::CostModel;
+use moellon_lab::statistics::Outcome;
+use moellon_surgery::distance::Quality;
+use serde::{Deserialize, Serialize};
+
+/// Requests of a serving window that a setting does not say.
+const REQUESTS: usize = 6;
+
+/// What one lever said of one model.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Tested {
+    /// The lever as it was tested.
+    pub lever: Lever,
+    /// One entry a B.
+    pub points: Vec<Point>,
+    /// Of the lever: keep if any of its points is to be kept.
+    pub verdict: Verdict,
+}
+
+/// A against one B.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Point {
+    /// Names of A and B.
+    pub arms: [String; 2],
+    /// What is to be done about it.
+    pub verdict: Verdict,
+    /// Why.
+    pub reason: String,
+    /// The result in the lever's own unit.
+    pub in_unit: String,
+    /// The comparison; none where the lever is not applicable.
+    pub measured: Option<InTurn>,
+    /// Bytes of a unit and share of the bandwidth of A and B, where units are tokens.
+    pub bytes: Option<[ArmBytes; 2]>,
+    /// Predictions of A and B against those of the model as it is, where they may differ.
+    pub quality: Option<[Quality; 2]>,
+}
+
+/// What an arm reads.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct ArmBytes {
+    /// Of one token, by formats and the union of experts.
+    pub bytes_per_token: f64,
+    /// Bytes over time.
+    pub gb_s: f64,
+    /// Of the bandwidth measured before the run.
+    pub bandwidth_share: f64,
+}
+
+/// An arm and what its steps read.
+struct Built {
+    arm: Box<dyn Arm>,
+    cost: CostModel,
+    batch: usize,
+}
+
+/// Runs a lever.
+pub fn run(base: &Base, lever: &Lever, witness: &mut dyn Witness) -> Result<Tested> {
+    let mut points = Vec::new();
+    let a = lever.common.with(&lever.a);
+    let mut quality_of_a = None;
+    for b in &lever.b {
+        let b = lever.common.with(b);
+        let arms = [label(&lever.a), label_of_b(lever, &b)];
+        points.push(match point(base, lever, [&a, &b], &arms, &mut quality_of_a, witness)? {
+            Ok(point) => point,
+            Err(reason) => Point {
+                arms,
+                verdict: Verdict::NotApplicable,
+                reason,
+                in_unit: String::new(),
+                measured: None,
+                bytes: None,
+                quality: None,
+            },
+        });
+    }
+    let verdict = overall(points.iter().map(|point| point.verdict));
+    Ok(Tested { lever: lever.clone(), points, verdict })
+}
+
+fn label(setting: &Setting) -> String {
+    setting.label()
+}
+
+fn label_of_b(lever: &Lever, merged: &Setting) -> String {
+    // The label is B's own; what both have in common is the lever's matter.
+    lever.b.iter().find(|b| lever.common.with(b) == *merged).map_or_else(|| merged.label(), Setting::label)
+}
+
+/// A lever with several points is kept if one of them is; it is undecided before it is dropped.
+fn overall(verdicts: impl Iterator<Item = Verdict> + Clone) -> Verdict {
+    [Verdict::Keep, Verdict::Undecided, Verdict::Drop]
+        .into_iter()
+        .find(|wanted| verdicts.clone().any(|verdict| verdict == *wanted))
+        .unwrap_or(Verdict::NotApplicable)
+}
+
+fn point(
+    base: &Base,
+    lever: &Lever,
+    settings: [&Setting; 2],
+    arms: &[String; 2],
+    quality_of_a: &mut Option<Quality>,
+    witness: &mut dyn Witness,
+) -> Result<Applicable<Point>> {
+    let folder = tempfile::tempdir()?;
+    let mut built = Vec::new();
+    for (side, setting) in settings.into_iter().enumerate() {
+        match build(base, lever, setting, &folder.path().join(format!("{side}")))? {
+            Ok(arm) => built.push(arm),
+            Err(reason) => return Ok(Err(reason)),
+        }
+    }
+    let [a, b] = &mut built[..] else { unreachable!("two settings were built") };
+    let measured = in_turn(a.arm.as_mut(), b.arm.as_mut(), &lever.rule, witness).map_err(|error| anyhow!(error))?;
+    let thought = |side: &Side| side.extra.get("of them thought").copied().unwrap_or(0.0);
+    if lever.workload == Workload::Answer && thought(&measured.a) == 0.0 {
+        return Ok(Err("the model does not think: there is no thought to skip".to_owned()));
+    }
+    let bytes = (lever.workload == Workload::Decode && lever.common.backend.is_none()).then(|| {
+        let of = |built: &Built, side: &Side| {
+            let bytes_per_token = built.cost.bytes(built.batch as f64) / built.batch as f64;
+            let gb_s = bytes_per_token / side.median_s / 1e9;
+            ArmBytes { bytes_per_token, gb_s, bandwidth_share: gb_s / base.read_gb_s }
+        };
+        [of(a, &measured.a), of(b, &measured.b)]
+    });
+    drop(built);
+    let quality = if lever.lossless || lever.workload != Workload::Decode {
+        None
+    } else {
+        let of_a = match *quality_of_a {
+            Some(known) => known,
+            None => match quality(base, settings[0])? {
+                Ok(quality) => *quality_of_a.insert(quality),
+                Err(reason) => return Ok(Err(reason)),
+            },
+        };
+        match quality(base, settings[1])? {
+            Ok(of_b) => Some([of_a, of_b]),
+            Err(reason) => return Ok(Err(reason)),
+        }
+    };
+    let (verdict, reason) = judge(lever, &measured, quality.as_ref());
+    Ok(Ok(Point {
+        arms: arms.clone(),
+        verdict,
+        reason,
+        in_unit: in_unit(lever, &measured),
+        measured: Some(measured),
+        bytes,
+        quality,
+    }))
+}
+
+/// The verdict and why.
+fn judge(lever: &Lever, measured: &InTurn, quality: Option<&[Quality; 2]>) -> (Verdict, String) {
+    if lever.lossless && !measured.same_output {
+        return (Verdict::Drop, "outputs differ, and the lever must not change them".to_owned());
+    }
+    match measured.outcome {
+        Outcome::Undecided => {
+            let taint = main_taint(&measured.windows).filter(|_| measured.windows.discarded > measured.windows.kept);
+            let why = taint.map_or_else(|| "the interval is wide".to_owned(), |taint| format!("too often {taint}"));
+            (Verdict::Undecided, why)
+        }
+        Outcome::Equal => {
+            (Verdict::Drop, format!("no difference of {:.0} % or more", 100.0 * lever.rule.minimum_effect))
+        }
+        Outcome::Slower => (Verdict::Drop, "slower".to_owned()),
+        Outcome::Faster if lever.lossless => (Verdict::Keep, "faster, the same output".to_owned()),
+        Outcome::Faster => match quality {
+            None => (Verdict::Undecided, "faster; what the other output is worth is not measured here".to_owned()),
+            Some([a, b]) => {
+                let rule = lever.quality;
+                // No worse than what it is compared with is good enough, up to the error of both.
+                let noise = 2.0 * (a.kl_standard_error + b.kl_standard_error);
+                let close = b.kl <= rule.max_kl || b.kl <= a.kl + noise.min(0.1 * a.kl);
+                let agrees = b.top1 >= rule.min_top1 || b.top1 >= a.top1;
+                match (close, agrees) {
+                    (true, true) => (Verdict::Keep, "faster, and near enough".to_owned()),
+                    (false, _) => (Verdict::Drop, format!("faster, but KL {:.3} is over {}", b.kl, rule.max_kl)),
+                    (true, false) => {
+                        let [found, least] = [b.top1, rule.min_top1].map(|share| format!("{:.1} %", 100.0 * share));
+                        (Verdict::Drop, format!("faster, but {found} of next tokens agree, not {least}"))
+                    }
+                }
+            }
+        },
+    }
+}
+
+/// A and B in the lever's unit.
+fn in_unit(lever: &Lever, measured: &InTurn) -> String {
+    let (a, b) = (&measured.a, &measured.b);
+    let extra = |side: &Side, name: &str| side.extra.get(name).copied();
+    match lever.unit.as_str() {
+        unit if unit.starts_with("tok/s") => format!("{:.0} to {:.0} {unit}", 1.0 / a.median_s, 1.0 / b.median_s),
+        unit if unit.starts_with("ms") => format!("{:.2} to {:.2} {unit}", a.median_s * 1e3, b.median_s * 1e3),
+        "x" => format!("{:.2}x", measured.speedup.map_or(a.median_s / b.median_s, |s| s.mean)),
+        "accepted %" => match extra(b, "accepted %") {
+            Some(share) => {
+                format!("{share:.0} % accepted, {:.2} tokens a step", extra(b, "tokens a step").unwrap_or(1.0))
+            }
+            None => "nothing drafted".to_owned(),
+        },
+        name => match (extra(a, name), extra(b, name)) {
+            (Some(a), Some(b)) => format!("{a:.2} to {b:.2} {name}"),
+            (None, Some(b)) => format!("{b:.2} {name}"),
+            (_, None) => String::new(),
+        },
+    }
+}
+
+/// Prompts of `tokens` tokens from different places of the text.
+fn prompts(text: &[u32], count: usize, tokens: usize, identical: bool) -> Vec<Vec<u32>> {
+    // A stride that is no multiple of a line, so that no two begin alike.
+    let stride = (text.len() - tokens) / count.max(1);
+    (0..count).map(|i| if identical { 0 } else { i * stride }).map(|at| text[at..at + tokens].to_vec()).collect()
+}
+
+fn build(base: &Base, lever: &Lever, setting: &Setting, disk: &std::path::Path) -> Result<Applicable<Built>> {
+    let sequences = setting.batch.unwrap_or(1);
+    let concurrent = setting.concurrent.unwrap_or(1);
+    let own = 16;
+    let positions = lever.prompt + lever.tokens + own;
+    if base.text.len() < 2 * positions {
+        return Ok(Err(format!("the texts have {} tokens, needed are {}", base.text.len(), 2 * positions)));
+    }
+    let disk = (setting.prefix.as_deref() == Some("disk")).then_some(disk);
+    let room = match lever.workload {
+        Workload::Decode => Room { sequences, positions, cached: sequences },
+        Workload::FirstToken => Room { sequences: sequences.max(concurrent), positions, cached: 8 },
+        Workload::Serve => Room { sequences, positions, cached: setting.concurrent.unwrap_or(REQUESTS) },
+        // Questions in a template are not as long as a prompt of text.
+        Workload::Answer => Room { sequences: 1, positions: 512.min(base.max_position), cached: 4 },
+    };
+    let (engine, cost) = match arm::engine(base, setting, room, disk)? {
+        Ok(found) => found,
+        Err(reason) => return Ok(Err(reason)),
+    };
+    let stepper = Stepper { engine, slowdown: setting.slowdown.unwrap_or(0.0) };
+    let tokens = lever.tokens;
+    let arm: Box<dyn Arm> = match lever.workload {
+        Workload::Decode => {
+            let prompts = prompts(&base.text, sequences, lever.prompt, setting.identical_prompts == Some(true));
+            Box::new(Decode { stepper, prompts, tokens })
+        }
+        Workload::FirstToken => {
+            let prefix = match setting.prefix.as_deref() {
+                Some("warm") => Prefix::Warm,
+                Some("disk") => Prefix::Disk,
+                _ => Prefix::Cold,
+            };
+            let prefix_tokens = lever.prompt;
+            Box::new(FirstToken { stepper, text: base.text.clone(), prefix_tokens, concurrent, prefix, round: 0 })
+        }
+        Workload::Serve => {
+            let prompts = prompts(&base.text, setting.concurrent.unwrap_or(REQUESTS), lever.prompt, false);
+            Box::new(Serve { stepper, prompts, tokens, round: 0 })
+        }
+        Workload::Answer => {
+            let source = crate::model_source::ModelSource::open(base.directory.as_deref())?;
+            let no_chat = || "the model has no chat template with thoughts".to_owned();
+            let Some(questions) = questions(&source, base, setting.thinking != Some(false))? else {
+                return Ok(Err(no_chat()));
+            };
+            let stop_ids = source.stop_ids(&base.tokenizer);
+            let budget = setting.thinking_budget;
+            match Answer::new(stepper, questions, stop_ids, &base.tokenizer, tokens, budget) {
+                Some(arm) => Box::new(arm),
+                None => return Ok(Err(no_chat())),
+            }
+        }
+    };
+    Ok(Ok(Built { arm, cost, batch: sequences }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moellon_lab::disturbance::Windows;
+
+    fn lever(lossless: bool) -> Lever {
+        let text = format!(
+            "title = 't'\nhypothesis = 'h'\nunit = 'x'\nworkload = 'decode'\nlossless = {lossless}\ntokens = 8\nprompt = 8\n[[b]]\n"
+        );
+        Lever::parse("test", &text).unwrap()
+    }
+
+    fn measured(outcome: Outcome, same_output: bool) -> InTurn {
+        let (a, b) = (Side::default(), Side::default());
+        InTurn { a, b, speedup: None, outcome, same_output, windows: Windows::default(), seconds: 0.0 }
+    }
+
+    #[test]
+    fn verdicts_follow_the_rule() {
+        let verdict = |lossless, outcome, same, kl: Option<(f64, f64)>| {
+            let quality = kl.map(|(kl, top1)| {
+                [Quality { top1: 1.0, ..Quality::default() }, Quality { kl, top1, ..Quality::default() }]
+            });
+            judge(&lever(lossless), &measured(outcome, same), quality.as_ref()).0
+        };
+        assert_eq!(verdict(true, Outcome::Faster, true, None), Verdict::Keep);
+        // Losslessness that is claimed is checked, however fast it is.
+        assert_eq!(verdict(true, Outcome::Faster, false, None), Verdict::Drop);
+        assert_eq!(verdict(true, Outcome::Equal, true, None), Verdict::Drop);
+        assert_eq!(verdict(true, Outcome::Slower, true, None), Verdict::Drop);
+        assert_eq!(verdict(true, Outcome::Undecided, true, None), Verdict::Undecided);
+        // 0.05 nats and 90 % are the defaults.
+        assert_eq!(verdict(false, Outcome::Faster, false, Some((0.04, 0.95))), Verdict::Keep);
+        assert_eq!(verdict(false, Outcome::Faster, false, Some((0.06, 0.95))), Verdict::Drop);
+        assert_eq!(verdict(false, Outcome::Faster, false, Some((0.04, 0.85))), Verdict::Drop);
+        // Quality that nobody measured is no reason to keep.
+        assert_eq!(verdict(false, Outcome::Faster, false, None), Verdict::Undecided);
+    }
+
+    #[test]
+    fn a_lever_is_kept_for_one_of_its_points() {
+        use Verdict::{Drop, Keep, NotApplicable, Undecided};
+        assert_eq!(overall([Drop, Keep, Undecided].into_iter()), Keep);
+        assert_eq!(overall([Drop, NotApplicable, Undecided].into_iter()), Undecided);
+        assert_eq!(overall([NotApplicable, Drop].into_iter()), Drop);
+        assert_eq!(overall([NotApplicable].into_iter()), NotApplicable);
+    }
+
+    #[test]
+    fn prompts_are_different_unless_asked() {
+        let text: Vec<u32> = (0..1000).collect();
+        let distinct = prompts(&text, 8, 64, false);
+        assert_eq!(distinct.iter().map(|p| p[0]).collect::<std::collections::BTreeSet<_>>().len(), 8);
+        assert!(prompts(&text, 8, 64, true).iter().all(|p| *p == distinct[0]));
+    }
+}
