@@ -95,7 +95,7 @@ pub struct Rule {
 
 impl Default for Rule {
     fn default() -> Self {
-        Rule { minimum_effect: 0.02, confidence: 0.95, min_pairs: 10, max_pairs: 160, max_seconds: 12.0 }
+        Rule { minimum_effect: 0.02, confidence: 0.95, min_pairs: 10, max_pairs: 160, max_seconds: 8.0 }
     }
 }
 
