@@ -169,7 +169,16 @@ fn judge(lever: &Lever, measured: &InTurn, quality: Option<&[Quality; 2]>) -> (V
     if lever.lossless && !measured.same_output {
         return (Verdict::Drop, "outputs differ, and the lever must not change them".to_owned());
     }
+    // What costs too much is dropped whatever time it saves.
+    let too_far = quality.and_then(|[a, b]| too_far(lever, a, b));
+    let at_most = measured.speedup.map_or(f64::INFINITY, |speedup| speedup.high - 1.0);
     match measured.outcome {
+        Outcome::Undecided | Outcome::Equal if too_far.is_some() => {
+            (Verdict::Drop, format!("hardly faster, and {}", too_far.unwrap_or_default()))
+        }
+        Outcome::Undecided if at_most < lever.rule.minimum_effect => {
+            (Verdict::Drop, format!("at most {:.1} % faster", 100.0 * at_most.max(0.0)))
+        }
         Outcome::Undecided => {
             let taint = main_taint(&measured.windows).filter(|_| measured.windows.discarded > measured.windows.kept);
             let why = taint.map_or_else(|| "the interval is wide".to_owned(), |taint| format!("too often {taint}"));
@@ -182,23 +191,27 @@ fn judge(lever: &Lever, measured: &InTurn, quality: Option<&[Quality; 2]>) -> (V
         Outcome::Faster if lever.lossless => (Verdict::Keep, "faster, the same output".to_owned()),
         Outcome::Faster => match quality {
             None => (Verdict::Undecided, "faster; what the other output is worth is not measured here".to_owned()),
-            Some([a, b]) => {
-                let rule = lever.quality;
-                // No worse than what it is compared with is good enough, up to the error of both.
-                let noise = 2.0 * (a.kl_standard_error + b.kl_standard_error);
-                let close = b.kl <= rule.max_kl || b.kl <= a.kl + noise.min(0.1 * a.kl);
-                let agrees = b.top1 >= rule.min_top1 || b.top1 >= a.top1;
-                match (close, agrees) {
-                    (true, true) => (Verdict::Keep, "faster, and near enough".to_owned()),
-                    (false, _) => (Verdict::Drop, format!("faster, but KL {:.3} is over {}", b.kl, rule.max_kl)),
-                    (true, false) => {
-                        let [found, least] = [b.top1, rule.min_top1].map(|share| format!("{:.1} %", 100.0 * share));
-                        (Verdict::Drop, format!("faster, but {found} of next tokens agree, not {least}"))
-                    }
-                }
-            }
+            Some(_) => match too_far {
+                Some(why) => (Verdict::Drop, format!("faster, but {why}")),
+                None => (Verdict::Keep, "faster, and near enough".to_owned()),
+            },
         },
     }
+}
+
+/// What B loses beyond the lever's rule and beyond A; `None` if it is near enough.
+fn too_far(lever: &Lever, a: &Quality, b: &Quality) -> Option<String> {
+    let rule = lever.quality;
+    // No worse than what it is compared with is good enough, up to the error of both.
+    let noise = 2.0 * (a.kl_standard_error + b.kl_standard_error);
+    if b.kl > rule.max_kl && b.kl > a.kl + noise.min(0.1 * a.kl) {
+        return Some(format!("KL {:.3} is over {}", b.kl, rule.max_kl));
+    }
+    if b.top1 < rule.min_top1 && b.top1 < a.top1 {
+        let [found, least] = [b.top1, rule.min_top1].map(|share| format!("{:.1} %", 100.0 * share));
+        return Some(format!("{found} of next tokens agree, not {least}"));
+    }
+    None
 }
 
 /// A and B in the lever's unit.
@@ -291,6 +304,7 @@ fn build(base: &Base, lever: &Lever, setting: &Setting, disk: &std::path::Path) 
 mod tests {
     use super::*;
     use moellon_lab::disturbance::Windows;
+    use moellon_lab::statistics::Estimate;
 
     fn lever(lossless: bool) -> Lever {
         let text = format!(
@@ -318,6 +332,11 @@ mod tests {
         assert_eq!(verdict(true, Outcome::Equal, true, None), Verdict::Drop);
         assert_eq!(verdict(true, Outcome::Slower, true, None), Verdict::Drop);
         assert_eq!(verdict(true, Outcome::Undecided, true, None), Verdict::Undecided);
+        // An interval that reaches no gain worth having decides, even where it cannot tell equal from slower.
+        let mut futile = measured(Outcome::Undecided, true);
+        futile.speedup = Some(Estimate { mean: 0.99, low: 0.96, high: 1.015, confidence: 0.99 });
+        assert_eq!(judge(&lever(true), &futile, None), (Verdict::Drop, "at most 1.5 % faster".to_owned()));
+        assert_eq!(verdict(false, Outcome::Undecided, false, Some((0.06, 0.95))), Verdict::Drop);
         // 0.05 nats and 90 % are the defaults.
         assert_eq!(verdict(false, Outcome::Faster, false, Some((0.04, 0.95))), Verdict::Keep);
         assert_eq!(verdict(false, Outcome::Faster, false, Some((0.06, 0.95))), Verdict::Drop);
