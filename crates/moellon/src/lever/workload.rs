@@ -225,12 +225,14 @@ pub fn questions(source: &ModelSource, base: &super::Base, thinking: bool) -> Re
     let Some((template, _)) = source.chat_template(base.directory.as_deref(), &base.tokenizer)? else {
         return Ok(None);
     };
-    let Some((open, _)) = thought_marks(&base.tokenizer) else { return Ok(None) };
+    let Some((open, close)) = thought_marks(&base.tokenizer) else { return Ok(None) };
     let render = |text: &&str| {
         let mut conversation = crate::chat::Conversation::new(None, thinking);
         conversation.user(text);
         let prompt = conversation.render(&template, &base.tokenizer)?.ids;
-        let inside_thought = prompt.iter().rev().take(2).any(|id| *id == open);
+        // A prompt that opens a thought and closes it again asks for none.
+        let last = |mark: u32| prompt.iter().rposition(|id| *id == mark);
+        let inside_thought = last(open) > last(close);
         Ok(Question { prompt, inside_thought })
     };
     QUESTIONS.iter().map(render).collect::<Result<Vec<_>>>().map(Some)
