@@ -82,7 +82,13 @@ pub fn limits(f: &Findings<'_>) -> Vec<String> {
 /// Sentences about what would pay: what was measured here first, then what bytes promise.
 pub fn levers(f: &Findings<'_>) -> Vec<String> {
     let mut lines = Vec::new();
-    for (tested, point) in f.kept.iter().take(6) {
+    let mut named: Vec<&str> = Vec::new();
+    for (tested, point) in f.kept {
+        // The best point of each of a few levers.
+        if named.len() == 6 || named.contains(&tested.lever.name.as_str()) {
+            continue;
+        }
+        named.push(&tested.lever.name);
         let speedup = point.measured.as_ref().and_then(|m| m.speedup);
         let Some(speedup) = speedup else { continue };
         lines.push(format!(

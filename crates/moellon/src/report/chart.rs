@@ -39,8 +39,8 @@ impl Axis {
     /// Over all of `values` (positive), by factors, with a mark at every power of `base`.
     pub fn log(title: &str, base: f64, values: impl Iterator<Item = f64>) -> Self {
         let (low, high) = values.fold((f64::INFINITY, 0.0f64), |(low, high), x| (low.min(x), high.max(x)));
-        let first = (low.ln() / base.ln() - 1e-9).floor();
-        let last = (high.ln() / base.ln() + 1e-9).ceil().max(first + 1.0);
+        let first = (low.ln() / base.ln() + 1e-9).floor();
+        let last = (high.ln() / base.ln() - 1e-9).ceil().max(first + 1.0);
         let ticks =
             (0..=(last - first) as usize).map(|i| base.powf(first + i as f64)).map(|x| (x, number(x))).collect();
         Axis { title: title.to_owned(), range: [base.powf(first), base.powf(last)], log: true, ticks }
@@ -79,7 +79,7 @@ pub struct Chart {
     label: String,
 }
 
-const LEFT: f64 = 46.0;
+const LEFT: f64 = 54.0;
 const RIGHT: f64 = 12.0;
 const TOP: f64 = 14.0;
 const BOTTOM: f64 = 40.0;
