@@ -243,7 +243,7 @@ impl std::str::FromStr for WhatIf {
             let form = || format!("{field}: expected NAME=NUMBER, e.g. experts=3, batch=8, k=3, p=0.8, bandwidth=819");
             let (name, value) = field.split_once('=').ok_or_else(form)?;
             let number: f64 = value.trim().trim_end_matches(" bit").parse().map_err(|_| form())?;
-            let whole = || (number >= 1.0 && number <= 1024.0 && number.fract() == 0.0).then_some(number as usize);
+            let whole = || ((1.0..=1024.0).contains(&number) && number.fract() == 0.0).then_some(number as usize);
             let share = || (0.0..=1.0).contains(&number).then_some(number);
             let positive = || (number.is_finite() && number > 0.0).then_some(number);
             let range = |expected: &str| format!("{field}: expected {expected}");
