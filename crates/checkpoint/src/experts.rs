@@ -231,9 +231,7 @@ impl Checkpoint {
     }
 
     fn experts_one_by_one(&self, path: &str, name: &str, count: usize, shape: [usize; 2]) -> Result<Vec<Matrix<'_>>> {
-        (0..count)
-            .map(|expert| self.linear(&format!("{path}.experts.{expert}.{name}"), shape).map(Matrix::Borrowed))
-            .collect()
+        (0..count).map(|expert| self.linear(&format!("{path}.experts.{expert}.{name}"), shape)).collect()
     }
 
     fn expert_biases_one_by_one(&self, path: &str, name: &str, count: usize, rows: usize) -> Result<Option<Vec<f32>>> {

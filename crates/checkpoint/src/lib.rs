@@ -18,6 +18,7 @@ mod linear;
 mod mapped_file;
 pub mod matrix;
 pub mod mla;
+mod packed_integers;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod vector;

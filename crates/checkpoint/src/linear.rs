@@ -10,11 +10,11 @@
 //! | `weight` U8, `weight_scale` F8_E4M3, `weight_scale_2` F32 | ModelOpt NVFP4 (`input_scale` is of activations) |
 //! | `weight_packed` U8, `weight_scale` F8_E4M3, `weight_global_scale` F32 | compressed-tensors NVFP4 (reciprocal) |
 //! | `weight_packed` U8, `weight_scale` U8 or F8_E8M0 | compressed-tensors MXFP4 |
-//! | `qweight` | AWQ or GPTQ: refused by name |
+//! | `qweight` and `qzeros` I32, `scales` F16 or BF16 | AWQ or GPTQ: converted to affine with f32 scales (`packed_integers.rs`) |
 
 use crate::checkpoint::missing;
 use crate::declared::declared;
-use crate::{Checkpoint, Error, Result, TensorView};
+use crate::{Checkpoint, Error, Matrix, Result, TensorView, packed_integers};
 use moellon_tensor::encode::NVFP4_RANGE;
 use moellon_tensor::{Dtype, MatrixView, WeightFormat};
 
@@ -28,7 +28,7 @@ impl Checkpoint {
     /// # Errors
     /// If there is none, its format is unknown or not supported, a tensor has another dtype or shape than the format
     /// and `shape` ask for, or the `quantization` entry of `config.json` says something else.
-    pub fn linear(&self, path: &str, shape: [usize; 2]) -> Result<MatrixView<'_>> {
+    pub fn linear(&self, path: &str, shape: [usize; 2]) -> Result<Matrix<'_>> {
         let expected = format!("a weight {shape:?}");
         self.linear_opt(path, shape)?.ok_or_else(|| missing(self.dir(), &format!("{path}.weight"), &expected))
     }
@@ -37,8 +37,12 @@ impl Checkpoint {
     ///
     /// # Errors
     /// As [`Checkpoint::linear`], but for a missing weight.
-    pub fn linear_opt(&self, path: &str, shape: [usize; 2]) -> Result<Option<MatrixView<'_>>> {
-        Ok(self.weights(path, Stack::None, shape)?.map(|views| views[0]))
+    pub fn linear_opt(&self, path: &str, shape: [usize; 2]) -> Result<Option<Matrix<'_>>> {
+        if self.tensor(&format!("{path}.qweight")).is_some() {
+            check_shape(path, Stack::None, shape)?;
+            return packed_integers::read(self, path, shape).map(|matrix| Some(Matrix::Owned(matrix)));
+        }
+        Ok(self.weights(path, Stack::None, shape)?.map(|views| Matrix::Borrowed(views[0])))
     }
 
     /// The weights `[count, rows, cols]` of a module that stacks matrices (experts, heads), one view each; `None` if
@@ -61,10 +65,7 @@ impl Checkpoint {
         if !self.has_weight(path) {
             return Ok(None);
         }
-        if shape.contains(&0) || stack.count() == 0 {
-            let found = format!("{:?}", stack.shape(&shape));
-            return Err(Error::module(path, "shape that the config asks for", found, "positive dimensions"));
-        }
+        check_shape(path, stack, shape)?;
         let module = Module { checkpoint: self, path, stack, shape };
         let weights = module.read()?;
         declared(&self.config, path)?.check(path, weights.format)?;
@@ -78,6 +79,15 @@ impl Checkpoint {
     pub fn check_finite(weight: &str, matrix: &MatrixView<'_>) -> Result<()> {
         matrix.check_finite().map_err(|source| Error::Weight { weight: weight.to_owned(), source })
     }
+}
+
+fn check_shape(path: &str, stack: Stack, shape: [usize; 2]) -> Result<()> {
+    // Times the 8 bits of the widest packed integer.
+    if shape.contains(&0) || stack.count() == 0 || shape.iter().any(|&size| size > usize::MAX / 64) {
+        let found = format!("{:?}", stack.shape(&shape));
+        return Err(Error::module(path, "shape that the config asks for", found, "positive dimensions"));
+    }
+    Ok(())
 }
 
 /// Whether a module's tensors have a leading dimension.
@@ -148,8 +158,8 @@ impl<'a> Module<'a, '_> {
                 return Err(self.unsupported(format!("a ModelOpt weight with {suffix}")));
             }
         }
-        if let Some(packed) = self.part("qweight") {
-            return Err(self.unsupported(self.name_of_qweight(&packed)));
+        if self.part("qweight").is_some() {
+            return Err(self.unsupported(format!("a stacked weight in qweight (quant_method {})", self.quant_method())));
         }
         if let Some(packed) = self.part("weight_packed") {
             return self.read_compressed_tensors(packed);
@@ -378,15 +388,5 @@ impl<'a> Module<'a, '_> {
         let names: Vec<&str> =
             names.filter_map(|name| name.rsplit_once('.')).map(|(_, suffix)| suffix).take(8).collect();
         format!("tensors {}", names.join(", "))
-    }
-
-    /// GPTQ packs along the input, AWQ along the output.
-    fn name_of_qweight(&self, packed: &TensorView<'_>) -> String {
-        let [rows, cols] = self.shape;
-        match *packed.shape {
-            [words, outputs] if words < cols && outputs == rows => "a GPTQ weight".to_owned(),
-            [inputs, words] if inputs == cols && words < rows => "an AWQ weight".to_owned(),
-            _ => format!("a weight in qweight (quant_method {})", self.quant_method()),
-        }
     }
 }

@@ -51,15 +51,14 @@ impl Checkpoint {
                 .checked_add(v)
                 .and_then(|rows| rows.checked_mul(num_heads))
                 .ok_or_else(|| Error::module(&fused_path, "heads", num_heads, "a size that fits memory"))?;
-            let fused = self.linear(&fused_path, [rows, rank])?;
+            let matrix = self.linear(&fused_path, [rows, rank])?;
+            let fused = matrix.view();
             let head = |head: usize| head * (nope + v);
             return Ok(MlaKvB {
                 embed_q: (0..num_heads)
                     .map(|h| Matrix::Owned(transposed(&fused.row_range(head(h)..head(h) + nope))))
                     .collect(),
-                unembed_out: (0..num_heads)
-                    .map(|h| Matrix::Borrowed(fused.row_range(head(h) + nope..head(h + 1))))
-                    .collect(),
+                unembed_out: (0..num_heads).map(|h| matrix.row_range(head(h) + nope..head(h + 1))).collect(),
             });
         }
         if self.has_weight(&fused_path) {

@@ -31,6 +31,8 @@ pub enum Storage {
     CompressedTensorsNvfp4,
     /// `weight_packed` and `weight_scale`.
     CompressedTensorsMxfp4,
+    /// `qweight`, `qzeros` and f16 `scales` in groups of 32, four bits.
+    Awq,
 }
 
 impl Storage {
@@ -60,6 +62,7 @@ impl Storage {
     pub const fn format(self) -> WeightFormat {
         match self {
             Storage::Plain(dtype) => WeightFormat::plain(dtype),
+            Storage::Awq => WeightFormat::Affine { bits: 4, group: 32, scale: ScaleDtype::F32 },
             Storage::Fp8Block([block_rows, block_cols]) => WeightFormat::Fp8Block { block_rows, block_cols },
             Storage::MlxAffine(bits, group, scale) => WeightFormat::Affine { bits, group, scale },
             Storage::MlxMxfp4 | Storage::CompressedTensorsMxfp4 => WeightFormat::Mxfp4,
@@ -72,6 +75,9 @@ impl Storage {
 
     /// Encodes `values` `[rows, cols]` as this storage would hold them.
     pub fn encode(self, shape: [usize; 2], values: &[f32]) -> OwnedMatrix {
+        if self == Storage::Awq {
+            return encode_awq(shape, values);
+        }
         let global_scale = if self == Storage::MlxNvfp4 { GlobalScale::Off } else { GlobalScale::FromValues };
         let options = EncodeOptions { arithmetic: ScaleDtype::F32, global_scale };
         let mut matrix = encode_matrix(self.format(), shape, values, options).expect("test values can be encoded");
@@ -175,6 +181,33 @@ impl Builder {
                 let values = global_scales(|scale| 1.0 / scale);
                 self.add_floats(&name("weight_global_scale"), ScaleDtype::F32, &[values.len()], &values);
             }
+            Storage::Awq => {
+                assert!(count.is_none(), "AWQ stacks nothing");
+                let words = |values: &dyn Fn(usize, usize) -> u8, lines: usize| -> Vec<u8> {
+                    let word = |line: usize, w: usize| {
+                        // Output 8w + n is the n-th of the places 0 4 1 5 2 6 3 7.
+                        let places = [0, 4, 1, 5, 2, 6, 3, 7].iter().enumerate();
+                        places.map(|(n, place)| u32::from(values(8 * w + n, line)) << (4 * place)).sum::<u32>()
+                    };
+                    (0..lines)
+                        .flat_map(|line| (0..rows / 8).map(move |w| (line, w)))
+                        .flat_map(|(line, w)| word(line, w).to_le_bytes())
+                        .collect()
+                };
+                let floats = |bytes: &[u8]| {
+                    let mut values = vec![0.0; rows * groups];
+                    ScaleDtype::F32.read_slice(bytes, 0, &mut values);
+                    values
+                };
+                let (scale, offset) = (floats(&scales), floats(&matrices[0].offsets));
+                let code = |row: usize, col: usize| (codes[row * code_bytes + col / 2] >> (4 * (col % 2))) & 15;
+                let zero =
+                    |row: usize, group: usize| (-offset[row * groups + group] / scale[row * groups + group]) as u8;
+                let scales: Vec<f32> = (0..groups * rows).map(|at| scale[at % rows * groups + at / rows]).collect();
+                self.add(&name("qweight"), Dtype::I32, &[cols, rows / 8], words(&code, cols));
+                self.add(&name("qzeros"), Dtype::I32, &[groups, rows / 8], words(&zero, groups));
+                self.add_floats(&name("scales"), ScaleDtype::F16, &[groups, rows], &scales);
+            }
             Storage::CompressedTensorsMxfp4 => {
                 self.add(&name("weight_packed"), Dtype::U8, &stacked(&[rows, code_bytes]), codes);
                 self.add(&name("weight_scale"), Dtype::U8, &scale_shape, scales);
@@ -257,6 +290,24 @@ impl Builder {
         writer.write_json("config.json", config)?;
         writer.finish()
     }
+}
+
+/// Round-to-nearest with integer zero points and f16 scales; offsets are `-zero * scale`.
+fn encode_awq([rows, cols]: [usize; 2], values: &[f32]) -> OwnedMatrix {
+    const GROUP: usize = 32;
+    let mut matrix = OwnedMatrix::zeroed(Storage::Awq.format(), [rows, cols]).expect("columns are whole groups");
+    for (at, group) in values.chunks_exact(GROUP).enumerate() {
+        let (min, max) = group.iter().fold((0.0f32, 0.0f32), |(min, max), &v| (min.min(v), max.max(v)));
+        let scale = ScaleDtype::F16.round(((max - min) / 15.0).max(1e-4));
+        let zero = (-min / scale).round().clamp(0.0, 15.0);
+        ScaleDtype::F32.write(scale, &mut matrix.scales, at);
+        ScaleDtype::F32.write(-zero * scale, &mut matrix.offsets, at);
+        for (byte, pair) in matrix.codes[at * GROUP / 2..].iter_mut().zip(group.chunks_exact(2)) {
+            let code = |value: f32| (value / scale + zero).round().clamp(0.0, 15.0) as u8;
+            *byte = code(pair[0]) | (code(pair[1]) << 4);
+        }
+    }
+    matrix
 }
 
 /// `len` values, roughly normal with deviation 0.05, as weights are.

@@ -382,10 +382,58 @@ fn formats_that_are_not_supported_are_named() {
         let (_dir, checkpoint) = open(&builder, json!({ "quantization_config": { "quant_method": "bitsandbytes" } }));
         checkpoint.linear("w", [64, 128]).unwrap_err().to_string()
     };
-    assert_says(&message("w.qweight", Dtype::I32, &[16, 64]), &["w: a GPTQ weight is not supported yet"]);
-    assert_says(&message("w.qweight", Dtype::I32, &[128, 8]), &["w: an AWQ weight is not supported yet"]);
     assert_says(&message("w.weight", Dtype::U8, &[4096, 1]), &["w: a weight of dtype U8", "bitsandbytes"]);
     assert_says(&message("w.other", Dtype::U8, &[1]), &["w.weight is missing, expected a weight [64, 128]"]);
+}
+
+#[test]
+fn packed_integers_that_are_not_affine_are_named() {
+    let message = |change: &[(&str, Dtype, &[usize])], config: Value| {
+        let mut builder = Builder::default();
+        for (name, dtype, shape) in [
+            ("w.qweight", Dtype::I32, &[16, 64][..]),
+            ("w.qzeros", Dtype::I32, &[2, 8]),
+            ("w.scales", Dtype::F16, &[2, 64]),
+            ("w.g_idx", Dtype::I32, &[128]),
+        ] {
+            replace(&mut builder, name, dtype, shape);
+        }
+        for (name, dtype, shape) in change {
+            replace(&mut builder, name, *dtype, shape);
+        }
+        let (_dir, checkpoint) = open(&builder, json!({ "quantization_config": config }));
+        checkpoint.linear("w", [64, 128]).unwrap_err().to_string()
+    };
+    let gptq = || json!({ "quant_method": "gptq", "bits": 4 });
+    // All inputs in group 0.
+    assert_says(&message(&[], gptq()), &["w.g_idx: group of input 64: found 0, expected 1", "no act-order"]);
+    assert_says(
+        &message(&[("w.scales", Dtype::F32, &[2, 64])], gptq()),
+        &["w.scales: dtype: found F32, expected F16 or BF16"],
+    );
+    assert_says(&message(&[("w.scales", Dtype::F16, &[3, 64])], gptq()), &["w.scales: shape: found [3, 64]"]);
+    assert_says(
+        &message(&[("w.qzeros", Dtype::I32, &[2, 9])], gptq()),
+        &["w.qzeros: shape: found [2, 9], expected [2, 8]"],
+    );
+    assert_says(&message(&[("w.qzeros", Dtype::U32, &[2, 8])], gptq()), &["w.qzeros: dtype: found U32, expected I32"]);
+    assert_says(
+        &message(&[("w.qweight", Dtype::I32, &[12, 64])], gptq()),
+        &["a GPTQ weight of 3 bits", "not supported"],
+    );
+    assert_says(
+        &message(&[], json!({ "quant_method": "gptq", "bits": 8 })),
+        &["bits of its qweight: found 4, expected 8"],
+    );
+    let awq: &[(&str, Dtype, &[usize])] = &[("w.qweight", Dtype::I32, &[128, 8])];
+    assert_says(
+        &message(awq, json!({ "quant_method": "awq", "version": "gemv" })),
+        &["an AWQ weight of version gemv is not supported"],
+    );
+    assert_says(
+        &message(&[("w.qweight", Dtype::I32, &[5, 5])], json!({})),
+        &["a qweight of shape [5, 5] for [64, 128]"],
+    );
 }
 
 #[test]
@@ -411,7 +459,11 @@ fn numbers_that_are_not_finite() {
         let tensor = builder.tensors.iter_mut().find(|t| t.spec.name == name).unwrap();
         tensor.bytes[at * bytes.len()..][..bytes.len()].copy_from_slice(bytes);
         let (_dir, checkpoint) = open(&builder, json!({}));
-        checkpoint.linear("w", [8, 128]).and_then(|view| Checkpoint::check_finite("w", &view)).unwrap_err().to_string()
+        checkpoint
+            .linear("w", [8, 128])
+            .and_then(|matrix| Checkpoint::check_finite("w", &matrix.view()))
+            .unwrap_err()
+            .to_string()
     };
     let affine = Storage::MlxAffine(4, 64, ScaleDtype::Bf16);
     assert_eq!(message(affine, "w.scales", 5, &[0x80, 0x7F]), "w: scales has inf at row 2, column group 1");

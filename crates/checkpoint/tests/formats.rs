@@ -42,12 +42,77 @@ fn a_linear_layer_in_every_format() {
     let (_dir, checkpoint) = open(&builder, &fp8_config());
     assert!(checkpoint.files().count() > 3, "the test is about shards");
     for (path, matrix) in &expected {
-        assert_same(checkpoint.linear(path, shape).unwrap_or_else(|e| panic!("{e}")), matrix);
+        assert_same(checkpoint.linear(path, shape).unwrap_or_else(|e| panic!("{e}")).view(), matrix);
     }
     assert!(checkpoint.linear_opt("model.layers.99.q_proj", shape).unwrap().is_none());
     let data: usize = builder.tensors.iter().map(|t| t.bytes.len()).sum();
     assert!(checkpoint.size_bytes() > data as u64);
     assert_eq!(checkpoint.tensors().count(), builder.tensors.len());
+}
+
+/// Words are packed here a bit at a time by the formulas of the two projects, and the numbers are those that they mean.
+#[test]
+fn awq_and_gptq_are_affine_and_exact() {
+    let [rows, cols, group] = [16, 128, 32];
+    let number = |at: usize, below: usize| ((at * 2_654_435_761) >> 7) % below;
+    for (name, bits, dtype) in [
+        ("awq", 4, ScaleDtype::F16),
+        ("gptq", 4, ScaleDtype::F16),
+        ("gptq", 8, ScaleDtype::Bf16),
+        ("gptq_v2", 2, ScaleDtype::F16),
+    ] {
+        let codes: Vec<usize> = (0..rows * cols).map(|at| number(at, 1 << bits)).collect();
+        let zeros: Vec<usize> = (0..cols / group * rows).map(|at| number(at + 77, (1 << bits) - 1)).collect();
+        let scales: Vec<f32> =
+            (0..zeros.len()).map(|at| dtype.round(0.001 + number(at + 5, 997) as f32 * 1.3e-5)).collect();
+        // Output n of a line is at bit `place(n)` of word `n / per_word`.
+        let per_word = 32 / bits;
+        let place = |n: usize| if name == "awq" { [0, 4, 1, 5, 2, 6, 3, 7][n % 8] * 4 } else { n % per_word * bits };
+        let pack_line = |values: &mut dyn Iterator<Item = usize>| {
+            let mut words = vec![0u32; rows / per_word];
+            values.enumerate().for_each(|(n, value)| words[n / per_word] |= (value as u32) << place(n));
+            words
+        };
+        let stored_zeros = zeros.chunks(rows).flat_map(|line| {
+            pack_line(
+                &mut line
+                    .iter()
+                    .map(|zero| if name == "gptq" { (zero + (1 << bits) - 1) % (1 << bits) } else { *zero }),
+            )
+        });
+        let bytes = |words: Vec<u32>| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+        let words: Vec<u32> = if name == "awq" {
+            (0..cols).flat_map(|k| pack_line(&mut (0..rows).map(|n| codes[n * cols + k]))).collect()
+        } else {
+            let word = |w: usize, n: usize| {
+                (0..per_word).map(|i| (codes[n * cols + w * per_word + i] as u32) << (i * bits)).sum::<u32>()
+            };
+            (0..cols / per_word).flat_map(|w| (0..rows).map(move |n| (w, n))).map(|(w, n)| word(w, n)).collect()
+        };
+        let mut builder = Builder::default();
+        let lines = words.len() / if name == "awq" { rows / per_word } else { rows };
+        builder.add("a.qweight", Dtype::I32, &[lines, words.len() / lines], bytes(words));
+        builder.add("a.qzeros", Dtype::I32, &[cols / group, rows / per_word], bytes(stored_zeros.collect()));
+        builder.add_floats("a.scales", dtype, &[cols / group, rows], &scales);
+        if name != "awq" {
+            let order = (0..cols).flat_map(|k| ((k / group) as i32).to_le_bytes()).collect();
+            builder.add("a.g_idx", Dtype::I32, &[cols], order);
+        }
+        let config = json!({ "quantization_config": {
+            "quant_method": &name[..name.len().min(4)], "bits": bits, "group_size": group, "version": "gemm", "checkpoint_format": name } });
+        let (_dir, checkpoint) = open(&builder, &config);
+        let found = checkpoint.linear("a", [rows, cols]).unwrap_or_else(|e| panic!("{name} {bits}: {e}"));
+        let format = WeightFormat::Affine { bits: bits as u8, group: group as u32, scale: ScaleDtype::F32 };
+        assert_eq!(found.view().format, format);
+        for (at, value) in found.view().decode_all().into_iter().enumerate() {
+            let (n, k) = (at / cols, at % cols);
+            let in_group = k / group * rows + n;
+            // GPTQ's zero point 0 cannot be stored; it wraps to 2^bits.
+            let zero = if name == "gptq" && zeros[in_group] == 0 { 1 << bits } else { zeros[in_group] };
+            let expected = (codes[at] as f32 - zero as f32) * scales[in_group];
+            assert_eq!(value, expected, "{name} {bits}: output {n}, input {k}");
+        }
+    }
 }
 
 #[test]
@@ -61,6 +126,7 @@ fn fp8_scales_per_tensor_and_per_row_are_blocks_too() {
     let (_dir, checkpoint) = open(&builder, &json!({}));
     let a = checkpoint.linear("a", [6, 32]).unwrap();
     let b = checkpoint.linear("b", [6, 32]).unwrap();
+    let (a, b) = (a.view(), b.view());
     assert_eq!(a.format, WeightFormat::Fp8Block { block_rows: 6, block_cols: 32 });
     assert_eq!(b.format, WeightFormat::Fp8Block { block_rows: 1, block_cols: 32 });
     let (a, b) = (a.decode_all(), b.decode_all());
@@ -320,7 +386,8 @@ fn releasing_pages_changes_no_value() {
     let dir = tempfile::tempdir().unwrap();
     builder.write(dir.path(), &json!({}), usize::MAX).unwrap();
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    let view = checkpoint.linear("a", [1024, 1024]).unwrap();
+    let found = checkpoint.linear("a", [1024, 1024]).unwrap();
+    let view = found.view();
     assert_same(view, &matrix);
     checkpoint.release_matrix(&view);
     assert_same(view, &matrix);

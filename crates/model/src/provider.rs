@@ -72,7 +72,7 @@ pub trait WeightProvider {
 
 impl WeightProvider for Checkpoint {
     fn linear(&self, path: &str, shape: [usize; 2]) -> Result<Matrix<'_>> {
-        Ok(Matrix::Borrowed(Checkpoint::linear(self, path, shape)?))
+        Ok(Checkpoint::linear(self, path, shape)?)
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
@@ -104,7 +104,7 @@ impl WeightProvider for Checkpoint {
 
     fn fused_kv_b_format(&self, path: &str, shape: MlaShape) -> Result<Option<WeightFormat>> {
         let rows = shape.num_heads * (shape.qk_nope_head_dim + shape.v_head_dim);
-        Ok(self.linear_opt(&format!("{path}.kv_b_proj"), [rows, shape.kv_lora_rank])?.map(|fused| fused.format))
+        Ok(self.linear_opt(&format!("{path}.kv_b_proj"), [rows, shape.kv_lora_rank])?.map(|fused| fused.view().format))
     }
 
     fn has(&self, name: &str) -> bool {

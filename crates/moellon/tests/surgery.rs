@@ -119,7 +119,7 @@ fn wrong_input_is_one_line() {
     let message = error(&["quantize", "--format", "q4_k", "--out", &out]);
     assert!(message.contains("--format: weight format is q4_k, expected affine-2"), "{message}");
     let message = error(&["quantize", "--plan", "q5", "--out", &out]);
-    assert!(message.contains("preset plan is q5, expected q3a4, v59"), "{message}");
+    assert!(message.contains("preset plan is q5, expected q3a4, v59, keep"), "{message}");
     let message = error(&["quantize", "--format", "affine-4", "--method", "gptq", "--out", &out]);
     assert!(message.contains("--method gptq has no --stats"), "{message}");
     let message = error(&["prune", "--stats", &path("none"), "--keep", "8", "--out", &out]);

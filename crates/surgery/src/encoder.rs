@@ -2,7 +2,6 @@
 //! or the search followed by error feedback. Conversions that lose nothing are recognised first.
 
 use crate::feedback::{CodeKind, Feedback, RowGrid};
-use crate::layout::mlx_global_scale;
 use crate::search_affine::{Group, search};
 use crate::search_float::{FloatCode, search_mx, search_nvfp4};
 use crate::simd::{Kernel, dispatch};
@@ -84,7 +83,8 @@ pub struct Encoded {
     pub matrix: OwnedMatrix,
     /// How far it is from the source: over all weights, or, with feedback, of the outputs of up to 32 evenly spaced rows.
     pub error: ErrorSum,
-    /// Whether every value is exactly the source's because the bits could be taken over.
+    /// Whether every value is exactly the source's because the bits could be taken over. A global scale goes into the
+    /// container's own convention, which may round it once: at most one unit in the last place of an f32.
     pub lossless: bool,
 }
 
@@ -104,7 +104,7 @@ pub fn encode(
     options: EncoderOptions,
 ) -> Result<Encoded> {
     format.validate(source.cols)?;
-    if let Some(matrix) = lossless(source, format).filter(|matrix| keeps_global_scale(matrix, options)) {
+    if let Some(matrix) = lossless(source, format).filter(|m| m.global_scale == 1.0 || options.nvfp4_global_scale) {
         return Ok(Encoded { matrix, error: ErrorSum::default(), lossless: true });
     }
     let mut matrix = OwnedMatrix::zeroed(format, [source.rows, source.cols])?;
@@ -164,12 +164,6 @@ fn amax(source: &MatrixView<'_>) -> f32 {
         .reduce(|| 0.0, f32::max)
 }
 
-/// Whether the global scale of a matrix can be written exactly.
-fn keeps_global_scale(matrix: &OwnedMatrix, options: EncoderOptions) -> bool {
-    let factor = matrix.global_scale;
-    factor == 1.0 || (options.nvfp4_global_scale && mlx_global_scale(factor) / NVFP4_RANGE == factor)
-}
-
 /// A matrix in `format` with exactly the source's values, if taking over its codes gives one.
 fn lossless(source: &MatrixView<'_>, format: WeightFormat) -> Option<OwnedMatrix> {
     // A block that begins above the view's first row cannot be moved to a matrix of its own.
@@ -178,6 +172,11 @@ fn lossless(source: &MatrixView<'_>, format: WeightFormat) -> Option<OwnedMatrix
     }
     match (source.format, format) {
         (WeightFormat::Mxfp4, WeightFormat::Nvfp4) => mxfp4_as_nvfp4(source),
+        (WeightFormat::Affine { bits, group, .. }, WeightFormat::Affine { bits: to_bits, group: to_group, .. })
+            if (bits, group) == (to_bits, to_group) =>
+        {
+            affine_with_other_scales(source, format)
+        }
         _ => None,
     }
 }
@@ -195,6 +194,23 @@ fn copy(source: &MatrixView<'_>) -> OwnedMatrix {
         offsets: (0..offset_rows).flat_map(|row| source.offsets.row(row)).copied().collect(),
         global_scale: source.global_scale,
     }
+}
+
+/// The same codes with scales and offsets of another type, if that holds each of them exactly.
+fn affine_with_other_scales(source: &MatrixView<'_>, format: WeightFormat) -> Option<OwnedMatrix> {
+    let (WeightFormat::Affine { scale: from, .. }, WeightFormat::Affine { scale: to, .. }) = (source.format, format)
+    else {
+        return None;
+    };
+    let convert = |bytes: &[u8]| -> Option<Vec<u8>> {
+        let mut values = vec![0.0; bytes.len() / from.size_bytes()];
+        from.read_slice(bytes, 0, &mut values);
+        let exact = values.iter().all(|&value| to.round(value) == value);
+        exact.then(|| OwnedMatrix::plain(to, [1, values.len()], &values).codes)
+    };
+    let matrix = copy(source);
+    let (scales, offsets) = (convert(&matrix.scales)?, convert(&matrix.offsets)?);
+    Some(OwnedMatrix { format, scales, offsets, ..matrix })
 }
 
 /// E8M0 scales as E4M3 scales times a power of two, each for two groups of 16: exact if the exponents of the matrix lie

@@ -4,10 +4,10 @@ use crate::{Error, Result};
 use moellon_tensor::{ScaleDtype, WeightFormat};
 
 /// Names that [`parse`] takes, for messages.
-pub const NAMES: &str =
-    "affine-2..6, affine-8 (with -g32, -g64 or -g128; default -g64), nvfp4, mxfp4, mxfp8, fp8, bf16, f16 or f32";
+pub const NAMES: &str = "affine-2..6, affine-8 (with -g32, -g64 or -g128, default -g64; -f16 or -f32 for scales of that type, default bf16), \
+     nvfp4, mxfp4, mxfp8, fp8, bf16, f16 or f32";
 
-/// The format of that name. Affine scales are bf16, FP8 blocks 128 x 128.
+/// The format of that name. Affine scales are bf16 where the name says nothing else, FP8 blocks 128 x 128.
 ///
 /// # Errors
 /// Names what was found and what there is.
@@ -23,10 +23,14 @@ pub fn parse(name: &str) -> Result<WeightFormat> {
         "f32" => WeightFormat::F32,
         _ => {
             let rest = name.strip_prefix("affine-").ok_or_else(unknown)?;
+            let (rest, scale) = [ScaleDtype::F16, ScaleDtype::F32]
+                .into_iter()
+                .find_map(|scale| Some((rest.strip_suffix(scale_suffix(scale))?, scale)))
+                .unwrap_or((rest, ScaleDtype::Bf16));
             let (bits, group) = rest.split_once("-g").unwrap_or((rest, "64"));
             let bits = bits.parse().map_err(|_| unknown())?;
             let group = group.parse().map_err(|_| unknown())?;
-            let format = WeightFormat::Affine { bits, group, scale: ScaleDtype::Bf16 };
+            let format = WeightFormat::Affine { bits, group, scale };
             // 384 columns are legal in every group.
             format.validate(384).map_err(|_| unknown())?;
             // One bit is readable; MLX writes it with another rule and nothing here searches it.
@@ -38,10 +42,20 @@ pub fn parse(name: &str) -> Result<WeightFormat> {
     })
 }
 
+/// What the name of an affine format ends in.
+const fn scale_suffix(scale: ScaleDtype) -> &'static str {
+    match scale {
+        ScaleDtype::Bf16 => "",
+        ScaleDtype::F16 => "-f16",
+        ScaleDtype::F32 => "-f32",
+    }
+}
+
 /// The name that [`parse`] takes back.
 pub fn name(format: WeightFormat) -> String {
     match format {
         WeightFormat::Fp8Block { block_rows: 128, block_cols: 128 } => "fp8".to_owned(),
+        WeightFormat::Affine { scale, .. } => format!("{format}{}", scale_suffix(scale)),
         other => other.to_string(),
     }
 }
@@ -80,7 +94,9 @@ mod tests {
 
     #[test]
     fn names_come_back() {
-        for name in ["affine-2-g32", "affine-3-g64", "affine-4-g128", "affine-8-g64", "nvfp4", "mxfp4", "fp8", "bf16"] {
+        for name in
+            ["affine-2-g32", "affine-3-g64", "affine-4-g128-f32", "affine-8-g64-f16", "nvfp4", "mxfp4", "fp8", "bf16"]
+        {
             assert_eq!(super::name(parse(name).expect("known")), name);
         }
         assert_eq!(super::name(parse("affine-3").expect("known")), "affine-3-g64");

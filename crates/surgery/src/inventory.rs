@@ -77,7 +77,13 @@ pub(crate) enum Place {
         projection: Projection,
     },
     /// One matrix a head: one side of `kv_b_proj`.
-    Heads { attention: String, shape: MlaShape, side: Side },
+    Heads {
+        attention: String,
+        shape: MlaShape,
+        side: Side,
+        /// Whether the checkpoint has both sides as one matrix, of which the queries' must be transposed.
+        fused: bool,
+    },
 }
 
 /// The two sides of `kv_b_proj`.
@@ -124,9 +130,9 @@ impl Module {
     pub fn matrices<'a>(&self, checkpoint: &'a Checkpoint) -> Result<Vec<Matrix<'a>>> {
         let shape = [self.rows, self.cols];
         Ok(match &self.place {
-            Place::Linear => vec![Matrix::Borrowed(checkpoint.linear(&self.name, shape)?)],
+            Place::Linear => vec![checkpoint.linear(&self.name, shape)?],
             Place::Experts { block, projection } => checkpoint.experts(block, *projection, Some(self.count), shape)?,
-            Place::Heads { attention, shape, side } => {
+            Place::Heads { attention, shape, side, fused: _ } => {
                 let kv_b = checkpoint.mla_kv_b(attention, *shape)?;
                 match side {
                     Side::Queries => kv_b.embed_q,
@@ -210,7 +216,7 @@ impl Inventory {
 }
 
 /// Tensors of a module in every convention.
-const PARTS: [&str; 13] = [
+const PARTS: [&str; 16] = [
     "weight",
     "scales",
     "biases",
@@ -224,6 +230,9 @@ const PARTS: [&str; 13] = [
     "input_global_scale",
     "weight_shape",
     "weight_zero_point",
+    "qweight",
+    "qzeros",
+    "g_idx",
 ];
 
 /// Hands the checkpoint's weights through and notes what was asked for.
@@ -249,9 +258,9 @@ impl Recorder<'_> {
         self.modules.borrow_mut().push(module);
     }
 
-    fn note_heads(&self, attention: &str, shape: MlaShape, queries: WeightFormat, values: WeightFormat) {
+    fn note_heads(&self, attention: &str, shape: MlaShape, [queries, values]: [WeightFormat; 2], fused: bool) {
         let MlaShape { num_heads, qk_nope_head_dim: nope, v_head_dim: v, kv_lora_rank: rank } = shape;
-        let place = |side| Place::Heads { attention: attention.to_owned(), shape, side };
+        let place = |side| Place::Heads { attention: attention.to_owned(), shape, side, fused };
         let name = |half: &str| format!("{attention}.{half}");
         self.note(name("embed_q"), Role::Attention, num_heads, [rank, nope], queries, place(Side::Queries));
         self.note(name("unembed_out"), Role::Attention, num_heads, [v, rank], values, place(Side::Values));
@@ -260,9 +269,9 @@ impl Recorder<'_> {
 
 impl WeightProvider for Recorder<'_> {
     fn linear(&self, path: &str, shape: [usize; 2]) -> moellon_model::Result<Matrix<'_>> {
-        let view = self.checkpoint.linear(path, shape)?;
-        self.note(path.to_owned(), Role::of(path), 1, shape, view.format, Place::Linear);
-        Ok(Matrix::Borrowed(view))
+        let matrix = self.checkpoint.linear(path, shape)?;
+        self.note(path.to_owned(), Role::of(path), 1, shape, matrix.view().format, Place::Linear);
+        Ok(matrix)
     }
 
     fn vector(&self, name: &str, len: usize) -> moellon_model::Result<Vec<f32>> {
@@ -298,14 +307,14 @@ impl WeightProvider for Recorder<'_> {
 
     fn mla_kv_b(&self, path: &str, shape: MlaShape) -> moellon_model::Result<KvB<'_>> {
         let moellon_checkpoint::MlaKvB { embed_q, unembed_out } = self.checkpoint.mla_kv_b(path, shape)?;
-        self.note_heads(path, shape, embed_q[0].view().format, unembed_out[0].view().format);
+        self.note_heads(path, shape, [embed_q[0].view().format, unembed_out[0].view().format], false);
         Ok(KvB { embed_q, unembed_out })
     }
 
     fn fused_kv_b_format(&self, path: &str, shape: MlaShape) -> moellon_model::Result<Option<WeightFormat>> {
         let fused = WeightProvider::fused_kv_b_format(self.checkpoint, path, shape)?;
         if let Some(format) = fused {
-            self.note_heads(path, shape, format, format);
+            self.note_heads(path, shape, [format; 2], true);
         }
         Ok(fused)
     }

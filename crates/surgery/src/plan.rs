@@ -1,6 +1,6 @@
 //! Which module gets which format: rules over names, as JSON files, as presets, or made by an allocation.
 
-use crate::inventory::{Inventory, Module, Role};
+use crate::inventory::{Inventory, Module, Place, Role};
 use crate::{Error, Result, formats};
 use moellon_tensor::WeightFormat;
 use serde::{Deserialize, Serialize};
@@ -27,7 +27,7 @@ pub struct Rule {
     /// First and last layer that it holds for; all without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub layers: Option<[usize; 2]>,
-    /// Name of the format ([`formats::parse`]).
+    /// Name of the format ([`formats::parse`]), or `keep` for the one that the source has.
     pub format: String,
 }
 
@@ -65,7 +65,10 @@ fn glob(pattern: &str, name: &str) -> bool {
 }
 
 /// Names of the presets, for messages.
-pub const PRESETS: &str = "q3a4, v59";
+pub const PRESETS: &str = "q3a4, v59, keep";
+
+/// In the place of a format: every module keeps the one it has, and no bit is decoded.
+const KEEP: &str = "keep";
 
 impl Plan {
     /// Everything in one format (routers and norms keep theirs).
@@ -75,7 +78,8 @@ impl Plan {
     }
 
     /// A preset: `q3a4` (routed experts affine-3, head affine-6, the rest affine-4: GLM-5.2 with 77 experts in 106 GB) or
-    /// `v59` (as q3a4, but the experts of layers 3 to 16 and 63 to 77 in affine-4).
+    /// `v59` (as q3a4, but the experts of layers 3 to 16 and 63 to 77 in affine-4), or
+    /// `keep` (another container and the same numbers).
     ///
     /// # Errors
     /// Names the presets.
@@ -92,6 +96,7 @@ impl Plan {
         ];
         match name {
             "q3a4" => {}
+            KEEP => rules = vec![Rule::new("*", KEEP)],
             "v59" => rules.extend([experts(3, 16), experts(63, 77)]),
             _ => return Err(Error::mismatch("preset plan", name, PRESETS)),
         }
@@ -146,9 +151,9 @@ impl Plan {
                         "a module of the model",
                     ));
                 }
-                formats::parse(&rule.format)
+                if rule.format == KEEP { Ok(None) } else { formats::parse(&rule.format).map(Some) }
             })
-            .collect::<Result<Vec<WeightFormat>>>()?;
+            .collect::<Result<Vec<Option<WeightFormat>>>>()?;
         inventory
             .modules
             .iter()
@@ -160,9 +165,18 @@ impl Plan {
                 let (_, &format) = last.ok_or_else(|| {
                     Error::mismatch(format!("plan {}: rules for {}", self.name, module.name), 0, "at least 1")
                 })?;
-                Ok(formats::fit(format, module.cols))
+                Ok(format.map_or_else(|| kept(module), |format| formats::fit(format, module.cols)))
             })
             .collect()
+    }
+}
+
+/// The format in which a module keeps its numbers: its own. Of a quantized `kv_b_proj` MLX's layout has two halves, one of
+/// them transposed, whose groups lie across those of the source: they are f32.
+fn kept(module: &Module) -> WeightFormat {
+    match module.place {
+        Place::Heads { fused: true, .. } if module.source_format.is_quantized() => WeightFormat::F32,
+        Place::Heads { .. } | Place::Linear | Place::Experts { .. } => module.source_format,
     }
 }
 
@@ -187,7 +201,7 @@ mod tests {
 
     #[test]
     fn unknown_presets_and_fields_are_named() {
-        assert!(Plan::preset("q5").unwrap_err().to_string().contains("preset plan is q5, expected q3a4, v59"));
+        assert!(Plan::preset("q5").unwrap_err().to_string().contains("preset plan is q5, expected q3a4, v59, keep"));
         let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().join("plan.json");
         std::fs::write(&path, r#"{"schema": 1, "name": "x", "rules": [{"module": "*", "format": "nvfp4"}]}"#)

@@ -32,7 +32,7 @@ pub struct QuantizeOptions {
     /// fp8, bf16.
     #[arg(long, value_name = "FORMAT", required_unless_present = "plan", conflicts_with = "plan")]
     pub format: Option<String>,
-    /// A plan: a file that `moellon plan` wrote, or a preset (q3a4, v59).
+    /// A plan: a file that `moellon plan` wrote, or a preset: q3a4, v59, or keep (the same numbers in MLX's layout).
     #[arg(long, value_name = "FILE|PRESET")]
     pub plan: Option<String>,
     /// What `moellon calibrate` wrote for this model.
