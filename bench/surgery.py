@@ -5,7 +5,6 @@
     python3 bench/surgery.py curve WORK         # KL divergence over bits, every method; docs/surgery-curve.svg
     python3 bench/surgery.py prune WORK         # scores against each other, 25 % and 50 %, and the MTP layer
     python3 bench/surgery.py layers             # matrices of GLM-5.2's experts: speed, output error, hours
-    python3 bench/surgery.py speed WORK         # needs numpy: a model with GLM-5.2's experts: weights/s, disk, peak memory
     python3 bench/surgery.py kills WORK         # kill -9 at random points, again and again: the same bytes in the end
     python3 bench/surgery.py mlx WORK           # needs mlx and mlx-lm: same bits, and mlx-lm runs what we wrote
     cargo xtask docs --write
@@ -23,10 +22,8 @@ import os
 import random
 import resource
 import shutil
-import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -209,82 +206,6 @@ def layers(stolen):
     write("surgery-layers", ["target/release/examples/bench_encode"], samples, {"surgery-layers": table, "surgery-hours": hours}, stolen)
 
 
-def synthetic(path, layers=2, experts=8):
-    """A model whose experts have GLM-5.2's sizes, in bf16, with the bundled model's tokenizer. Returns bytes of a layer."""
-    import numpy as np
-
-    hidden, width, heads, dim, vocab = 6144, 2048, 8, 64, 4096
-    fresh(path).mkdir(parents=True)
-    config = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 1, "head_dim": dim, "vocab_size": vocab, "moe_intermediate_size": width, "intermediate_size": width, "num_experts": experts, "num_experts_per_tok": experts // 2, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False, "hidden_act": "silu", "max_position_embeddings": 2048}
-    (path / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ROOT / "models/moellon-tiny" / name, path)
-    rng = np.random.default_rng(1)
-    shapes = {"model.embed_tokens": (vocab, hidden), "lm_head": (vocab, hidden)}
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        shapes |= {f"{prefix}.self_attn.{name}": shape for name, shape in [("q_proj", (heads * dim, hidden)), ("k_proj", (dim, hidden)), ("v_proj", (dim, hidden)), ("o_proj", (hidden, heads * dim))]}
-        shapes[f"{prefix}.mlp.gate"] = (experts, hidden)
-        for expert in range(experts):
-            shapes |= {f"{prefix}.mlp.experts.{expert}.{name}": shape for name, shape in [("gate_proj", (width, hidden)), ("up_proj", (width, hidden)), ("down_proj", (hidden, width))]}
-    ones = {f"model.layers.{layer}.{norm}": size for layer in range(layers) for norm, size in [("input_layernorm", hidden), ("post_attention_layernorm", hidden), ("self_attn.q_norm", dim), ("self_attn.k_norm", dim)]} | {"model.norm": hidden}
-    header, at = {}, 0
-    for name, shape in list(shapes.items()) + [(name, (size,)) for name, size in ones.items()]:
-        size = 2 * math.prod(shape)
-        header[f"{name}.weight"] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path / "model.safetensors", "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for shape in shapes.values():
-            values = rng.standard_t(5, math.prod(shape)).astype(np.float32) * np.float32(0.012)
-            file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
-        for size in ones.values():
-            file.write(np.full(size, 0x3F80, np.uint16).tobytes())
-    return sum(2 * math.prod(shape) for name, shape in shapes.items() if name.startswith("model.layers.0."))
-
-
-def disk_speed(path):
-    """Bytes a second of reading a file that is not in memory, and of writing as much and flushing it."""
-    with open(path, "rb", buffering=0) as file, open(f"{path}.copy", "wb", buffering=0) as copy:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        buffer, total, start = bytearray(1 << 24), 0, time.monotonic()
-        while count := file.readinto(buffer):
-            total += count
-        read, start = total / (time.monotonic() - start), time.monotonic()
-        for _ in range(total // len(buffer)):
-            copy.write(buffer)
-        os.fsync(copy.fileno())
-        written = total / (time.monotonic() - start)
-    Path(f"{path}.copy").unlink()
-    return read, written
-
-
-def speed(stolen, work):
-    model, out, stats = Path(work) / "synthetic", Path(work) / "synthetic-out", fresh(Path(work) / "synthetic-stats")
-    layer_bytes = synthetic(model)
-    os.sync()
-    read, written = disk_speed(model / "model.safetensors")
-    calibration = ["calibrate", "-m", model, "--text", *texts(CALIBRATION), "--max-tokens", 256, "--moments", "layer", "--out", stats]
-    _, seconds, peak = run(*calibration)
-    samples = [{"read_bytes_per_s": read, "written_bytes_per_s": written, "layer_bytes": layer_bytes}, {"calibrate_s": seconds, "tokens": 256, "peak_bytes": peak}]
-    rows, commands = [], [f"{NAME} calibrate -m WORK/synthetic --max-tokens 256 --moments layer --out STATS"]
-    for format, method in [("affine-3", "rtn"), ("affine-3", "search"), ("affine-3", "gptq"), ("nvfp4", "search"), ("nvfp4", "gptq")]:
-        options = ["quantize", "-m", model, "--format", format, "--method", method, *(["--stats", stats] if method != "rtn" else [])]
-        _, seconds, peak = run(*options, "--out", fresh(out))
-        made = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-        weights = (model / "model.safetensors").stat().st_size / 2
-        samples.append({"format": format, "method": method, "seconds": seconds, "weights": weights, "peak_bytes": peak, "written_bytes": made})
-        commands.append(f"{NAME} quantize -m WORK/synthetic --format {format} --method {method} --stats STATS --out OUT")
-        transfer = 2 * weights / read + made / written
-        rows.append({"format": format, "method": method, "million weights/s": f"{weights / seconds / 1e6:.1f}", "hours for 218 G weights": f"{218e9 * seconds / weights / 3600:.1f}", "disk alone, hours": f"{218e9 * transfer / weights / 3600:.1f}", "peak memory, GB": f"{peak / 1e9:.2f}", "of one layer": f"{peak / layer_bytes:.2f}x"})
-        print(rows[-1], flush=True)
-    for path in (model, out, stats):
-        fresh(path)
-    write("surgery-speed", commands, samples, {"surgery-speed": rows}, stolen)
-
-
 def kills(stolen, work):
     """SIGKILL at random points of runs, each started again until it ends by itself."""
     stats, rng = Path(work) / "stats", random.Random(20261121)
@@ -408,7 +329,7 @@ def floats_as(model, dtype):
 
 
 if __name__ == "__main__":
-    commands = {"calibrate": calibrate, "curve": curve, "prune": prune, "layers": layers, "speed": speed, "kills": kills, "mlx": mlx}
+    commands = {"calibrate": calibrate, "curve": curve, "prune": prune, "layers": layers, "kills": kills, "mlx": mlx}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         raise SystemExit(__doc__)
     commands[sys.argv[1]](steal_ticks(), *sys.argv[2:])
