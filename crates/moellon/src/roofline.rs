@@ -73,7 +73,7 @@ fn parse(texts: &[String]) -> Result<Vec<(String, WhatIf)>> {
 /// Measures a model's steps and holds the cost model against them.
 pub fn measure(options: &BenchOptions, what_if: &[(String, WhatIf)]) -> Result<(Roofline, MeasuredModel)> {
     let mut backend = backend::create(&options.device, options.activations)?;
-    let (mut decoder, name, _, _) = bench::open(options, backend.as_mut())?;
+    let (mut decoder, name, _, load) = bench::open(options, backend.as_mut())?;
     let sha256 = match options.synthetic {
         Some(_) => None,
         None => Some(ModelSource::open(options.model.model.as_deref())?.checkpoint.identity()),
@@ -106,6 +106,7 @@ pub fn measure(options: &BenchOptions, what_if: &[(String, WhatIf)]) -> Result<(
     let mut bench = Bench {
         decoder: &mut decoder,
         backend: backend.as_mut(),
+        weight_bytes: load.bytes,
         measure_read: &measure_read,
         progress: &mut progress,
     };

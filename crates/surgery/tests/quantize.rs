@@ -226,7 +226,10 @@ fn conversions_between_containers_lose_nothing() {
         let experts = rebuild(&template, storage, &config, &source_dir);
         let model = Opened::new(&source_dir);
         let out = dir.path().join(format!("out-{at}"));
-        let plan = Plan::preset(target).or_else(|_| formats::parse(target).map(Plan::uniform)).expect("known");
+        let plan = match Plan::preset(target) {
+            Ok(plan) => plan,
+            Err(_) => Plan::uniform(formats::parse(target).expect("known")),
+        };
         run(&model, &plan, SEARCH, &out);
         let product = Opened::new(&out);
         let moe = product.config.moe;
