@@ -10,11 +10,14 @@
     python3 bench/receipts.py resident DIRECTORY # memory of a large checkpoint, loaded and decoding
     python3 bench/receipts.py kernels           # one linear layer by format and rows (examples/kernel_speed)
     python3 bench/receipts.py cuda              # the same on an NVIDIA GPU, up to the whole GLM-5.2-77; text against the CPU's
+    python3 bench/receipts.py cuda-kernels      # each kernel of a step under Nsight Compute: microseconds, bytes (needs ncu)
+    python3 bench/receipts.py cuda-sanitizer CONFORMANCE RECORDED  # the test binaries of backend-cuda under compute-sanitizer
     cargo xtask docs --write
 
 A receipt holds the commit, the machine, the commands, every sample, rows for tables, and a hash over it all. Needs nothing but Python.
 """
 
+import csv
 import datetime
 import hashlib
 import json
@@ -253,8 +256,8 @@ def kernels(stolen):
 
 def cuda(stolen):
     more = ["--backend", "cuda", "--windows", "7", "--steps", "20"]
-    slices = [("glm-5.2-77:layers=12", f, "1,2,4,8", *more) for f in ("affine-4", "nvfp4", "affine-3")]
-    plans = [("glm-5.2-77", "q3a4", "1,2,8,16", *more), *slices, ("qwen3-30b-a3b:layers=40", "affine-4", "1,2,4,8", *more)]
+    slices = [("glm-5.2-77:layers=12", f, "1,2,4,8,16,32", *more) for f in ("affine-4", "nvfp4", "affine-3")]
+    plans = [("glm-5.2-77", "q3a4", "1,2,4,8,16,32", *more), *slices, ("qwen3-30b-a3b:layers=40", "affine-4", "1,2,4,8,16,32", *more)]
     reports, rows, commands = bench(plans, "512")
     prompts = ["def quicksort(items):", "fn main() {\n    let mut", "class Stack:\n    def __init__(self):"]
     texts = []
@@ -272,8 +275,57 @@ def cuda(stolen):
     write("cuda", commands, {"bench": reports, "text": texts}, {"decode-cuda": rows, "text-cuda": [text_row]}, stolen)
 
 
+def cuda_kernels(stolen):
+    """Kernels of recorded steps of one row, each alone on the device: their times add up to more than a step."""
+    names = "line|heads|up_|experts_down|router|attend|rms|route|linear|gate|down|write|rope|kv|plain|gather|layer|add|argmax|embed"
+    metrics = ["gpu__time_duration.sum", "dram__bytes_read.sum", "smsp__issue_active.avg.pct_of_peak_sustained_active"]
+    rows, samples, commands = [], [], []
+    for model, form in (("glm-5.2-77:layers=4", "affine-4"), ("glm-5.2-77:layers=4", "q3a4")):
+        command = ["bench", "--synthetic", model, "--format", form, "--backend", "cuda", "--batch", "1", "--prompt", "1"]
+        # The steps before the first that is fused are skipped.
+        profiler = ["ncu", "--clock-control", "none", "--cache-control", "none", "-k", f"regex:^({names})", "--metrics", ",".join(metrics)]
+        words = [*profiler, "--launch-skip", "200", "--launch-count", "300", "--csv", BINARY, *command]
+        out = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        commands.append(" ".join([*profiler[:5], "..", NAME, *command]))
+        launches = {}
+        for row in csv.DictReader(line for line in out.splitlines() if line.startswith('"')):
+            kernel = (row["ID"], row["Kernel Name"].split("(")[0], row["Grid Size"])
+            launches.setdefault(kernel, {})[row["Metric Name"]] = float(row["Metric Value"].replace(",", ""))
+        kernels = {}
+        for (_, name, grid), values in launches.items():
+            kernels.setdefault((name, grid), []).append([values[metric] for metric in metrics])
+        samples.append([{"kernel": name, "grid": grid, "ns, bytes, issue %": values} for (name, grid), values in kernels.items()])
+        for (name, grid), values in sorted(kernels.items(), key=lambda item: -sum(value[0] for value in item[1])):
+            ns, read, issue = (statistics.median(column) for column in zip(*values))
+            rows.append({
+                "model": f"{model}, {form}", "kernel": name, "grid": grid, "launches": len(values), "us": round(ns / 1e3, 1),
+                "MB read": round(read / 1e6, 1), "TB/s": round(read / ns / 1e3, 2), "issue slots used": f"{issue:.0f} %",
+            })
+    write("cuda-kernels", commands, samples, {"cuda-kernels": rows}, stolen)
+
+
+def cuda_sanitizer(stolen, conformance, recorded):
+    """The tests of the CUDA back end under compute-sanitizer."""
+    rows, samples, commands = [], [], []
+    bundled = [recorded, "bundled", "--test-threads=1"]
+    for tool, what, words in [
+        *((tool, "conformance, every operation", [conformance]) for tool in ("memcheck", "initcheck", "racecheck")),
+        *((tool, "recorded steps, bundled shape, every format", bundled) for tool in ("memcheck", "initcheck")),
+    ]:
+        done = subprocess.run(["compute-sanitizer", "--tool", tool, *words], capture_output=True, text=True)
+        text = done.stdout + done.stderr
+        summary = [line.removeprefix("========= ") for line in text.splitlines() if "SUMMARY" in line]
+        passed = [line for line in text.splitlines() if line.startswith("test result: ok. 1 passed")]
+        if not summary or not passed:
+            raise SystemExit(f"compute-sanitizer {tool}, {what}: no summary\n{text[-2000:]}")
+        samples.append({"tool": tool, "what": what, "summary": summary, "status": done.returncode})
+        commands.append(f"compute-sanitizer --tool {tool} {what}")
+        rows.append({"tool": tool, "tests": what, "found": ", ".join(summary)})
+    write("cuda-sanitizer", commands, samples, {"cuda-sanitizer": rows}, stolen)
+
+
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "cuda"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "cuda", "cuda-kernels", "cuda-sanitizer"):
         raise SystemExit(__doc__)
     stolen = steal_ticks()
     match sys.argv[1]:
@@ -295,6 +347,10 @@ def main():
             kernels(stolen)
         case "cuda":
             cuda(stolen)
+        case "cuda-kernels":
+            cuda_kernels(stolen)
+        case "cuda-sanitizer":
+            cuda_sanitizer(stolen, *sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 // Matrix products with weights. Three kernels a format:
 //
-//   gemv       up to 16 rows: the step of decoding. A warp streams one slice of one row tile; the slices of a row tile are added in
+//   gemv       up to 32 rows: the step of decoding. A warp streams one slice of one row tile; the slices of a row tile are added in
 //              order through shared memory. Fused: gate and up with the activation, down with the weighted sum of experts.
 //   gemm       more rows: a block keeps 64 rows of activations in shared memory and streams 256 rows of weights past them.
 //   plain      f32, f16 and bf16 weights with f32 activations.
@@ -11,6 +11,8 @@
 //
 // One piece: all three share the fragments and the order of sums, which is what makes their bits agree.
 #include "product.cuh"
+
+#define DOWN_SLOTS 256  // flat slots (rows times top-k) of `down`, at most the threads of a block
 
 // out = x W for several weights of one format that share x; grid (blocks of row tiles, matrices).
 template <int F, bool FAST, int NT> DEVICE void gemv_linear(const MatmulArgs& a) {
@@ -39,7 +41,7 @@ template <int F, bool FAST, int NT> DEVICE void gemv_linear(const MatmulArgs& a)
   for (int nt = 0; nt < NT; nt++) rows[nt] = row_of<F>(a, nt, a.x.rows, matrix, [](u32 n) { return n; });
   float acc[1][NT][4] = {};
   const u8* scale_base[1] = {row_tile_scales(part.w, matrix, row_tile)};
-  stream.run(acc, w, scale_base, rows, first, last, [&] { stream.issue(); });
+  stream.run(acc, w, scale_base, rows, a.x.rows, first, last, [&] { stream.issue(); });
   put<NT>(red[warp], acc[0], lane);
   __syncthreads();
   for (u32 i = threadIdx.x; i < per_block * 16 * a.x.rows; i += blockDim.x) {
@@ -119,7 +121,7 @@ template <int F, bool FAST, int NT> DEVICE void gemv_gate_up(const MatmulArgs& a
   for (int nt = 0; nt < NT; nt++) rows[nt] = row_of<F>(a, nt, count, 0, [&](u32 n) { return a.routing.ids ? (u32)list[n] : n; });
   float acc[2][NT][4] = {};
   const u8* scale_base[2] = {row_tile_scales(*w[0], expert, row_tile), row_tile_scales(*w[1], expert, row_tile)};
-  stream.run(acc, w, scale_base, rows, first, last, [&] { stream.issue(); });
+  stream.run(acc, w, scale_base, rows, count, first, last, [&] { stream.issue(); });
   put<NT>(red[warp][0], acc[0], lane);
   put<NT>(red[warp][1], acc[1], lane);
   __syncthreads();
@@ -141,11 +143,11 @@ template <int F, bool FAST, int NT> DEVICE void gemv_gate_up(const MatmulArgs& a
 }
 
 // out = plus + sum over a token's experts of weight * (h W): a block has one row tile and every distinct expert.
-// Shared memory: the ring, then [slices][flat slots][16] results. At most 128 flat slots.
+// Shared memory: the ring, then [slices][flat slots][16] results.
 template <int F, bool FAST, int NT> DEVICE void gemv_down(const MatmulArgs& a) {
   extern __shared__ __align__(16) u8 ring[];
   __shared__ u16 lists[WARPS][8 * NT];
-  __shared__ u16 ids[128], unique[128];
+  __shared__ u16 ids[DOWN_SLOTS], unique[DOWN_SLOTS];
   __shared__ u32 num_unique;
   typedef Stream<F, FAST, NT, 1> S1;
   float* results = (float*)(ring + WARPS * S1::D * S1::SLOT);
@@ -202,7 +204,7 @@ template <int F, bool FAST, int NT> DEVICE void gemv_down(const MatmulArgs& a) {
     for (int nt = 0; nt < NT; nt++) rows[nt] = row_of<F>(a, nt, count, 0, [&](u32 n) { return (u32)lists[warp][n]; });
     float acc[1][NT][4] = {};
     const u8* scale_base[1] = {row_tile_scales(*w[0], expert, blockIdx.x)};
-    stream.run(acc, w, scale_base, rows, first, last, issue);
+    stream.run(acc, w, scale_base, rows, count, first, last, issue);
 #pragma unroll
     for (int nt = 0; nt < NT; nt++)
 #pragma unroll
@@ -477,10 +479,13 @@ KERNEL __launch_bounds__(256) plain_bf16(const __grid_constant__ PlainArgs a) { 
 #define KERNELS(NAME, F, FAST) \
   KERNEL __launch_bounds__(256, 3) linear1_##NAME(const __grid_constant__ MatmulArgs a) { gemv_linear<F, FAST, 1>(a); } \
   KERNEL __launch_bounds__(256) linear2_##NAME(const __grid_constant__ MatmulArgs a) { gemv_linear<F, FAST, 2>(a); } \
+  KERNEL __launch_bounds__(256) linear4_##NAME(const __grid_constant__ MatmulArgs a) { gemv_linear<F, FAST, 4>(a); } \
   KERNEL __launch_bounds__(256) gate_up1_##NAME(const __grid_constant__ MatmulArgs a) { gemv_gate_up<F, FAST, 1>(a); } \
   KERNEL __launch_bounds__(256) gate_up2_##NAME(const __grid_constant__ MatmulArgs a) { gemv_gate_up<F, FAST, 2>(a); } \
+  KERNEL __launch_bounds__(256) gate_up4_##NAME(const __grid_constant__ MatmulArgs a) { gemv_gate_up<F, FAST, 4>(a); } \
   KERNEL __launch_bounds__(256, 3) down1_##NAME(const __grid_constant__ MatmulArgs a) { gemv_down<F, FAST, 1>(a); } \
   KERNEL __launch_bounds__(256) down2_##NAME(const __grid_constant__ MatmulArgs a) { gemv_down<F, FAST, 2>(a); } \
+  KERNEL __launch_bounds__(256) down4_##NAME(const __grid_constant__ MatmulArgs a) { gemv_down<F, FAST, 4>(a); } \
   KERNEL __launch_bounds__(256, 1) gemm_##NAME(const __grid_constant__ MatmulArgs a) { gemm<F, FAST>(a); }
 #define AFFINE(NAME, F) KERNELS(NAME, F, true) KERNELS(NAME##_any, F, false)
 AFFINE(affine2, AFFINE2)

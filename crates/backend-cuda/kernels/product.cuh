@@ -296,9 +296,9 @@ struct Stream : Ring<F, FAST, R> {
   typedef Ring<F, FAST, R> Base;
   using Base::lane;
   static constexpr bool BYTES = Is<F>::affine;
-  // Multiplies the tiles of a slice, which have been issued in this order; `refill` keeps the ring full.
+  // Multiplies the tiles of a slice, which have been issued in this order, with `count` rows; `refill` keeps the ring full.
   template <typename Refill>
-  METHOD void run(float acc[R][NT][4], const Packed* const w[R], const u8* const scale_base[R], const Row rows[NT], u32 first, u32 last, Refill refill) {
+  METHOD void run(float acc[R][NT][4], const Packed* const w[R], const u8* const scale_base[R], const Row rows[NT], u32 count, u32 first, u32 last, Refill refill) {
     if (first >= last) return;
     u32 cols = w[0]->cols, t = lane % 4;
     bool halves = w[0]->group == 32;
@@ -307,6 +307,7 @@ struct Stream : Ring<F, FAST, R> {
     auto columns = [&](Columns<BYTES> x[NT]) {
 #pragma unroll
       for (int nt = 0; nt < NT; nt++) {
+        if (NT > 2 && nt * 8 >= count) continue;
         if constexpr (BYTES) {
           const uint4 zero = make_uint4(0, 0, 0, 0);
           x[nt].high = rows[nt].digits ? *(const uint4*)(rows[nt].digits + at) : zero;
@@ -321,12 +322,10 @@ struct Stream : Ring<F, FAST, R> {
       }
     };
     u32 j = first;
-    Columns<BYTES> x[2][NT];
-    columns(x[0]);
-    auto tile = [&](Columns<BYTES> now[NT], Columns<BYTES> next[NT]) {
+    auto tile = [&](Columns<BYTES> now[NT], Columns<BYTES>* next) {
       u32 slot = Base::next();
       refill();
-      if (j + 1 < last) { at += step; columns(next); }
+      if (next && j + 1 < last) { at += step; columns(next); }
 #pragma unroll
       for (int r = 0; r < R; r++) {
         Codes<F> codes;
@@ -335,15 +334,28 @@ struct Stream : Ring<F, FAST, R> {
         Taken<F, FAST> taken;
         take_apart<F, FAST>(taken, codes, scales);
 #pragma unroll
-        for (int nt = 0; nt < NT; nt++) accumulate<F, FAST>(acc[r][nt], taken, scales, now[nt], halves);
+        for (int nt = 0; nt < NT; nt++)
+          if (NT <= 2 || nt * 8 < count) accumulate<F, FAST>(acc[r][nt], taken, scales, now[nt], halves);
       }
       j++;
     };
-    while (true) {
-      tile(x[0], x[1]);
-      if (j >= last) break;
-      tile(x[1], x[0]);
-      if (j >= last) break;
+    if constexpr (NT <= 2) {
+      // The next columns are on their way while these are multiplied.
+      Columns<BYTES> x[2][NT];
+      columns(x[0]);
+      while (true) {
+        tile(x[0], x[1]);
+        if (j >= last) break;
+        tile(x[1], x[0]);
+        if (j >= last) break;
+      }
+    } else {
+      // No registers are left for that.
+      Columns<BYTES> x[NT];
+      for (; j < last; at += step) {
+        columns(x);
+        tile(x, nullptr);
+      }
     }
   }
 };

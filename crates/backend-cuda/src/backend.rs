@@ -23,11 +23,11 @@ use std::path::PathBuf;
 
 /// Rows up to which products stream weights once past all rows in registers (`gemv`); more go through `gemm`. The results
 /// are the same bits.
-const GEMV_ROWS: usize = 16;
+const GEMV_ROWS: usize = 32;
 /// Warps of a block of products.
 const WARPS: usize = 8;
 /// Choices of experts (rows times top-k) that one block of the weighted sum keeps.
-const DOWN_SLOTS: usize = 128;
+const DOWN_SLOTS: usize = 256;
 /// Keys that attention keeps in shared memory at a time (`TILE`).
 const TILE: u32 = 32;
 /// Counters that kernels of a step share: `up` has one for 64 hidden values of the chosen experts.

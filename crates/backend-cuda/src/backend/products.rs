@@ -43,9 +43,9 @@ impl Input {
     }
 }
 
-/// Which of the kernels for few rows: up to eight, up to sixteen.
+/// Which of the kernels for few rows: groups of eight that it has registers for.
 pub(super) fn gemv_variant(rows: usize) -> usize {
-    rows.div_ceil(8)
+    rows.div_ceil(8).next_power_of_two()
 }
 
 /// Slices that a row of weights is cut into: a function of its columns alone, because the order of sums depends on it.
