@@ -237,15 +237,23 @@ fn required(schema: u64) -> Vec<(&'static str, Check)> {
         ("name", Value::is_string),
         ("date", Value::is_string),
         ("commit", |v| v.is_string() || v.is_null()),
-        // Schema 1 had null where another program than ours was measured.
-        ("binary_sha256", if schema >= 2 { Value::is_string } else { |v| v.is_string() || v.is_null() }),
+        ("binary_sha256", Value::is_string),
         ("machine", Value::is_object),
         ("steal_pct", Value::is_number),
         ("commands", Value::is_array),
         ("samples", |v| v.is_array() || v.is_object()),
         ("tables", Value::is_object),
     ];
-    if schema >= 2 {
+    if schema < 2 {
+        // Schema 1 had null where a protocol was tested, and nothing measured.
+        let nullable: [(&'static str, Check); 3] = [
+            ("binary_sha256", |v| v.is_string() || v.is_null()),
+            ("machine", |v| v.is_object() || v.is_null()),
+            ("steal_pct", |v| v.is_number() || v.is_null()),
+        ];
+        members.retain(|(name, _)| nullable.iter().all(|(other, _)| other != name));
+        members.extend(nullable);
+    } else {
         members.extend([
             ("kind", Value::is_string as Check),
             ("version", Value::is_string),
