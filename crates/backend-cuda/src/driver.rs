@@ -49,9 +49,6 @@ pub(crate) struct Device {
     pub(crate) multiprocessors: u32,
     /// Driver's CUDA version, e.g. 13000.
     pub(crate) driver_version: i32,
-    /// Whether a kernel may start while the one before it ends (programmatic dependent launch). Kernels that fill the device by
-    /// themselves are better off without: 2.06 ms a step instead of 2.09 (12 layers of GLM-5.2-77 in affine-4, H200).
-    pub(crate) overlaps: bool,
 }
 
 // SAFETY: the driver's handles may be used from any thread; `Device::enter` makes the context current on the one that calls.
@@ -101,17 +98,7 @@ impl Device {
         );
         let multiprocessors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
         let thread = Some(std::thread::current().id());
-        Ok(Device {
-            device,
-            context,
-            stream,
-            thread,
-            name,
-            capability,
-            multiprocessors,
-            driver_version,
-            overlaps: true,
-        })
+        Ok(Device { device, context, stream, thread, name, capability, multiprocessors, driver_version })
     }
 
     /// Makes the context current on the calling thread.
@@ -172,6 +159,17 @@ impl Device {
     /// Copies `source` to the device; returns when `source` may be reused.
     pub(crate) fn upload(&mut self, to: DevicePtr, source: &[u8]) -> Result<()> {
         self.upload_async(to, source)?;
+        self.synchronize()
+    }
+
+    /// Copies arguments of kernels, as they lie in memory, to the device.
+    pub(crate) fn upload_args<A: Copy>(&mut self, to: DevicePtr, source: &[A]) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the driver reads the bytes of the slice, padding included, as bytes; `to` has room for them (its caller made it).
+        let result = unsafe {
+            sys::cuMemcpyHtoDAsync_v2(to, source.as_ptr().cast(), std::mem::size_of_val(source), self.stream)
+        };
+        check(result, "copying to the GPU")?;
         self.synchronize()
     }
 
@@ -237,7 +235,7 @@ impl Device {
             sharedMemBytes: shared,
             hStream: self.stream,
             attrs: &raw mut attribute,
-            numAttrs: u32::from(self.capability.0 >= 9 && self.overlaps),
+            numAttrs: u32::from(self.capability.0 >= 9),
         };
         let mut parameters = [ptr::from_ref(args).cast_mut().cast::<c_void>()];
         // SAFETY: the argument struct is the kernel's own (args.rs); the driver copies it before it returns.
@@ -367,17 +365,24 @@ unsafe impl Send for Kernel {}
 impl Module {
     /// The kernel `name`; `dynamic` allows it that many bytes of dynamic shared memory.
     pub(crate) fn kernel(&mut self, name: &str, dynamic: u32) -> Result<Kernel> {
+        let found = self.find(name, dynamic)?;
+        found.ok_or_else(|| device_error(format!("kernel {name} is not among those that this build has")))
+    }
+
+    /// The same where the module may have no such kernel.
+    pub(crate) fn find(&mut self, name: &str, dynamic: u32) -> Result<Option<Kernel>> {
         if let Some(kernel) = self.functions.get(name) {
-            return Ok(kernel.clone());
+            return Ok(Some(kernel.clone()));
         }
         let text = CString::new(name).expect("kernel names have no zero byte");
         let mut function = ptr::null_mut();
         // SAFETY: out pointer; the module is loaded.
         unsafe {
-            check(
-                sys::cuModuleGetFunction(&raw mut function, self.module, text.as_ptr()),
-                &format!("finding kernel {name}"),
-            )?;
+            let result = sys::cuModuleGetFunction(&raw mut function, self.module, text.as_ptr());
+            if result == sys::CUresult::CUDA_ERROR_NOT_FOUND {
+                return Ok(None);
+            }
+            check(result, &format!("finding kernel {name}"))?;
             if dynamic > 48 * 1024 {
                 let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                 check(
@@ -389,7 +394,7 @@ impl Module {
         // A kernel's name lives as long as the process: there are a hundred of them.
         let kernel = Kernel { function, name: String::leak(name.to_owned()) };
         self.functions.insert(name.to_owned(), kernel.clone());
-        Ok(kernel)
+        Ok(Some(kernel))
     }
 }
 

@@ -51,10 +51,13 @@ impl DecoderOptions {
 /// Contexts of recorded steps are rounded up to a multiple of this, so that a sequence goes through few different steps.
 const RECORDED_CONTEXT: usize = 512;
 
-/// What decides which operations a step is, with which arguments.
-fn step_key(batch: &Batch, step: &Step) -> u64 {
+/// What decides which operations a step is, with which arguments: the decoder too (a buffer of its workspace tells it from others on the
+/// same back end), or a step of another one would be replayed.
+fn step_key(workspace: &Workspace, batch: &Batch, step: &Step) -> u64 {
     let mut hasher = std::hash::DefaultHasher::new();
-    [step.num_tokens, batch.block_tables.len(), batch.logit_rows.len(), step.paging.max_context].hash(&mut hasher);
+    let decoder = workspace.logits.id as usize;
+    [decoder, step.num_tokens, batch.block_tables.len(), batch.logit_rows.len(), step.paging.max_context]
+        .hash(&mut hasher);
     hasher.finish()
 }
 
@@ -217,7 +220,7 @@ impl Decoder {
         }
         let step = self.upload(batch, backend)?;
         let logits = self.workspace.logits.tensor(batch.logit_rows.len(), self.config.vocab_size);
-        let key = step_key(batch, &step);
+        let key = step_key(&self.workspace, batch, &step);
         if backend.replay(key)? {
             return Ok(logits);
         }
