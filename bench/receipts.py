@@ -55,7 +55,8 @@ def steal_ticks():
     return int(fields[7]), sum(map(int, fields))
 
 
-def write(name, commands, samples, tables, stolen):
+def write(name, commands, samples, tables, stolen, machine=None):
+    """`machine` is another one than this, where the samples are from."""
     git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     # A machine that has the binary alone cannot ask.
     commit = os.environ.get("MOELLON_COMMIT") or git("rev-parse", "HEAD")
@@ -67,7 +68,7 @@ def write(name, commands, samples, tables, stolen):
         "date": datetime.date.today().isoformat(),
         "commit": commit,
         "binary_sha256": hashlib.sha256(BINARY.read_bytes()).hexdigest(),
-        "machine": {key: doctor[key] for key in ("cpu", "cores", "cpu_level", "memory_bytes", "read_gb_s", "read_gb_s_1_thread")},
+        "machine": machine or {key: doctor[key] for key in ("cpu", "cores", "cpu_level", "memory_bytes", "read_gb_s", "read_gb_s_1_thread")},
         "steal_pct": round(100 * (after[0] - stolen[0]) / max(1, after[1] - stolen[1]), 2),
         "load_average": os.getloadavg(),
         "commands": commands,

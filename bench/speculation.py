@@ -4,6 +4,7 @@
     python3 bench/speculation.py bundled       # plain and speculating decoding of the bundled model, text by text
     python3 bench/speculation.py experiments   # MTP acceptance with whole and with broken heads, DSA, fewer experts, batches
     python3 bench/speculation.py replay qwen3-30b-a3b:layers=4   # verify cost and gain on published shapes
+    python3 bench/speculation.py replay-lines PRESET FILE COMMAND  # the same from what a run on another machine printed
     cargo xtask docs --write
 
 Runs of a pair are interleaved; outputs are compared byte for byte. Needs nothing but Python.
@@ -125,25 +126,35 @@ def bundled(stolen, rounds=5):
             stats = results[mode][-1]["speculation"]
             samples.append({"text": text, "mode": mode, "plain_ms": plain, "ms": times, "speculation": stats})
             if mode == "mtp":
-                row["mtp predicted"] = predicted(stats, results[mode])
+                row["mtp predicted"] = f"{statistics.median(predicted(r['speculation']) for r in results[mode]):.2f}x"
                 trials = stats["head_by_depth"]
                 row["mtp right at depth 1, 2, 3"] = ", ".join(f"{100 * hits // max(1, n)} %" for n, hits in trials[:3]) or "-"
         rows.append(row)
     write("speculation-bundled", commands, samples, {"speculation-bundled": rows}, stolen)
 
 
-def predicted(stats, results):
-    """Tokens a step over what the cost curve says a step takes."""
-    steps = stats["sequence_steps"]
-    if stats["draft_tokens"] == 0:
-        return "1.00x"
-    cost, draft = dict(map(tuple, stats["step_cost"])), dict(map(tuple, stats["draft_cost"]))
-    drafting, depth = stats["drafts"], stats["draft_tokens"] / stats["drafts"]
-    at = lambda curve, x: curve[int(x)] + (curve[min(int(x) + 1, max(curve))] - curve[int(x)]) * (x - int(x))
+def predicted(stats):
+    """Tokens a step over what the cost curve, measured when the program began, says that a step takes."""
+    steps, drafting = stats["sequence_steps"], stats["drafts"]
+    if drafting == 0:
+        return 1.0
+    cost, draft = sorted(map(tuple, stats["step_cost"])), sorted(map(tuple, stats["draft_cost"]))
+    depth, accepted = stats["draft_tokens"] / drafting, stats["accepted_tokens"]
     # Steps with drafts, at their mean depth, and steps without.
-    seconds = drafting * (at(cost, 1 + depth) + depth * draft[1]) + (steps - drafting) * cost[1]
-    tokens = steps + stats["accepted_tokens"]
-    return f"{tokens * cost[1] / seconds:.2f}x"
+    seconds = drafting * at(cost, 1 + depth) + (steps - drafting) * at(cost, 1)
+    if stats["head_draft_tokens"]:
+        # The first drafting step takes the rows that the last step gave, the others one each.
+        share = stats["head_draft_tokens"] / stats["draft_tokens"]
+        seconds += share * drafting * (at(draft, 1 + accepted / drafting) + (depth - 1) * at(draft, 1))
+    return (steps + accepted) * at(cost, 1) / seconds
+
+
+def at(curve, x):
+    """A curve's value between its points."""
+    for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return curve[-1][1]
 
 
 def tensors(path):
@@ -210,10 +221,10 @@ def mismatched_router(values):
     values[f"{MTP}.shared_head.norm.weight"] = values["model.norm.weight"]
 
 
-def acceptance(prompts, model, **options):
+def acceptance(prompts, model, flags=(), **options):
     trials = [[0, 0], [0, 0]]
     for prompt in prompts:
-        stats = run(prompt, "--temp", 0, "--speculate", "mtp", "--draft-always", "--draft-depth", 2, model=model, **options)["speculation"]
+        stats = run(prompt, "--temp", 0, "--speculate", "mtp", "--draft-always", "--draft-depth", 2, *flags, model=model, **options)["speculation"]
         for depth, (n, hits) in enumerate(stats["head_by_depth"][:2]):
             trials[depth][0] += n
             trials[depth][1] += hits
@@ -259,6 +270,11 @@ def experiments(stolen):
         right = stats["head_by_depth"][0] if stats["head_by_depth"] else [0, 0]
         row("draft model", f"half of the model, untrained for it: {100 * right[1] // max(1, right[0])} % right, governed", f"{factor:.2f}x", "0.32x")
         samples.append({"lookup": [ms_per_token(r) for r in lookup["ngram"]], "draft model": stats})
+        # A head of the frequent tokens alone.
+        for count in (4096, 2048, 1024):
+            trials = acceptance(prompts, heads["whole"], flags=["--draft-vocab", count])
+            row("MTP, drafts right", f"a head of {count} of 4096 tokens", f"{100 * trials[0][1] / max(1, trials[0][0]):.0f} %", "spec: 32 k of 155 k")
+            samples.append({"draft_vocab": count, "trials": trials})
         # DSA: how many positions attention sees, at a context beyond all of them.
         long = (CODE + PYTHON + EDITED) * 4
         models = {k: variant(folder / f"topk{k}", lambda config, k=k: config.update(index_topk=k)) for k in (16, 32, 64, 128, 2048)}
@@ -278,9 +294,10 @@ def experiments(stolen):
             nll = negative_log_likelihood(model, held, folder)
             samples.append({"experts": k, "ms": times, "nats_per_token": nll})
             row("active experts", f"{k} of 24", f"{statistics.median(times):.3f} ms a token, {nll:.3f} nats a token on held-out code", "8 to 6: quality-dead")
-    for kind, speeds in batches().items():
-        row("batch scaling", kind, ", ".join(f"{b}: {s:.2f}x" for b, s in speeds.items()), "2.6x at 8, prompts identical")
-        samples.append({"batches": kind, "speedup": speeds})
+    for kind, (speeds, counted) in batches().items():
+        result = ", ".join(f"{b}: {s:.2f}x ({counted[b]:.1f} experts)" for b, s in speeds.items())
+        row("batch scaling", kind, result, "2.6x at 8, prompts identical")
+        samples.append({"batches": kind, "speedup": speeds, "distinct_experts": counted})
     write("speculation-experiments", [f"{NAME} run --raw -p .. --json --temp 0 --speculate .. --draft-always", f"{NAME} bench --batch 1,2,4,8"], samples, {"speculation-experiments": rows}, stolen)
 
 
@@ -320,27 +337,63 @@ def token_ids(text):
 
 
 def batches():
-    """Throughput of the bundled shapes at batch sizes, with prompts of their own and with one prompt repeated."""
-    out = json.loads(receipts.run("bench", "--batch", "1,2,4,8", "--prompt", "64", "--windows", "5", "--json")[0])
-    speed = {r["batch"]: r["decode_tok_s"] for r in out["results"]}
-    return {"distinct prompts": {b: s / speed[1] for b, s in speed.items()}}
+    """Throughput at batch sizes, with tokens of each sequence's own and with one token for all, of the bundled model and of a
+    slice of a published shape that does not fit into caches."""
+    found = {}
+    for model in ("the bundled model", "qwen3-30b-a3b:layers=2"):
+        shape = [] if model.startswith("the") else ["--synthetic", model]
+        for kind, flags in (("distinct", []), ("identical", ["--identical"])):
+            out = json.loads(receipts.run("bench", *shape, *flags, "--batch", "1,2,4,8", "--prompt", "64", "--windows", "5", "--json")[0])
+            speed = {r["batch"]: r["decode_tok_s"] for r in out["results"]}
+            experts = {r["batch"]: r["distinct_experts"] for r in out["results"]}
+            found[f"{model}, {kind} tokens"] = ({b: s / speed[1] for b, s in speed.items()}, experts)
+    return found
 
 
 def replay(stolen, preset, *flags):
-    rows, samples, commands, verify = [], [], [], []
-    for overlap in (None, 0.26, 0.38):
-        for p in (0.6, 0.8, 0.9):
-            spec = f"replay:p={p}" + (f",overlap={overlap}" if overlap else "")
-            arguments = ["bench", "--synthetic", preset, "--speculate", spec, "--batch", "1", "--windows", "5", "--steps", "12", *flags]
-            report = json.loads(receipts.run(*arguments, "--json")[0])
-            commands.append(f"{NAME} {' '.join(arguments)}")
-            samples.append(report)
-            for r in report["results"]:
-                rows.append({"model": preset, "right": p, "overlap": f"{report['overlap']:.2f}", "plain, ms a token": f"{r['plain_ms']:.2f}", "drafted": f"{r['drafted_ms']:.2f}", "factor": f"{r['factor']:.2f}x", "predicted": f"{r['predicted_factor']:.2f}x", "drafts a step": f"{r['depth']:.2f}", "tokens a step": f"{r['tokens_per_step']:.2f}"})
+    """All acceptances and overlaps on one loaded model."""
+    spec = "replay:p=0.6/0.7/0.8/0.9,overlap=0.10/0.26/0.38"
+    arguments = ["bench", "--synthetic", preset, "--speculate", spec, "--batch", "1", "--windows", "3", "--steps", "12", *flags]
+    lines = receipts.run(*arguments, "--json")[0].splitlines()
+    replay_receipt(stolen, preset, [f"{NAME} {' '.join(arguments)}"], [json.loads(line) for line in lines])
+
+
+def replay_receipt(stolen, preset, commands, reports, machine=None):
+    rows, verify, seen = [], [], set()
+    for report in reports:
+        overlap = f"{report['overlap']:.2f}"
+        for r in report["results"]:
+            rows.append({"model": preset, "right": report["acceptance"], "overlap": overlap, "plain, ms a token": f"{r['plain_ms']:.2f}", "drafted": f"{r['drafted_ms']:.2f}", "factor": f"{r['factor']:.2f}x", "predicted": f"{r['predicted_factor']:.2f}x", "by bytes": f"{r['bytes_factor']:.2f}x", "drafts a step": f"{r['depth']:.2f}", "tokens a step": f"{r['tokens_per_step']:.2f}"})
+        if overlap in seen:
+            continue
+        seen.add(overlap)
         for v in report["verify"]:
-            verify.append({"model": preset, "overlap": f"{report['overlap']:.2f}", "rows": v["rows"], "ms": f"{v['ms']:.2f}", "cost": f"{v['cost']:.2f}", "cost by bytes": f"{v['bytes_cost']:.2f}", "experts a layer": f"{v['distinct_experts']:.1f}"})
-    name = preset.split(":")[0]
-    write(f"speculation-replay-{name}", commands, samples, {"speculation-replay": rows, "speculation-verify": verify}, stolen)
+            verify.append({"model": preset, "overlap": overlap, "rows": v["rows"], "ms": f"{v['ms']:.2f}", "cost": f"{v['cost']:.2f}", "cost by bytes": f"{v['bytes_cost']:.2f}", "experts a layer": f"{v['distinct_experts']:.1f}"})
+    where = "-cuda" if reports[0]["backend"].startswith("cuda") else ""
+    write(f"speculation-replay-{preset.split(':')[0]}{where}", commands, reports, {"speculation-replay": rows, "speculation-verify": verify, "speculation-truncation": truncation(preset, reports)}, stolen, machine)
+
+
+def truncation(preset, reports):
+    """What in-flight truncation could bring at most: each step verifies as many rows as are best for the experts that it will
+    really read, known before it begins, against the best number of rows for all steps."""
+    rows = []
+    for report in {f"{r['overlap']:.2f}": r for r in reports}.values():
+        verify, top_k = report["verify"], report["verify"][0]["distinct_experts"]
+        # Bytes of what is read once and of the experts of one token, in plain steps.
+        more = verify[-1]["distinct_experts"] / top_k - 1
+        expert_share = (verify[-1]["bytes_cost"] - 1) / more
+        steps = list(zip(*(v["distinct_experts_of_steps"] for v in verify)))
+        costs = [[1 + expert_share * (union / top_k - 1) for union in step] for step in steps]
+        for p in (0.6, 0.7, 0.8, 0.9):
+            tokens = [sum(p**i for i in range(v["rows"])) for v in verify]
+            count = range(len(verify))
+            fixed = max(tokens[k] * len(costs) / sum(c[k] for c in costs) for k in count)
+            rate = fixed
+            for _ in range(20):
+                best = [max(count, key=lambda k: tokens[k] - rate * c[k]) for c in costs]
+                rate = sum(tokens[k] for k in best) / sum(c[k] for k, c in zip(best, costs))
+            rows.append({"model": preset, "right": p, "overlap": f"{report['overlap']:.2f}", "best fixed depth": f"{fixed:.3f}x", "best depth of each step": f"{rate:.3f}x", "gain at most": f"{100 * (rate / fixed - 1):.1f} %"})
+    return rows
 
 
 def main():
@@ -353,6 +406,12 @@ def main():
             experiments(stolen)
         case ["replay", preset, *flags]:
             replay(stolen, preset, *flags)
+        case ["replay-lines", preset, path, *command]:
+            # What a machine without Python has printed.
+            reports = [json.loads(line) for line in Path(path).read_text().splitlines()]
+            here = reports[0]["machine"]
+            machine = {"cpu": here["cpu"], "cores": here["cores"], "memory_bytes": here["memory_bytes"], "gpu": reports[0]["backend"]}
+            replay_receipt(stolen, preset, [" ".join(command)], reports, machine)
         case _:
             raise SystemExit(__doc__)
 

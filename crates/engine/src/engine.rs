@@ -13,8 +13,8 @@ use crate::prefix_cache::PrefixCache;
 use crate::request::{Event, FinishReason, PromptScore, Request, RequestError, SampledToken};
 use crate::sampler::{PickError, SettingError, log_probabilities};
 use crate::scheduler::{ChunkGovernor, Demand, Share, StepLimits, plan};
-use crate::sequence::{QueueTicket, Restore, Sequence};
-use crate::speculate::{Speculation, SpeculationOptions};
+use crate::sequence::{Published, QueueTicket, Restore, Sequence};
+use crate::speculate::{Drafter, Speculation, SpeculationOptions};
 use crate::stats::{CountedStep, EngineStats, Rate};
 use moellon_model::batch::{Batch, LogitRows};
 use moellon_model::session::greedy;
@@ -199,26 +199,26 @@ impl Engine {
     /// # Errors
     /// If the device has no room for the engine's buffer, or the disk cache's folder is not usable.
     pub fn new(decoder: Decoder, backend: Box<dyn Backend>, options: EngineOptions) -> Result<Self, EngineError> {
-        Engine::with_draft_model(decoder, None, backend, options)
+        Engine::with_drafter(decoder, None, backend, options)
     }
 
-    /// [`Engine::new`] with a smaller model of the same tokens that drafts, built on the same back end for the same sizes.
+    /// [`Engine::new`] with a network of its own that drafts, built on the same back end for the same sizes.
     ///
     /// # Errors
     /// As [`Engine::new`], and a draft model of other sizes.
-    pub fn with_draft_model(
+    pub fn with_drafter(
         mut decoder: Decoder,
-        draft_model: Option<Decoder>,
+        drafter: Option<Drafter>,
         mut backend: Box<dyn Backend>,
         options: EngineOptions,
     ) -> Result<Self, EngineError> {
         let sizes = *decoder.options();
-        if let Some(draft) = &draft_model {
+        if let Some(Drafter::Model(draft)) = &drafter {
             check_draft_model(&decoder, draft)?;
         }
         let speculation = match options.speculation {
             None => None,
-            Some(options) => Some(Speculation::new(options, &mut decoder, draft_model, backend.as_mut())?),
+            Some(options) => Some(Speculation::new(options, &mut decoder, drafter, backend.as_mut())?),
         };
         let block_rows =
             BlockRows::new(&decoder, speculation.as_ref().map_or_else(Vec::new, Speculation::draft_caches));
@@ -863,7 +863,10 @@ impl Engine {
     /// Makes a sequence's full blocks findable, in memory and on disk.
     fn publish(&mut self, index: usize) -> Result<(), EngineError> {
         let sequence = &mut self.running[index];
-        let new_blocks = sequence.publish(&mut self.prefix_cache, &mut self.pool);
+        let Published { new_blocks, exchanged } = sequence.publish(&mut self.prefix_cache, &mut self.pool);
+        if !exchanged.is_empty() {
+            self.exchanged_blocks(index, &exchanged);
+        }
         if self.disk_cache.is_none() || new_blocks.is_empty() {
             return Ok(());
         }
@@ -913,7 +916,7 @@ impl Engine {
         let elapsed = now - started;
         let decode_rows = decodes + drafts;
         let prefill_rows = num_tokens.saturating_sub(decode_rows);
-        self.settle(decodes, drafts, prefill_rows, generated, elapsed.as_secs_f64());
+        self.settle(decodes, drafts, prefill_rows, elapsed.as_secs_f64());
         self.governor.observe(decode_rows, prefill_rows, elapsed.as_secs_f64());
         self.prefill_rate.add(prefill_rows, now);
         self.stats.prefill_tokens += prefill_rows as u64;

@@ -34,6 +34,6 @@ pub use request::{
     CacheMiss, Event, FinishReason, Finished, PromptScore, Request, RequestError, SampledToken, Started, ThinkingBudget,
 };
 pub use sampler::{PickError, Sampler, SamplingParams, SettingError};
-pub use speculate::{CostCurve, Policy, Replay, SpeculationOptions, SpeculationStats};
+pub use speculate::{CostCurve, Drafter, Policy, Replay, SpeculationOptions, SpeculationStats};
 pub use stats::{CountedStep, EngineStats};
 pub use thread::EngineHandle;

@@ -131,6 +131,7 @@ pub struct Sampler {
     logits: Vec<f32>,
     /// Work space: candidates `(token, logit or weight)`.
     candidates: Vec<(u32, f32)>,
+    certainty: f32,
 }
 
 impl Sampler {
@@ -139,12 +140,17 @@ impl Sampler {
         let rng = SplitMix64::new(params.seed);
         let seen =
             if params.has_penalties() { prompt.iter().map(|token| (*token, 0)).collect() } else { HashMap::new() };
-        Sampler { params, rng, seen, logits: Vec::new(), candidates: Vec::new() }
+        Sampler { params, rng, seen, logits: Vec::new(), candidates: Vec::new(), certainty: 1.0 }
     }
 
     /// How tokens are chosen.
     pub fn params(&self) -> &SamplingParams {
         &self.params
+    }
+
+    /// The probability that the likeliest token had in the last choice: 1 where nothing is drawn.
+    pub(crate) fn certainty(&self) -> f32 {
+        self.certainty
     }
 
     /// Chooses a token from `logits` `[vocab_size]` and remembers it. NaN never wins: it counts as the smallest.
@@ -258,6 +264,8 @@ impl Sampler {
 
     fn draw(&mut self) -> u32 {
         let total: f64 = self.candidates.iter().map(|c| f64::from(c.1)).sum();
+        // Weights are relative to the likeliest candidate's.
+        self.certainty = (1.0 / total) as f32;
         let mut rest = self.rng.next_f64() * total;
         for (token, weight) in &self.candidates {
             rest -= f64::from(*weight);

@@ -44,6 +44,15 @@ pub(crate) enum Restore {
     Done,
 }
 
+/// Blocks that became findable.
+#[derive(Debug, Default)]
+pub(crate) struct Published {
+    /// Places in the block table of those that the tree did not have, with their names.
+    pub(crate) new_blocks: Vec<(usize, BlockHash)>,
+    /// Equal blocks of others that the sequence now holds instead of its own.
+    pub(crate) exchanged: Vec<BlockId>,
+}
+
 /// A request, waiting or running.
 pub(crate) struct Sequence {
     pub(crate) id: String,
@@ -183,6 +192,7 @@ impl Sequence {
     /// Takes the token that the device chose.
     pub(crate) fn accept_argmax(&mut self, token: u32) -> SampledToken {
         self.sampler.accept(token);
+        self.track.learn_certainty(1.0);
         SampledToken { id: token, logprob: None, top_logprobs: Vec::new(), forced: false }
     }
 
@@ -196,7 +206,9 @@ impl Sequence {
             }
             None => {
                 let masked = self.mask(mask)?;
-                self.sampler.pick_allowed(logits, masked.then_some(mask)).map_err(|error| match error {
+                let picked = self.sampler.pick_allowed(logits, masked.then_some(mask));
+                self.track.learn_certainty(self.sampler.certainty());
+                picked.map_err(|error| match error {
                     PickError::Nan { .. } => self.bad_logits(&error),
                     PickError::NothingAllowed => RequestError::Constraint(error.to_string()),
                 })?
@@ -311,21 +323,23 @@ impl Sequence {
         (&mut self.track, &self.tokens, self.salt.as_ref())
     }
 
-    /// Makes the computed full blocks findable and returns those that the tree did not have, with their names.
-    pub(crate) fn publish(&mut self, cache: &mut PrefixCache, pool: &mut KvPool) -> Vec<(usize, BlockHash)> {
+    /// Makes the computed full blocks findable.
+    pub(crate) fn publish(&mut self, cache: &mut PrefixCache, pool: &mut KvPool) -> Published {
         let block_size = pool.block_size();
-        let mut new_blocks = Vec::new();
+        let mut published = Published::default();
         while (self.published + 1) * block_size <= self.computed {
             let index = self.published;
             let tokens = &self.tokens[index * block_size..(index + 1) * block_size];
             let kept = cache.publish(&mut self.cursor, tokens, self.blocks[index], pool);
             if kept == self.blocks[index] {
-                new_blocks.extend(cache.hash_of(&self.cursor).map(|hash| (index, hash)));
+                published.new_blocks.extend(cache.hash_of(&self.cursor).map(|hash| (index, hash)));
+            } else {
+                published.exchanged.push(kept);
             }
             self.blocks[index] = kept;
             self.published += 1;
         }
-        new_blocks
+        published
     }
 
     /// Lets go of all blocks, after making the last, partly filled one findable.

@@ -6,7 +6,7 @@ mod support;
 
 use moellon_checkpoint::Checkpoint;
 use moellon_engine::{
-    CostCurve, Engine, EngineError, EngineOptions, Event, FinishReason, Policy, Request, SamplingParams,
+    CostCurve, Drafter, Engine, EngineError, EngineOptions, Event, FinishReason, Policy, Request, SamplingParams,
     SpeculationOptions, SpeculationStats, ThinkingBudget,
 };
 use moellon_model::weights::Weights;
@@ -55,7 +55,7 @@ fn engine_with_draft_model() -> Engine {
     let model = decoder(backend.as_mut(), None);
     let draft = decoder(backend.as_mut(), Some(3));
     let options = EngineOptions { speculation: Some(always(false, false)), ..EngineOptions::default() };
-    Engine::with_draft_model(model, Some(draft), backend, options).expect("the engine starts")
+    Engine::with_drafter(model, Some(Drafter::Model(Box::new(draft))), backend, options).expect("the engine starts")
 }
 
 fn always(suffix: bool, mtp: bool) -> SpeculationOptions {
@@ -297,7 +297,9 @@ fn a_draft_model_of_other_tokens_is_refused() {
     let model = decoder(backend.as_mut(), None);
     let other = support::Sizes::default().decoder(backend.as_mut());
     let options = EngineOptions { speculation: Some(always(false, false)), ..EngineOptions::default() };
-    let Err(error) = Engine::with_draft_model(model, Some(other), backend, options) else { panic!("it was accepted") };
+    let Err(error) = Engine::with_drafter(model, Some(Drafter::Model(Box::new(other))), backend, options) else {
+        panic!("it was accepted")
+    };
     assert!(matches!(error, EngineError::DraftModel { what: "vocab_size", .. }), "{error}");
     assert!(error.to_string().contains("expected 4096"), "{error}");
 }

@@ -53,6 +53,8 @@ pub struct BenchPlan {
     pub steps: usize,
     /// Windows that count, of each batch size and prompt length.
     pub windows: usize,
+    /// Whether all sequences of a step have the same token instead, so that their experts coincide.
+    pub identical: bool,
     /// Seed of the tokens.
     pub seed: u64,
 }
@@ -206,7 +208,7 @@ impl Bench<'_> {
         let mut rng = SplitMix64::new(plan.seed + batch as u64);
         let chosen = self.backend.alloc("chosen tokens", ElementType::U32, batch)?.tensor(batch, 1);
         let mut step = |decoder: &mut Decoder, backend: &mut dyn Backend| -> Result<()> {
-            let logits = decoder.forward(&decode_batch(decoder, batch, plan.context, &mut rng), backend)?;
+            let logits = decoder.forward(&decode_batch(decoder, batch, plan, &mut rng), backend)?;
             // The choice on the device, as a greedy engine makes it.
             greedy(logits, chosen, backend)?;
             Ok(())
@@ -239,7 +241,7 @@ impl Bench<'_> {
         // Random tokens choose more or fewer experts: bytes are a mean over steps as well.
         let mut profiler = Profiler::new(self.backend);
         for _ in 0..PROFILED_STEPS {
-            self.decoder.forward(&decode_batch(self.decoder, batch, plan.context, &mut rng), &mut profiler)?;
+            self.decoder.forward(&decode_batch(self.decoder, batch, plan, &mut rng), &mut profiler)?;
         }
         let profile = profiler.profile().clone();
         let seconds = median(&samples);
@@ -327,14 +329,19 @@ fn random_tokens(decoder: &Decoder, count: usize, rng: &mut SplitMix64) -> Vec<u
     (0..count).map(|_| rng.below(decoder.config().vocab_size) as u32).collect()
 }
 
-/// One random token of each of `batch` sequences at position `context`, in blocks of its own.
-fn decode_batch(decoder: &Decoder, batch: usize, context: usize, rng: &mut SplitMix64) -> Batch {
-    let block_size = decoder.options().block_size;
+/// One random token of each of `batch` sequences at the plan's position, in blocks of its own.
+fn decode_batch(decoder: &Decoder, batch: usize, plan: &BenchPlan, rng: &mut SplitMix64) -> Batch {
+    let (block_size, context) = (decoder.options().block_size, plan.context);
     let blocks = (context + 1).div_ceil(block_size);
     let mut step = Batch::default();
-    for sequence in 0..batch {
+    let mut tokens = random_tokens(decoder, batch, rng);
+    if plan.identical {
+        // All blocks hold the same rows, so the sequences are the same.
+        tokens.fill(tokens[0]);
+    }
+    for (sequence, token) in tokens.iter().enumerate() {
         let table: Vec<u32> = (0..blocks).map(|b| (sequence * blocks + b) as u32).collect();
-        step.push_sequence(&random_tokens(decoder, 1, rng), context, &table, block_size, LogitRows::Last);
+        step.push_sequence(&[*token], context, &table, block_size, LogitRows::Last);
     }
     step
 }

@@ -39,6 +39,9 @@ pub struct VerifyCost {
     pub bytes_cost: f64,
     /// Mean number of different experts of a layer.
     pub distinct_experts: f64,
+    /// The same of single steps; those of one place are of steps that begin with the same token.
+    #[serde(default)]
+    pub distinct_experts_of_steps: Vec<f64>,
 }
 
 /// Measures steps of a few rows of one sequence after `context` positions whose tokens follow each other in `tokens`, in
@@ -82,14 +85,14 @@ pub fn verify_cost(
     let mut costs: Vec<VerifyCost> = Vec::new();
     for (rows, samples) in VERIFIED.iter().zip(samples) {
         // As many batches as were timed would take long to count; experts of a few are enough of an average.
-        let (mut bytes, mut experts) = (0.0, 0.0);
-        const COUNTED: usize = 4;
+        let (mut bytes, mut experts) = (0.0, Vec::new());
+        const COUNTED: usize = 8;
         for round in 1..=COUNTED {
             let mut profiler = Profiler::new(backend);
             decoder.forward(&batch(*rows, round), &mut profiler)?;
             let profile = profiler.profile();
             bytes += profile.total_bytes() as f64 / COUNTED as f64;
-            experts += profile.distinct_experts as f64 / profile.moe_layers.max(1) as f64 / COUNTED as f64;
+            experts.push(profile.distinct_experts as f64 / profile.moe_layers.max(1) as f64);
         }
         let ms = median(&samples) * 1e3;
         let first = costs.first();
@@ -100,30 +103,32 @@ pub fn verify_cost(
             cost: ms / first.map_or(ms, |one| one.ms),
             bytes: bytes as u64,
             bytes_cost: bytes / first.map_or(bytes, |one| one.bytes as f64),
-            distinct_experts: experts,
+            distinct_experts: experts.iter().sum::<f64>() / COUNTED as f64,
+            distinct_experts_of_steps: experts,
         });
     }
     Ok(costs)
 }
 
-/// The band whose neighbouring tokens share the wanted share of experts best, and the share that they have.
+/// For each wanted share of experts the band whose neighbouring tokens come closest to sharing it, and what they share.
 ///
 /// # Errors
 /// A failing device.
-pub fn band_of_overlap(
+pub fn bands_of_overlaps(
     decoder: &mut Decoder,
     backend: &mut dyn Backend,
     bands: &[Range<u32>],
-    overlap: f64,
-) -> Result<(Range<u32>, f64)> {
-    let mut best: Option<(Range<u32>, f64)> = None;
+    overlaps: &[f64],
+) -> Result<Vec<(Range<u32>, f64)>> {
+    let mut found = Vec::new();
     for band in bands {
-        let found = overlap_of(decoder, backend, band)?;
-        if best.as_ref().is_none_or(|(_, best)| (found - overlap).abs() < (best - overlap).abs()) {
-            best = Some((band.clone(), found));
-        }
+        found.push((band.clone(), overlap_of(decoder, backend, band)?));
     }
-    Ok(best.unwrap_or((0..1, 0.0)))
+    let closest = |wanted: &f64| {
+        let distance = |(_, overlap): &&(Range<u32>, f64)| (overlap - wanted).abs();
+        found.iter().min_by(|a, b| distance(a).total_cmp(&distance(b))).cloned().unwrap_or((0..1, 0.0))
+    };
+    Ok(overlaps.iter().map(closest).collect())
 }
 
 /// The share of a token's experts that the token before it had, over all layers: 2 - U(2) / k, where U(2) is the number of
@@ -177,6 +182,9 @@ pub struct ReplayReport {
     pub acceptance: f64,
     /// Share of experts that neighbouring tokens have in common, as found.
     pub overlap: f64,
+    /// Rows and seconds of a drafting step; empty where drafts are free.
+    #[serde(default)]
+    pub draft_cost: Vec<(usize, f64)>,
     /// What verifying costs.
     pub verify: Vec<VerifyCost>,
     /// One entry a batch size.
@@ -198,7 +206,7 @@ pub struct ReplayResult {
     pub drafted_ms_quartiles: [f64; 2],
     /// How many times as fast with drafts.
     pub factor: f64,
-    /// What measured costs of rows promise at this acceptance and depth.
+    /// What the costs of rows and of drafting steps, measured apart, promise at this acceptance and depth.
     pub predicted_factor: f64,
     /// What bytes alone promise, drafting free; for one sequence.
     pub bytes_factor: Option<f64>,
@@ -303,9 +311,18 @@ fn replay_batch(engine: &mut Engine, plan: &ReplayPlan, batch: usize, verify: &[
     let (depth, draft_seconds) = (mean(&drafts), mean(&drafting));
     let rows = batch as f64 * (1.0 + depth);
     let curve = engine.cost_curve();
-    let plain_step = curve.map_or(0.0, |curve| curve.step(batch));
-    let verify_step = curve.map_or(0.0, |curve| between(rows, &|rows| curve.step(rows)));
     let expected = between(depth, &|depth| (0..=depth).map(|i| plan.acceptance.powi(i as i32)).sum());
+    // Rows of one sequence were measured at this overlap; others were measured with random tokens when the engine began.
+    let step = |rows: usize| match verify_ms(verify, rows).filter(|_| batch == 1) {
+        Some(ms) => ms / 1e3,
+        None => curve.map_or(0.0, |curve| curve.step(rows)),
+    };
+    let (plain_step, verify_step) = (step(batch), between(rows, &step));
+    // The first drafting step takes the rows of the step before it, the others one row a sequence.
+    let expected_drafting = curve.filter(|_| depth > 0.0).map_or(0.0, |curve| {
+        let first = between(expected * batch as f64, &|rows| curve.draft(rows));
+        first + (depth - 1.0).max(0.0) * curve.draft(batch)
+    });
     let bytes = between(1.0 + depth, &|rows| {
         let point = verify.iter().find(|cost| cost.rows >= rows).or(verify.last());
         point.map_or(1.0, |cost| cost.bytes_cost)
@@ -320,7 +337,7 @@ fn replay_batch(engine: &mut Engine, plan: &ReplayPlan, batch: usize, verify: &[
         drafted_ms,
         drafted_ms_quartiles,
         factor: median(&factors),
-        predicted_factor: expected * plain_step / (verify_step + draft_seconds),
+        predicted_factor: expected * plain_step / (verify_step + expected_drafting),
         bytes_factor: (batch == 1).then_some(expected / bytes),
         depth,
         tokens_per_step: mean(&tokens),
@@ -328,6 +345,17 @@ fn replay_batch(engine: &mut Engine, plan: &ReplayPlan, batch: usize, verify: &[
         steal_pct: median(&steals),
         discarded_windows: discarded,
     })
+}
+
+/// Milliseconds of a step of `rows` rows, between those that were measured; `None` beyond them.
+fn verify_ms(verify: &[VerifyCost], rows: usize) -> Option<f64> {
+    let above = verify.iter().position(|cost| cost.rows >= rows)?;
+    let (upper, lower) = (&verify[above], &verify[above.saturating_sub(1)]);
+    if upper.rows == rows {
+        return Some(upper.ms);
+    }
+    let share = (rows - lower.rows) as f64 / (upper.rows - lower.rows) as f64;
+    Some(lower.ms + (upper.ms - lower.ms) * share)
 }
 
 /// A function of whole numbers at a number between two.
@@ -339,7 +367,24 @@ fn between(at: f64, value: &dyn Fn(usize) -> f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::between;
+    use super::{VerifyCost, between, verify_ms};
+
+    #[test]
+    fn rows_between_measured_ones_are_interpolated() {
+        let cost = |rows, ms| VerifyCost {
+            rows,
+            ms,
+            ms_quartiles: [ms, ms],
+            cost: ms,
+            bytes: 0,
+            bytes_cost: 1.0,
+            distinct_experts: 0.0,
+            distinct_experts_of_steps: Vec::new(),
+        };
+        let verify = [cost(1, 10.0), cost(2, 15.0), cost(6, 23.0)];
+        assert_eq!([1, 2, 3, 6].map(|rows| verify_ms(&verify, rows)), [10.0, 15.0, 17.0, 23.0].map(Some));
+        assert_eq!(verify_ms(&verify, 7), None);
+    }
 
     #[test]
     fn values_between_are_mixtures() {

@@ -5,13 +5,15 @@ use crate::config::{Attention, IndexSource, Layer, ModelConfig};
 use crate::tap::{Tap, TapPoint};
 use crate::weights::{AttentionWeights, LayerWeights, Weights};
 use crate::workspace::Workspace;
-use crate::{Result, attention_gqa, attention_mla, ffn};
+use crate::{Error, Result, attention_gqa, attention_mla, ffn};
 use moellon_ops::{
-    Backend, Cache, CacheDtype, ElementType, Embed, GatherRows, IndexSet, KvStore, Linear, Paging, RmsNorm, RopeTable,
-    Stage, Tensor, Weight,
+    Backend, Buffer, Cache, CacheDtype, ElementType, Embed, GatherRows, IndexSet, KvStore, Linear, Paging, RmsNorm,
+    RopeTable, Stage, Tensor, Weight,
 };
 use moellon_tensor::rng::SplitMix64;
+use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Sizes that a decoder is built for.
 #[derive(Debug, Clone, Copy)]
@@ -51,15 +53,29 @@ impl DecoderOptions {
 /// Contexts of recorded steps are rounded up to a multiple of this, so that a sequence goes through few different steps.
 const RECORDED_CONTEXT: usize = 512;
 
-/// What decides which operations a step is, with which arguments: the decoder too (a buffer of its workspace tells it from others on the
-/// same back end), or a step of another one would be replayed.
-fn step_key(workspace: &Workspace, batch: &Batch, step: &Step) -> u64 {
-    let mut hasher = std::hash::DefaultHasher::new();
-    let decoder = workspace.logits.id as usize;
-    [decoder, step.num_tokens, batch.block_tables.len(), batch.logit_rows.len(), step.paging.max_context]
-        .hash(&mut hasher);
-    hasher.finish()
+/// What of a batch decides which operations a step is, with which arguments.
+pub(crate) fn step_shape(batch: &Batch, step: &Step) -> [usize; 4] {
+    [step.num_tokens, batch.block_tables.len(), batch.logit_rows.len(), step.paging.max_context]
 }
+
+/// Numbers decoders, so that two of one back end do not take each other's recorded steps.
+fn next_number() -> u64 {
+    static NUMBERS: AtomicU64 = AtomicU64::new(0);
+    NUMBERS.fetch_add(1, Ordering::Relaxed)
+}
+
+/// The residual streams that an EAGLE-3 head reads, gathered as they pass.
+pub(crate) struct HiddenTaps {
+    /// Layers before which the stream is copied, ascending; the number of layers for what the last one leaves.
+    layers: [usize; NUM_TAPS],
+    /// `[max_batch_tokens, NUM_TAPS * hidden_size]`
+    pub(crate) streams: Buffer,
+    /// u32 `[1, max_batch_tokens]`: 0, 1, 2, ..
+    all_rows: Buffer,
+}
+
+/// Streams that an EAGLE-3 head reads.
+pub const NUM_TAPS: usize = 3;
 
 /// Cached rows of one layer.
 #[derive(Debug, Clone, Copy)]
@@ -110,6 +126,10 @@ pub struct Decoder {
     pub(crate) caches: Vec<LayerCache>,
     /// The index set of the MTP layer's last run, for chained drafts.
     pub(crate) mtp_index_set: Option<IndexSet>,
+    /// Index sets that recorded runs of the MTP layer leave.
+    pub(crate) recorded_index_sets: HashMap<u64, Option<IndexSet>>,
+    pub(crate) hidden_taps: Option<HiddenTaps>,
+    number: u64,
     /// `[1, rope dim / 2]`
     inverse_frequencies: Tensor,
     /// `[num_sequences, blocks of max_context]`: a batch's block tables on their way to the device, in memory that is
@@ -154,6 +174,9 @@ impl Decoder {
             workspace,
             caches,
             mtp_index_set: None,
+            recorded_index_sets: HashMap::new(),
+            hidden_taps: None,
+            number: next_number(),
             inverse_frequencies,
             padded_block_tables: Vec::new(),
         })
@@ -182,6 +205,11 @@ impl Decoder {
     /// Whether an MTP layer is loaded.
     pub fn has_mtp(&self) -> bool {
         !self.weights.mtp.is_empty()
+    }
+
+    /// Tokens that the columns of an MTP step's logits stand for; `None` where they are the vocabulary.
+    pub fn draft_tokens(&self) -> Option<&[u32]> {
+        self.weights.mtp.first()?.draft_tokens.as_deref()
     }
 
     /// Fills every cache with random rows, as if all blocks held contexts: for measuring steps without prefilling them.
@@ -220,7 +248,7 @@ impl Decoder {
         }
         let step = self.upload(batch, backend)?;
         let logits = self.workspace.logits.tensor(batch.logit_rows.len(), self.config.vocab_size);
-        let key = step_key(&self.workspace, batch, &step);
+        let key = self.step_key("trunk", &step_shape(batch, &step));
         if backend.replay(key)? {
             return Ok(logits);
         }
@@ -228,6 +256,50 @@ impl Decoder {
         let result = self.run(batch, &step, backend, None);
         backend.end_recording(result.is_ok())?;
         result
+    }
+
+    /// Keeps the residual streams before these layers of every step from now on, for a head that reads them.
+    ///
+    /// # Errors
+    /// Layers out of order or past the last, or no room on the device.
+    pub(crate) fn tap_hidden(&mut self, layers: [usize; NUM_TAPS], backend: &mut dyn Backend) -> Result<()> {
+        let limit = self.config.layers.len();
+        if !layers.is_sorted_by(|a, b| a < b) || layers[NUM_TAPS - 1] > limit {
+            return Err(Error::config(
+                "layers that an EAGLE-3 head reads",
+                format!("{layers:?}"),
+                format!("ascending, at most {limit}"),
+            ));
+        }
+        let tokens = self.options.max_batch_tokens;
+        let streams = backend.alloc(
+            "hidden states for the head",
+            ElementType::F32,
+            tokens * NUM_TAPS * self.config.hidden_size,
+        )?;
+        let all_rows = backend.alloc("row numbers", ElementType::U32, tokens)?;
+        let numbers: Vec<u32> = (0..tokens as u32).collect();
+        backend.write_u32(all_rows.tensor(1, tokens), &numbers)?;
+        self.hidden_taps = Some(HiddenTaps { layers, streams, all_rows });
+        Ok(())
+    }
+
+    /// The key of a recorded run of this decoder.
+    pub(crate) fn step_key(&self, what: &str, arguments: &[usize]) -> u64 {
+        let mut hasher = std::hash::DefaultHasher::new();
+        (what, self.number, self.hidden_taps.is_some(), arguments).hash(&mut hasher);
+        hasher.finish()
+    }
+
+    /// Copies the residual stream before `layer`, if a head reads it.
+    pub(crate) fn tap_stream(&self, layer: usize, hidden: Tensor, backend: &mut dyn Backend) -> Result<()> {
+        let Some(taps) = &self.hidden_taps else { return Ok(()) };
+        let Some(place) = taps.layers.iter().position(|tapped| *tapped == layer) else { return Ok(()) };
+        let size = self.config.hidden_size;
+        let rows = taps.all_rows.tensor(1, hidden.rows);
+        let out = taps.streams.tensor(hidden.rows, NUM_TAPS * size).columns(place * size, size);
+        backend.gather_rows(&GatherRows { x: hidden, rows, out })?;
+        Ok(())
     }
 
     /// [`Decoder::forward`] with a look inside.
@@ -267,6 +339,7 @@ impl Decoder {
             out: final_hidden,
         };
         backend.rms_norm(&norm)?;
+        self.tap_stream(self.config.layers.len(), hidden, backend)?;
         if let Some(tap) = tap {
             tap.at(TapPoint::Hidden(self.config.layers.len()), &[hidden], backend)?;
             tap.at(TapPoint::FinalHidden, &[final_hidden], backend)?;
@@ -330,7 +403,7 @@ impl Decoder {
         backend: &mut dyn Backend,
     ) -> Result<Tensor> {
         backend.stage(Stage::Head);
-        let logits = self.workspace.logits.tensor(rows.len(), self.config.vocab_size);
+        let logits = self.workspace.logits.tensor(rows.len(), lm_head.rows);
         if rows.is_empty() {
             return Ok(logits);
         }
@@ -370,6 +443,9 @@ impl Pass<'_, '_> {
             [space.hidden, space.normed, space.delta].map(|b| b.tensor(self.step.num_tokens, hidden_size));
         self.backend.stage(Stage::AttentionInput);
         self.backend.rms_norm(&RmsNorm { x: hidden, delta: pending, weight: weights.input_norm, eps, out: normed })?;
+        if layer < decoder.config.layers.len() {
+            decoder.tap_stream(layer, hidden, self.backend)?;
+        }
         self.tap(TapPoint::Hidden(layer), &[hidden])?;
         match (&weights.attention, &decoder.config.attention) {
             (AttentionWeights::Mla(w), Attention::Mla(mla)) => {

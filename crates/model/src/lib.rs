@@ -13,6 +13,7 @@
 //! | `decoder.rs` | one step: [`Batch`] in, logits out |
 //! | `attention_mla.rs`, `attention_gqa.rs`, `indexer.rs`, `ffn.rs` | the parts of a layer |
 //! | `mtp.rs`, `draft_precision.rs` | the multi-token-prediction layer, and cheaper weights for it |
+//! | `eagle.rs` | EAGLE-3 heads: a drafting layer of their own checkpoint |
 //! | `layer_pass.rs` | one part at a time, for models larger than memory |
 //! | `account.rs` | parameters and bytes per token, by component |
 //! | `tap.rs` | a hook to look at values inside a step |
@@ -25,6 +26,7 @@ pub mod batch;
 pub mod config;
 pub mod decoder;
 pub mod draft_precision;
+pub mod eagle;
 pub mod error;
 mod ffn;
 mod fields;
@@ -43,6 +45,7 @@ pub use account::Account;
 pub use batch::Batch;
 pub use config::ModelConfig;
 pub use decoder::{Decoder, DecoderOptions};
+pub use eagle::{Eagle, EagleConfig};
 pub use error::{Error, Result};
 pub use layer_pass::LayerPass;
 pub use session::Session;

@@ -2,9 +2,9 @@
 //! predicts the token after it. Spec: `glm52` section 5.
 
 use crate::batch::Batch;
-use crate::decoder::{Decoder, Pass};
+use crate::decoder::{Decoder, Pass, Step, step_shape};
 use crate::{Error, Result};
-use moellon_ops::{Backend, Embed, GatherRows, IndexSet, Linear, RmsNorm, Stage, Tensor};
+use moellon_ops::{Backend, Embed, GatherRows, IndexSet, Linear, RmsNorm, Stage, Tensor, Weight};
 
 /// Where the hidden states of an MTP step come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,8 +27,8 @@ pub struct MtpStep<'a> {
     pub hidden_rows: &'a [u32],
     /// Where these rows are.
     pub hidden: MtpHidden,
-    /// For a chained draft of one row: attend where this row of the MTP layer's last run attended, without running the
-    /// indexer again (`index_share_for_mtp_iteration`).
+    /// For chained drafts: attend where as many rows of the MTP layer's last run from this one on attended, without running
+    /// the indexer again (`index_share_for_mtp_iteration`).
     pub share_index_of: Option<u32>,
 }
 
@@ -67,28 +67,76 @@ impl Decoder {
         if self.weights.mtp.is_empty() {
             return Err(unfit("MTP layers of the model", 0, "at least 1".to_owned()));
         }
+        let limit = self.options.max_batch_tokens;
+        if let Some(row) = hidden_rows.iter().find(|row| **row as usize >= limit) {
+            return Err(unfit("hidden row of an MTP step", *row as usize, format!("below {limit}")));
+        }
         if hidden_rows.len() != batch.num_tokens() {
             return Err(unfit("hidden rows of an MTP step", hidden_rows.len(), batch.num_tokens().to_string()));
         }
-        if share_index_of.is_some() && batch.num_tokens() != 1 {
-            return Err(unfit("rows of an MTP step that shares an index set", batch.num_tokens(), "1".to_owned()));
+        if let (Some(first), Some(set)) = (share_index_of, self.mtp_index_set) {
+            let (end, limit) = (first as usize + batch.num_tokens(), set.ids.rows);
+            if end > limit {
+                return Err(unfit("rows of the index set that an MTP step shares", end, format!("at most {limit}")));
+            }
         }
         let step = self.upload(batch, backend)?;
-        self.begin(&step, backend)?;
+        backend.write_u32(self.workspace.hidden_rows.tensor(1, step.num_tokens), hidden_rows)?;
+        let shared = share_index_of.and_then(|row| {
+            let (IndexSet { ids, counts }, row) = (self.mtp_index_set?, row as usize);
+            let tokens = step.num_tokens;
+            Some(IndexSet { ids: ids.row_range(row, tokens), counts: counts.columns(row, tokens) })
+        });
+        let run = MtpRun { source, shares_index: share_index_of.is_some(), shared };
+        if !backend.records_steps() {
+            let (logits, index_set) = self.run_mtp(batch, &step, run, backend)?;
+            self.mtp_index_set = index_set;
+            return Ok(logits);
+        }
+        let [a, b, c, d] = step_shape(batch, &step);
+        let set = shared.map_or(0, |set| 1 + set.ids.offset);
+        let key = self.step_key("mtp", &[a, b, c, d, source_number(source), usize::from(run.shares_index), set]);
+        if let Some(index_set) = self.recorded_index_sets.get(&key).copied()
+            && backend.replay(key)?
+        {
+            self.mtp_index_set = index_set;
+            return Ok(self.workspace.logits.tensor(batch.logit_rows.len(), self.draft_head().rows));
+        }
+        backend.begin_recording(key)?;
+        let result = self.run_mtp(batch, &step, run, backend);
+        backend.end_recording(result.is_ok())?;
+        let (logits, index_set) = result?;
+        self.recorded_index_sets.insert(key, index_set);
+        self.mtp_index_set = index_set;
+        Ok(logits)
+    }
+
+    /// The head whose logits an MTP step gives.
+    fn draft_head(&self) -> Weight {
+        self.weights.mtp.first().and_then(|mtp| mtp.draft_head).unwrap_or(self.weights.lm_head)
+    }
+
+    /// The operations of an MTP step that has been uploaded: logits, and where its rows attended.
+    fn run_mtp(
+        &self,
+        batch: &Batch,
+        step: &Step,
+        run: MtpRun,
+        backend: &mut dyn Backend,
+    ) -> Result<(Tensor, Option<IndexSet>)> {
+        self.begin(step, backend)?;
         backend.stage(Stage::Mtp);
         let (tokens, hidden_size, eps) = (step.num_tokens, self.config.hidden_size, self.config.rms_norm_eps);
         let space = &self.workspace;
         let mtp = &self.weights.mtp[0];
         let [hidden, normed, delta] = [space.hidden, space.normed, space.delta].map(|b| b.tensor(tokens, hidden_size));
-        let source_rows = match source {
+        let source_rows = match run.source {
             MtpHidden::Trunk => space.final_hidden,
             MtpHidden::Saved => space.mtp_saved,
             MtpHidden::Mtp => space.mtp_hidden,
         };
-        let last_row = hidden_rows.iter().max().map_or(0, |r| *r as usize + 1);
-        let rows = space.hidden_rows.tensor(1, tokens);
-        backend.write_u32(rows, hidden_rows)?;
-        backend.gather_rows(&GatherRows { x: source_rows.tensor(last_row, hidden_size), rows, out: normed })?;
+        let x = source_rows.tensor(self.options.max_batch_tokens, hidden_size);
+        backend.gather_rows(&GatherRows { x, rows: space.hidden_rows.tensor(1, tokens), out: normed })?;
         backend.embed(&Embed {
             table: self.weights.embed_tokens,
             token_ids: space.token_ids.tensor(1, tokens),
@@ -101,30 +149,34 @@ impl Decoder {
         backend.rms_norm(&norm(delta, mtp.enorm, 0))?;
         backend.rms_norm(&norm(normed, mtp.hnorm, hidden_size))?;
         backend.linear(&Linear { x: input, parts: &[(mtp.eh_proj, hidden)] })?;
-        let shared = share_index_of.and_then(|row| {
-            let IndexSet { ids, counts } = self.mtp_index_set?;
-            Some(IndexSet { ids: ids.row_range(row as usize, 1), counts: counts.columns(row as usize, 1) })
-        });
-        let mut pass = Pass {
-            decoder: self,
-            step: &step,
-            backend,
-            tap: None,
-            index_set: shared,
-            shares_index: share_index_of.is_some(),
-        };
+        let mut pass =
+            Pass { decoder: self, step, backend, tap: None, index_set: run.shared, shares_index: run.shares_index };
         pass.layer(&mtp.layer, self.config.layers.len(), None)?;
         let Pass { backend, index_set, .. } = pass;
         backend.stage(Stage::Head);
         let out = space.mtp_hidden.tensor(tokens, hidden_size);
         backend.rms_norm(&RmsNorm { x: hidden, delta: Some(delta), weight: mtp.shared_head_norm, eps, out })?;
-        let lm_head = mtp.draft_head.unwrap_or(self.weights.lm_head);
-        let logits = self.head_with(lm_head, out, &batch.logit_rows, backend)?;
-        self.mtp_index_set = index_set;
-        Ok(logits)
+        Ok((self.head_with(self.draft_head(), out, &batch.logit_rows, backend)?, index_set))
     }
 }
 
-fn unfit(what: &'static str, found: usize, expected: String) -> Error {
+fn source_number(source: MtpHidden) -> usize {
+    match source {
+        MtpHidden::Trunk => 0,
+        MtpHidden::Saved => 1,
+        MtpHidden::Mtp => 2,
+    }
+}
+
+/// What an MTP step reads beside its batch.
+#[derive(Clone, Copy)]
+struct MtpRun {
+    source: MtpHidden,
+    shares_index: bool,
+    /// The set that chained drafts share.
+    shared: Option<IndexSet>,
+}
+
+pub(crate) fn unfit(what: &'static str, found: usize, expected: String) -> Error {
     Error::Batch { what, found: found.to_string(), expected }
 }

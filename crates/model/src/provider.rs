@@ -66,6 +66,11 @@ pub trait WeightProvider {
     /// Whether a tensor exists.
     fn has(&self, name: &str) -> bool;
 
+    /// Tokens whose rows the drafts' own head has, ascending; `None` for all.
+    fn draft_tokens(&self) -> Option<&[u32]> {
+        None
+    }
+
     /// Says that a matrix was repacked and its bytes are not needed any more.
     fn release(&self, matrix: &MatrixView<'_>);
 }

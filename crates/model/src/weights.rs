@@ -164,8 +164,10 @@ pub struct MtpWeights {
     pub layer: LayerWeights,
     /// `[1, hidden_size]`
     pub shared_head_norm: Tensor,
-    /// `[vocab_size, hidden_size]`: a cheaper head than the model's, for drafts.
+    /// `[draft tokens, hidden_size]`: a cheaper head than the model's, for drafts.
     pub draft_head: Option<Weight>,
+    /// Tokens of its rows; `None` for the whole vocabulary.
+    pub draft_tokens: Option<Vec<u32>>,
 }
 
 /// What is being loaded, for progress bars.
@@ -352,14 +354,17 @@ impl Loader<'_> {
 
     fn mtp_layer(&mut self, prefix: &str) -> Result<MtpWeights> {
         let hidden_size = self.config.hidden_size;
-        // Only where the model's own head is plain floats: a second one of the same bytes would bring nothing.
-        let draft_head = match self.provider.has(&format!("{DRAFT_HEAD}.weight")) {
-            true if !self.head_is_quantized => {
-                Some(self.linear(Component::Head, DRAFT_HEAD, [self.config.vocab_size, hidden_size], false)?)
-            }
-            _ => None,
+        // Only where it has fewer bytes than the model's own head.
+        let draft_tokens = self.provider.draft_tokens().map(<[u32]>::to_vec);
+        let wanted = !self.head_is_quantized || draft_tokens.is_some();
+        let draft_head = if wanted && self.provider.has(&format!("{DRAFT_HEAD}.weight")) {
+            let rows = draft_tokens.as_ref().map_or(self.config.vocab_size, Vec::len);
+            Some(self.linear(Component::Head, DRAFT_HEAD, [rows, hidden_size], false)?)
+        } else {
+            None
         };
         Ok(MtpWeights {
+            draft_tokens: draft_tokens.filter(|_| draft_head.is_some()),
             draft_head,
             enorm: self.vector(&format!("{prefix}.enorm.weight"), hidden_size)?,
             hnorm: self.vector(&format!("{prefix}.hnorm.weight"), hidden_size)?,
@@ -689,7 +694,7 @@ impl Loader<'_> {
 }
 
 /// Refuses NaN and infinite scales, offsets and floats, on all cores: this reads every byte once before it is repacked.
-fn check_finite(name: &str, views: &[MatrixView<'_>]) -> Result<()> {
+pub(crate) fn check_finite(name: &str, views: &[MatrixView<'_>]) -> Result<()> {
     use rayon::prelude::*;
     views.par_iter().try_for_each(|view| Checkpoint::check_finite(name, view))?;
     Ok(())

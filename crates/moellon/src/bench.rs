@@ -18,7 +18,7 @@ pub fn run(options: &BenchOptions) -> Result<()> {
     anyhow::ensure!(!options.batch.contains(&0), "--batch has 0, expected positive numbers");
     let mut backend = backend::create(&options.device, options.activations)?;
     if let (Some(spec), Some(synthetic)) = (&options.speculate, &options.synthetic) {
-        return replay(options, *spec, synthetic, backend);
+        return replay(options, spec, synthetic, backend);
     }
     let (mut decoder, model, format, load_time) = open(options, backend.as_mut())?;
     eprintln!(
@@ -33,6 +33,7 @@ pub fn run(options: &BenchOptions) -> Result<()> {
         prompts: options.prompt.clone(),
         steps: options.steps,
         windows: options.windows,
+        identical: options.identical,
         seed: options.seed,
     };
     let meter = doctor::BandwidthMeter::new(options.device.threads)?;
@@ -55,7 +56,7 @@ pub fn run(options: &BenchOptions) -> Result<()> {
 }
 
 /// Speculation with outcomes by a coin.
-fn replay(options: &BenchOptions, spec: ReplaySpec, synthetic: &str, mut backend: Box<dyn Backend>) -> Result<()> {
+fn replay(options: &BenchOptions, spec: &ReplaySpec, synthetic: &str, mut backend: Box<dyn Backend>) -> Result<()> {
     let largest_batch = options.batch.iter().copied().max().unwrap_or(1);
     let depth = spec.depth.unwrap_or(8);
     // Windows of both kinds and the warm-up, with every draft right.
@@ -75,51 +76,67 @@ fn replay(options: &BenchOptions, spec: ReplaySpec, synthetic: &str, mut backend
         },
     };
     let config = preset(synthetic)?;
+    let mtp = load::Mtp::ForDrafts(options.draft_vocab.0);
     let (mut decoder, time) =
-        load::load_synthetic(&config, &options.format, options.seed, true, sizes, backend.as_mut())?;
+        load::load_synthetic(&config, &options.format, options.seed, true, mtp, sizes, backend.as_mut())?;
     let loaded = table::bytes(time.bytes as f64);
-    eprintln!("loaded {loaded} of synthetic {synthetic} onto {}", backend.caps().device);
+    let seconds = time.elapsed.as_secs_f64();
+    eprintln!("loaded {loaded} of synthetic {synthetic} in {seconds:.1} s onto {}", backend.caps().device);
     decoder.fill_caches(options.seed, backend.as_mut())?;
     // Chance: experts that two independent choices share.
     let chance = config.moe.num_experts_per_tok as f64 / config.moe.num_experts as f64;
-    let wanted = spec.overlap.unwrap_or(chance);
-    let bands = related_bands(&config);
-    let (tokens, overlap) = speculation::band_of_overlap(&mut decoder, backend.as_mut(), &bands, wanted)?;
-    eprintln!("neighbouring tokens share {:.1} % of their experts (wanted {:.1} %)", overlap * 100.0, wanted * 100.0);
+    let wanted = if spec.overlaps.is_empty() { vec![chance] } else { spec.overlaps.clone() };
+    let bands = speculation::bands_of_overlaps(&mut decoder, backend.as_mut(), &related_bands(&config), &wanted)?;
     let rounds = options.windows * options.steps;
-    let verify = speculation::verify_cost(&mut decoder, backend.as_mut(), &tokens, options.context, rounds)?;
+    let mut texts = Vec::new();
+    for ((tokens, overlap), wanted) in bands.into_iter().zip(wanted) {
+        eprintln!(
+            "neighbouring tokens share {:.1} % of their experts (wanted {:.1} %)",
+            overlap * 100.0,
+            wanted * 100.0
+        );
+        let verify = speculation::verify_cost(&mut decoder, backend.as_mut(), &tokens, options.context, rounds)?;
+        texts.push((tokens, overlap, verify));
+    }
     let device = format!("{}: {}", backend.caps().name, backend.caps().device);
     let speculation_options = SpeculationOptions {
         policy: if spec.depth.is_some() { Policy::Always } else { Policy::Governed },
         max_depth: depth,
-        replay: Some(Replay { acceptance: spec.acceptance, tokens: tokens.clone(), seed: options.seed }),
+        replay: Some(Replay { acceptance: 0.0, tokens: 0..1, seed: options.seed }),
         ..SpeculationOptions::default()
     };
     let engine_options = EngineOptions { speculation: Some(speculation_options), ..EngineOptions::default() };
     let mut engine = Engine::new(decoder, backend, engine_options)?;
-    let plan = ReplayPlan {
-        acceptance: spec.acceptance,
-        batches: options.batch.clone(),
-        context: options.context,
-        tokens,
-        steps: options.steps,
-        windows: options.windows,
-    };
-    let results = speculation::replay(&mut engine, &plan, &verify, &mut |line| eprintln!("{line}"))?;
-    let report = ReplayReport {
-        machine: Machine::this(),
-        backend: device,
-        model: format!("synthetic {synthetic}"),
-        format: options.format.clone(),
-        acceptance: spec.acceptance,
-        overlap,
-        verify,
-        results,
-    };
-    if options.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        print_replay(&report);
+    for (tokens, overlap, verify) in texts {
+        for acceptance in &spec.acceptances {
+            eprintln!("drafts right {:.0} %, overlap {:.1} %", acceptance * 100.0, overlap * 100.0);
+            engine.set_replay(Replay { acceptance: *acceptance, tokens: tokens.clone(), seed: options.seed });
+            let plan = ReplayPlan {
+                acceptance: *acceptance,
+                batches: options.batch.clone(),
+                context: options.context,
+                tokens: tokens.clone(),
+                steps: options.steps,
+                windows: options.windows,
+            };
+            let report = ReplayReport {
+                machine: Machine::this(),
+                backend: device.clone(),
+                model: format!("synthetic {synthetic}"),
+                format: options.format.clone(),
+                acceptance: *acceptance,
+                overlap,
+                draft_cost: engine.cost_curve().map_or_else(Vec::new, |curve| curve.drafts().to_vec()),
+                results: speculation::replay(&mut engine, &plan, &verify, &mut |line| eprintln!("{line}"))?,
+                verify: verify.clone(),
+            };
+            // A line each: what was measured stays if a later one fails.
+            if options.json {
+                println!("{}", serde_json::to_string(&report)?);
+            } else {
+                print_replay(&report);
+            }
+        }
     }
     Ok(())
 }
@@ -200,7 +217,9 @@ pub fn open(options: &BenchOptions, backend: &mut dyn Backend) -> Result<(Decode
         let (decoder, time) = load::load_sized(&source, sizes, load::Mtp::AsStored, backend)?;
         return Ok((decoder, source.name, "as stored".to_owned(), time));
     };
-    let (decoder, time) = load::load_synthetic(&preset(spec)?, &options.format, options.seed, false, sizes, backend)?;
+    let mtp = load::Mtp::AsStored;
+    let (decoder, time) =
+        load::load_synthetic(&preset(spec)?, &options.format, options.seed, false, mtp, sizes, backend)?;
     Ok((decoder, format!("synthetic {spec}"), options.format.clone(), time))
 }
 

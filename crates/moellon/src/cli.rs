@@ -2,6 +2,7 @@
 
 use crate::surgery::options as surgery;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use moellon_model::draft_precision::DraftVocabulary;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -154,7 +155,7 @@ pub enum CacheChoice {
 #[derive(Debug, Args)]
 pub struct SpeculateOptions {
     /// Who drafts: auto (text that was seen, and the model's MTP layer if it has one, where they pay), off, ngram, mtp, or
-    /// draft=DIR for a smaller model with the same tokenizer.
+    /// draft=DIR for an EAGLE-3 head or a smaller model with the same tokenizer.
     #[arg(long, env = "MOELLON_SPECULATE", default_value = "auto", value_name = "WHO")]
     pub speculate: Speculate,
     /// Drafts of one step and sequence.
@@ -163,6 +164,29 @@ pub struct SpeculateOptions {
     /// Draft as deep as that always, whether it pays or not: for experiments.
     #[arg(long)]
     pub draft_always: bool,
+    /// Tokens that the MTP layer drafts: auto (32,768 of a vocabulary more than twice as large), all, or a number; the
+    /// frequent ones and the special ones. The output is the same.
+    #[arg(long, default_value = "auto", value_name = "N")]
+    pub draft_vocab: DraftVocab,
+}
+
+/// The value of `--draft-vocab`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DraftVocab(pub DraftVocabulary);
+
+impl FromStr for DraftVocab {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Ok(DraftVocab(match text {
+            "auto" => DraftVocabulary::Auto,
+            "all" => DraftVocabulary::All,
+            _ => {
+                let count = text.parse().ok().filter(|count| *count > 0);
+                DraftVocabulary::Tokens(count.ok_or("expected auto, all or a positive number")?)
+            }
+        }))
+    }
 }
 
 /// The values of `--speculate`.
@@ -393,10 +417,13 @@ pub struct BenchOptions {
     pub format: String,
     /// Measure speculation instead, on random weights, with outcomes by a coin: replay:p=P,overlap=O,depth=N, with P the
     /// chance that a draft is right given those before it, O the share of experts that neighbouring tokens have in common
-    /// (chance if left out) and N drafts a step (what the governor says if left out). A preset with `mtp=1` drafts with its
-    /// MTP layer, one without drafts for nothing.
+    /// (chance if left out) and N drafts a step (what the governor says if left out). P and O may be several, as in
+    /// p=0.6/0.8. A preset with `mtp=1` drafts with its MTP layer, one without drafts for nothing.
     #[arg(long, value_name = "replay:..", requires = "synthetic")]
     pub speculate: Option<ReplaySpec>,
+    /// Tokens that the MTP layer drafts, as for `run`.
+    #[arg(long, default_value = "auto", value_name = "N")]
+    pub draft_vocab: DraftVocab,
     /// Sequences of a decode step.
     #[arg(long, value_delimiter = ',', default_value = "1,2,4,8", value_name = "N,..")]
     pub batch: Vec<usize>,
@@ -412,6 +439,9 @@ pub struct BenchOptions {
     /// Windows that count, each with its own bandwidth measurement.
     #[arg(long, default_value_t = 7, value_name = "N")]
     pub windows: usize,
+    /// Give all sequences of a step the same token: how a batch of one prompt looks, whose experts are read once.
+    #[arg(long)]
+    pub identical: bool,
     /// Seed of weights and tokens.
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub seed: u64,
@@ -430,10 +460,11 @@ pub struct BenchOptions {
 }
 
 /// The value of `bench --speculate`.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ReplaySpec {
-    pub acceptance: f64,
-    pub overlap: Option<f64>,
+    pub acceptances: Vec<f64>,
+    /// None for chance.
+    pub overlaps: Vec<f64>,
     pub depth: Option<usize>,
 }
 
@@ -443,13 +474,15 @@ impl FromStr for ReplaySpec {
     fn from_str(text: &str) -> Result<Self, String> {
         let form = "expected replay:p=P,overlap=O,depth=N";
         let fields = text.strip_prefix("replay:").ok_or(form)?;
-        let (mut acceptance, mut overlap, mut depth) = (None, None, None);
-        let share =
-            |text: &str| text.parse().ok().filter(|x| (0.0..=1.0).contains(x)).ok_or("expected a share from 0 to 1");
+        let (mut acceptances, mut overlaps, mut depth) = (Vec::new(), Vec::new(), None);
+        let shares = |text: &str| -> Result<Vec<f64>, String> {
+            let share = |text: &str| text.parse().ok().filter(|x| (0.0..=1.0).contains(x));
+            text.split('/').map(|text| share(text).ok_or_else(|| "expected shares from 0 to 1".to_owned())).collect()
+        };
         for field in fields.split(',') {
             match field.split_once('=') {
-                Some(("p", value)) => acceptance = Some(share(value)?),
-                Some(("overlap", value)) => overlap = Some(share(value)?),
+                Some(("p", value)) => acceptances = shares(value)?,
+                Some(("overlap", value)) => overlaps = shares(value)?,
                 Some(("depth", value)) => {
                     let number = value.parse().ok().filter(|n| (1..=32).contains(n));
                     depth = Some(number.ok_or("expected a depth from 1 to 32")?);
@@ -457,7 +490,10 @@ impl FromStr for ReplaySpec {
                 _ => return Err(form.to_owned()),
             }
         }
-        Ok(ReplaySpec { acceptance: acceptance.ok_or(form)?, overlap, depth })
+        if acceptances.is_empty() {
+            return Err(form.to_owned());
+        }
+        Ok(ReplaySpec { acceptances, overlaps, depth })
     }
 }
 

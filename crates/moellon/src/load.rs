@@ -5,7 +5,7 @@ use crate::model_source::ModelSource;
 use crate::table;
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use moellon_model::draft_precision::DraftPrecision;
+use moellon_model::draft_precision::{DraftPrecision, DraftVocabulary};
 use moellon_model::provider::WeightProvider;
 use moellon_model::synthetic::{FormatPlan, Synthetic};
 use moellon_model::weights::Weights;
@@ -29,8 +29,8 @@ pub struct LoadTime {
 pub enum Mtp {
     /// The weights as they are stored.
     AsStored,
-    /// Cheaper ones, for drafts.
-    ForDrafts,
+    /// Cheaper ones, for drafts of these tokens.
+    ForDrafts(DraftVocabulary),
 }
 
 /// Loads weights and allocates caches for `context` positions of one sequence.
@@ -56,10 +56,13 @@ pub fn load_sized(
     backend: &mut dyn Backend,
 ) -> Result<(Decoder, LoadTime)> {
     let started = Instant::now();
-    let for_drafts = DraftPrecision::new(&source.config, &source.checkpoint);
+    let for_drafts;
     let provider: &dyn WeightProvider = match mtp {
         Mtp::AsStored => &source.checkpoint,
-        Mtp::ForDrafts => &for_drafts,
+        Mtp::ForDrafts(vocabulary) => {
+            for_drafts = DraftPrecision::new(&source.config, vocabulary, &source.checkpoint);
+            &for_drafts
+        }
     };
     let total = source.checkpoint.size_bytes();
     let bar = progress_bar(total);
@@ -88,6 +91,7 @@ pub fn load_synthetic(
     format: &str,
     seed: u64,
     related_tokens: bool,
+    mtp: Mtp,
     sizes: DecoderOptions,
     backend: &mut dyn Backend,
 ) -> Result<(Decoder, LoadTime)> {
@@ -98,7 +102,15 @@ pub fn load_synthetic(
     let bar = progress_bar(0);
     let synthetic = Synthetic::new(config, plan, seed);
     let synthetic = if related_tokens { synthetic.with_related_tokens() } else { synthetic };
-    let weights = Weights::load(config, &synthetic, backend, &mut |progress| {
+    let for_drafts;
+    let provider: &dyn WeightProvider = match mtp {
+        Mtp::AsStored => &synthetic,
+        Mtp::ForDrafts(vocabulary) => {
+            for_drafts = DraftPrecision::new(config, vocabulary, &synthetic);
+            &for_drafts
+        }
+    };
+    let weights = Weights::load(config, provider, backend, &mut |progress| {
         bytes = progress.done_bytes;
         bar.set_message(format!("making {} ({})", progress.name, table::bytes(bytes as f64)));
         bar.tick();

@@ -91,6 +91,7 @@ pub fn measure(options: &BenchOptions, what_if: &[(String, WhatIf)]) -> Result<(
         prompts: options.prompt.clone(),
         steps: options.steps,
         windows: options.windows,
+        identical: options.identical,
         seed: options.seed,
     };
     let cores = moellon_lab::Machine::this().cores;

@@ -36,7 +36,13 @@ pub fn run(options: &RunOptions) -> Result<()> {
         "--context is {context}, expected 2 to {longest}, what the model was made for"
     );
     let mut backend = backend::create(&options.device, options.activations)?;
-    let (decoder, load_time) = load::load(&source, context, options.cache, Mtp::ForDrafts, backend.as_mut())?;
+    let (decoder, load_time) = load::load(
+        &source,
+        context,
+        options.cache,
+        Mtp::ForDrafts(options.speculation.draft_vocab.0),
+        backend.as_mut(),
+    )?;
     let device = backend.caps().device.clone();
     let identity = source.checkpoint.identity();
     let engine_options = EngineOptions::default();

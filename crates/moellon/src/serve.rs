@@ -61,9 +61,10 @@ impl Source {
     fn load(&self, options: &ServeOptions, sizes: DecoderOptions, backend: &mut dyn Backend) -> Result<Decoder> {
         /// Of random weights: the same at every start, so that cached prefixes stay usable.
         const SEED: u64 = 1;
+        let mtp = load::Mtp::ForDrafts(options.speculation.draft_vocab.0);
         let (decoder, _) = match &options.synthetic {
-            None => load::load_sized(&self.model, sizes, load::Mtp::ForDrafts, backend)?,
-            Some(_) => load::load_synthetic(&self.config, &options.format, SEED, false, sizes, backend)?,
+            None => load::load_sized(&self.model, sizes, mtp, backend)?,
+            Some(_) => load::load_synthetic(&self.config, &options.format, SEED, false, mtp, sizes, backend)?,
         };
         Ok(decoder)
     }

@@ -5,8 +5,9 @@ use crate::cli::{Speculate, SpeculateOptions};
 use crate::load;
 use crate::model_source::ModelSource;
 use anyhow::{Context, Result};
-use moellon_engine::{CostCurve, Engine, EngineOptions, Policy, SpeculationOptions, SpeculationStats};
-use moellon_model::Decoder;
+use moellon_checkpoint::Checkpoint;
+use moellon_engine::{CostCurve, Drafter, Engine, EngineOptions, Policy, SpeculationOptions, SpeculationStats};
+use moellon_model::{Decoder, Eagle, EagleConfig};
 use moellon_ops::Backend;
 use moellon_text::Tokenizer;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -14,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 /// An engine over a loaded decoder. `identity` names the weights, `vocabulary` the tokens.
 pub fn engine(
-    decoder: Decoder,
+    mut decoder: Decoder,
     mut backend: Box<dyn Backend>,
     flags: &SpeculateOptions,
     identity: &str,
@@ -25,8 +26,8 @@ pub fn engine(
         flags.speculate != Speculate::Mtp || decoder.has_mtp(),
         "--speculate is mtp, but the model has no MTP layer; expected auto, ngram or draft=DIR"
     );
-    let draft_model = match &flags.speculate {
-        Speculate::Draft(dir) => Some(draft_model(dir, &decoder, vocabulary, backend.as_mut())?),
+    let drafter = match &flags.speculate {
+        Speculate::Draft(dir) => Some(drafter(dir, &mut decoder, vocabulary, backend.as_mut())?),
         _ => None,
     };
     let Some(mut speculation) = speculation(flags) else {
@@ -36,7 +37,7 @@ pub fn engine(
     speculation.cost = path.as_deref().and_then(read_curve);
     let is_new = speculation.cost.is_none();
     let options = EngineOptions { speculation: Some(speculation), ..options };
-    let engine = Engine::with_draft_model(decoder, draft_model, backend, options)?;
+    let engine = Engine::with_drafter(decoder, drafter, backend, options)?;
     if let (true, Some(path), Some(curve)) = (is_new, path, engine.cost_curve())
         && let Err(error) = write_curve(&path, curve)
     {
@@ -83,6 +84,18 @@ fn speculation(flags: &SpeculateOptions) -> Option<SpeculationOptions> {
     })
 }
 
+/// What a directory holds: an EAGLE-3 head, or a smaller model.
+fn drafter(dir: &Path, model: &mut Decoder, vocabulary: &Tokenizer, backend: &mut dyn Backend) -> Result<Drafter> {
+    let checkpoint = Checkpoint::open(dir)?;
+    if !EagleConfig::is_eagle(&checkpoint.config) {
+        return Ok(Drafter::Model(Box::new(draft_model(dir, model, vocabulary, backend)?)));
+    }
+    let context = || format!("EAGLE-3 head {}", dir.display());
+    let config = EagleConfig::parse(&checkpoint.config, model.config()).with_context(context)?;
+    let eagle = Eagle::load(&config, &checkpoint, model, backend).with_context(context)?;
+    Ok(Drafter::Eagle(Box::new(eagle)))
+}
+
 fn draft_model(dir: &Path, model: &Decoder, vocabulary: &Tokenizer, backend: &mut dyn Backend) -> Result<Decoder> {
     let source = ModelSource::open(Some(dir))?;
     let tokenizer = source.tokenizer(Some(dir))?;
@@ -121,6 +134,7 @@ fn cost_path(decoder: &Decoder, backend: &dyn Backend, identity: &str, who: &Spe
     let caps = backend.caps();
     (identity, caps.name, &caps.device, format!("{:?}", caps.activations)).hash(&mut hasher);
     (env!("CARGO_PKG_VERSION"), format!("{:?}", decoder.options()), format!("{who:?}")).hash(&mut hasher);
+    decoder.draft_tokens().map(<[u32]>::len).hash(&mut hasher);
     moellon_lab::Machine::this().cpu.hash(&mut hasher);
     Some(folder.join("moellon").join(format!("cost-{:016x}.txt", hasher.finish())))
 }

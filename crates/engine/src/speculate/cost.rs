@@ -1,10 +1,10 @@
 //! What a step costs: seconds by rows, measured on this machine with this model, and corrected while it runs.
 
+use super::head::{self, Head};
 use moellon_model::batch::{Batch, LogitRows};
-use moellon_model::mtp::{MtpHidden, MtpStep};
 use moellon_model::session::greedy;
 use moellon_model::{Decoder, Error as ModelError};
-use moellon_ops::{Backend, ElementType};
+use moellon_ops::{Backend, Buffer, ElementType};
 use moellon_tensor::rng::SplitMix64;
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
@@ -33,21 +33,14 @@ pub struct CostCurve {
     draft: Vec<(usize, f64)>,
 }
 
-/// What a drafting step runs, for measuring it.
-pub(crate) enum DraftRun<'a> {
-    /// Nothing drafts but lookups.
-    None,
-    /// The decoder's own MTP layer.
-    Mtp,
-    /// Another model.
-    Model(&'a mut Decoder),
-}
-
 impl CostCurve {
-    /// Measures a decoder: random tokens of one sequence after some context, sizes in turn.
+    /// Measures a decoder and what drafts for it: random tokens of one sequence after some context, sizes in turn.
+    ///
+    /// As it will be: a plain step follows another one, a step that verifies follows a drafting step, and what either reads
+    /// is as near as it then is. The first of each pair only brings it there.
     pub(crate) fn measure(
         decoder: &mut Decoder,
-        mut draft: DraftRun<'_>,
+        mut head: Option<&mut Head>,
         backend: &mut dyn Backend,
     ) -> Result<Self, ModelError> {
         let sizes = *decoder.options();
@@ -55,45 +48,32 @@ impl CostCurve {
         let rows: Vec<usize> = ROWS.into_iter().filter(|rows| *rows <= most_rows).collect();
         let room = sizes.max_context.min(sizes.num_blocks * sizes.block_size);
         let context = CONTEXT.min(room.saturating_sub(*rows.last().unwrap_or(&1)));
-        let chosen = backend.alloc("chosen tokens", ElementType::U32, most_rows)?;
-        let mut rng = SplitMix64::new(1);
-        let vocab_size = decoder.config().vocab_size;
-        let mut batch = |rows: usize| {
-            let tokens: Vec<u32> = (0..rows).map(|_| rng.below(vocab_size) as u32).collect();
-            let blocks: Vec<u32> = (0..(context + rows).div_ceil(sizes.block_size) as u32).collect();
-            let mut batch = Batch::default();
-            batch.push_sequence(&tokens, context, &blocks, sizes.block_size, LogitRows::All);
-            batch
+        let mut runs = Runs {
+            rng: SplitMix64::new(1),
+            vocab_size: decoder.config().vocab_size,
+            context,
+            block_size: sizes.block_size,
+            chosen: backend.alloc("chosen tokens", ElementType::U32, most_rows)?,
+            decoder,
+            backend,
         };
         let mut steps = vec![Vec::new(); rows.len()];
         let mut drafts = vec![Vec::new(); rows.len()];
         let started = Instant::now();
         for round in 0..=ROUNDS {
             for (index, rows) in rows.iter().enumerate() {
-                let batch = batch(*rows);
-                let begun = Instant::now();
-                let logits = decoder.forward(&batch, backend)?;
-                greedy(logits, chosen.tensor(logits.rows, 1), backend)?;
-                let after_step = Instant::now();
-                let logits = match &mut draft {
-                    DraftRun::None => None,
-                    DraftRun::Mtp => {
-                        let hidden_rows: Vec<u32> = (0..*rows as u32).collect();
-                        let step = MtpStep {
-                            batch: &batch,
-                            hidden_rows: &hidden_rows,
-                            hidden: MtpHidden::Trunk,
-                            share_index_of: None,
-                        };
-                        Some(decoder.forward_mtp(&step, backend)?)
-                    }
-                    DraftRun::Model(model) => Some(model.forward(&batch, backend)?),
-                };
-                if let Some(logits) = logits {
-                    greedy(logits, chosen.tensor(logits.rows, 1), backend)?;
-                    drafts[index].push(after_step.elapsed().as_secs_f64());
+                if *rows == 1 || head.is_none() {
+                    runs.step(*rows)?;
+                    steps[index].push(runs.step(*rows)?);
                 }
-                steps[index].push((after_step - begun).as_secs_f64());
+                let Some(head) = &mut head else { continue };
+                runs.step(*rows)?;
+                runs.draft(*rows, head)?;
+                let verify = runs.step(*rows)?;
+                if *rows > 1 {
+                    steps[index].push(verify);
+                }
+                drafts[index].push(runs.draft(*rows, head)?);
             }
             // The first round warms up, unless steps are so long that it is all there is time for.
             let late = started.elapsed() > MAX_TIME;
@@ -104,25 +84,9 @@ impl CostCurve {
                 break;
             }
         }
+        let Runs { chosen, backend, .. } = runs;
         backend.free(chosen);
-        let curve = |samples: Vec<Vec<f64>>| -> Vec<(usize, f64)> {
-            let measured = rows.iter().zip(samples).filter(|(_, samples)| !samples.is_empty());
-            // What else the machine does makes steps longer, never shorter: the lower quartile, and no size longer than a
-            // larger one.
-            let mut points: Vec<(usize, f64)> = measured
-                .map(|(rows, mut samples)| {
-                    samples.sort_unstable_by(f64::total_cmp);
-                    (*rows, samples[samples.len() / 4])
-                })
-                .collect();
-            let mut shortest = f64::INFINITY;
-            for (_, seconds) in points.iter_mut().rev() {
-                shortest = shortest.min(*seconds);
-                *seconds = shortest;
-            }
-            points
-        };
-        Ok(CostCurve { step: curve(steps), draft: curve(drafts) })
+        Ok(CostCurve { step: points(&rows, steps), draft: points(&rows, drafts) })
     }
 
     /// A curve from points, rows ascending: for tests and for curves that are computed.
@@ -183,6 +147,67 @@ impl CostCurve {
             points.push((rows, seconds));
         }
         (!curve.step.is_empty()).then_some(curve)
+    }
+}
+
+/// One point for each number of rows with samples.
+fn points(rows: &[usize], samples: Vec<Vec<f64>>) -> Vec<(usize, f64)> {
+    let measured = rows.iter().zip(samples).filter(|(_, samples)| !samples.is_empty());
+    // What else the machine does makes steps longer, never shorter: the lower quartile, and no size longer than a larger one.
+    let mut points: Vec<(usize, f64)> = measured
+        .map(|(rows, mut samples)| {
+            samples.sort_unstable_by(f64::total_cmp);
+            (*rows, samples[samples.len() / 4])
+        })
+        .collect();
+    let mut shortest = f64::INFINITY;
+    for (_, seconds) in points.iter_mut().rev() {
+        shortest = shortest.min(*seconds);
+        *seconds = shortest;
+    }
+    points
+}
+
+/// Steps to be timed.
+struct Runs<'a> {
+    decoder: &'a mut Decoder,
+    backend: &'a mut dyn Backend,
+    rng: SplitMix64,
+    vocab_size: usize,
+    context: usize,
+    block_size: usize,
+    chosen: Buffer,
+}
+
+impl Runs<'_> {
+    fn tokens(&mut self, rows: usize) -> Vec<u32> {
+        (0..rows).map(|_| self.rng.below(self.vocab_size) as u32).collect()
+    }
+
+    fn blocks(&self, rows: usize) -> Vec<u32> {
+        (0..(self.context + rows).div_ceil(self.block_size) as u32).collect()
+    }
+
+    /// Seconds of a step of the model with the choice of its tokens.
+    fn step(&mut self, rows: usize) -> Result<f64, ModelError> {
+        let mut batch = Batch::default();
+        let tokens = self.tokens(rows);
+        batch.push_sequence(&tokens, self.context, &self.blocks(rows), self.block_size, LogitRows::All);
+        let begun = Instant::now();
+        let logits = self.decoder.forward(&batch, self.backend)?;
+        greedy(logits, self.chosen.tensor(logits.rows, 1), self.backend)?;
+        Ok(begun.elapsed().as_secs_f64())
+    }
+
+    /// Seconds until the head has taken the rows of the last step and made a draft.
+    fn draft(&mut self, rows: usize, head: &mut Head) -> Result<f64, ModelError> {
+        const SEQUENCE: u64 = 0;
+        let (tokens, blocks) = (self.tokens(rows), self.blocks(rows));
+        let begun = Instant::now();
+        head.wait_for(SEQUENCE, self.context, &tokens, 0..rows as u32, self.decoder, self.backend)?;
+        let tables = head::table_of(SEQUENCE, &blocks);
+        head.catch_up(&[SEQUENCE], &tables, self.decoder, self.backend)?;
+        Ok(begun.elapsed().as_secs_f64())
     }
 }
 

@@ -1,22 +1,33 @@
-//! Drafts by a network: the model's own MTP layer, or a smaller model with the same tokens. Both keep cache rows of their own
-//! under the slots of the model's, so that shared prefixes bring them along; a row is due for every token that the model
+//! Drafts by a network: the model's own MTP layer, an EAGLE-3 head, or a smaller model with the same tokens. All keep cache rows
+//! of their own under the slots of the model's, so that shared prefixes bring them along; a row is due for every token that the model
 //! computed. Rows wait until a draft is wanted or there are many of them: one run takes them all, and reads its weights once.
 
+use crate::sequence::Sequence;
 use moellon_model::batch::{Batch, LogitRows};
 use moellon_model::mtp::{MtpHidden, MtpStep};
 use moellon_model::session::greedy;
-use moellon_model::{Decoder, Error as ModelError};
+use moellon_model::{Decoder, Eagle, Error as ModelError};
 use moellon_ops::{Backend, Buffer, Cache, ElementType, Tensor};
 use std::collections::HashMap;
 
 /// Vocabularies up to this size are brought to the host, which then knows how likely each draft is.
 const MAX_HOST_LOGITS: usize = 16_384;
 
-/// Which network drafts.
+/// The network that drafts.
+pub(crate) enum Network {
+    /// The decoder's own MTP layer.
+    Mtp,
+    /// An EAGLE-3 head.
+    Eagle(Box<Eagle>),
+    /// A smaller model.
+    Model(Box<Decoder>),
+}
+
+/// What a network's rows are made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum HeadKind {
-    /// The decoder's own layer. Its row at position `i` is made of the model's hidden state there and of token `i + 1`.
-    Mtp,
+    /// One that reads the model's hidden states. Its row at position `i` is made of the model's hidden state there and of token `i + 1`.
+    Hidden,
     /// Another decoder. Its row at position `i` is made of token `i`.
     Model,
 }
@@ -29,10 +40,14 @@ pub(crate) struct Drafted {
     pub(crate) confidence: Option<f64>,
 }
 
+/// Stands for a sequence whose rows were forgotten.
+const NOBODY: u64 = u64::MAX;
+
 /// A row that waits.
 #[derive(Debug, Clone, Copy)]
 struct Row {
     sequence: u64,
+    /// Counted from the start of the sequence's window.
     position: usize,
     token: u32,
 }
@@ -47,14 +62,35 @@ pub(crate) struct Tip {
     row: u32,
 }
 
-/// Block tables of running sequences by their number.
-pub(crate) type Tables<'a> = HashMap<u64, &'a [u32]>;
+/// Where a running sequence's rows of the head are.
+pub(crate) struct Table<'a> {
+    /// Its blocks from the window's first on.
+    blocks: &'a [u32],
+    /// Whether others that begin alike may read them.
+    is_whole: bool,
+}
+
+/// The same of all running sequences by their number.
+pub(crate) type Tables<'a> = HashMap<u64, Table<'a>>;
+
+/// The table of one sequence whose rows are for nobody else.
+pub(crate) fn table_of(sequence: u64, blocks: &[u32]) -> Tables<'_> {
+    HashMap::from([(sequence, Table { blocks, is_whole: false })])
+}
+
+/// The tables of `running`.
+pub(crate) fn tables(running: &[Sequence]) -> Tables<'_> {
+    fn table(sequence: &Sequence) -> (u64, Table<'_>) {
+        let window = sequence.track.head.window;
+        let blocks = sequence.blocks.get(window.block..).unwrap_or_default();
+        (sequence.number, Table { blocks, is_whole: window.is_whole() })
+    }
+    running.iter().map(table).collect()
+}
 
 /// The network and the rows that it is behind.
 pub(crate) struct Head {
-    kind: HeadKind,
-    /// For [`HeadKind::Model`].
-    model: Option<Decoder>,
+    network: Network,
     waiting: Vec<Row>,
     max_waiting: usize,
     block_size: usize,
@@ -66,16 +102,10 @@ pub(crate) struct Head {
 }
 
 impl Head {
-    pub(crate) fn new(
-        kind: HeadKind,
-        model: Option<Decoder>,
-        decoder: &Decoder,
-        backend: &mut dyn Backend,
-    ) -> Result<Self, ModelError> {
+    pub(crate) fn new(network: Network, decoder: &Decoder, backend: &mut dyn Backend) -> Result<Self, ModelError> {
         let sizes = decoder.options();
         Ok(Head {
-            kind,
-            model,
+            network,
             waiting: Vec::new(),
             max_waiting: sizes.max_batch_tokens,
             block_size: sizes.block_size,
@@ -86,12 +116,19 @@ impl Head {
     }
 
     pub(crate) fn kind(&self) -> HeadKind {
-        self.kind
+        match self.network {
+            Network::Mtp | Network::Eagle(_) => HeadKind::Hidden,
+            Network::Model(_) => HeadKind::Model,
+        }
     }
 
     /// Caches that are not the decoder's own.
     pub(crate) fn caches(&self) -> Vec<Cache> {
-        self.model.iter().flat_map(Decoder::caches).collect()
+        match &self.network {
+            Network::Mtp => Vec::new(),
+            Network::Eagle(eagle) => eagle.caches().collect(),
+            Network::Model(model) => model.caches().collect(),
+        }
     }
 
     pub(crate) fn num_waiting(&self) -> usize {
@@ -104,6 +141,15 @@ impl Head {
 
     pub(crate) fn waits_for(&self, sequence: u64) -> bool {
         self.waiting.iter().any(|row| row.sequence == sequence)
+    }
+
+    /// Forgets the rows that wait of one sequence.
+    pub(crate) fn drop_waiting_of(&mut self, sequence: u64) {
+        if self.waiting.iter().all(|row| row.sequence == sequence) {
+            self.waiting.clear();
+        }
+        // Others keep the places where their hidden states are.
+        self.waiting.iter_mut().filter(|row| row.sequence == sequence).for_each(|row| row.sequence = NOBODY);
     }
 
     /// Forgets every row that waits.
@@ -133,7 +179,7 @@ impl Head {
             .all(|(block, index)| self.filled(*block) >= self.block_size.min(num_tokens - index * self.block_size))
     }
 
-    /// Takes rows at positions `first ..` of a sequence. For [`HeadKind::Mtp`] `hidden_rows` are the rows of the model's last
+    /// Takes rows at positions `first ..` of a sequence's window. For [`HeadKind::Hidden`] `hidden_rows` are the rows of the model's last
     /// step with the hidden states of these positions. There must be room.
     pub(crate) fn wait_for(
         &mut self,
@@ -144,9 +190,11 @@ impl Head {
         decoder: &mut Decoder,
         backend: &mut dyn Backend,
     ) -> Result<(), ModelError> {
-        if self.kind == HeadKind::Mtp {
-            let rows: Vec<u32> = hidden_rows.collect();
-            decoder.save_hidden(&rows, self.waiting.len(), backend)?;
+        let (rows, first_saved): (Vec<u32>, usize) = (hidden_rows.collect(), self.waiting.len());
+        match &mut self.network {
+            Network::Mtp => decoder.save_hidden(&rows, first_saved, backend)?,
+            Network::Eagle(eagle) => eagle.save_hidden(&rows, first_saved, decoder, backend)?,
+            Network::Model(_) => {}
         }
         let rows = (first..).zip(tokens).map(|(position, token)| Row { sequence, position, token: *token });
         self.waiting.extend(rows);
@@ -172,14 +220,14 @@ impl Head {
         }
         let (mut batch, mut hidden_rows, mut tips) = (Batch::default(), Vec::new(), Vec::new());
         for sequence in order {
-            let Some(blocks) = tables.get(&sequence) else { continue };
+            let Some(Table { blocks, is_whole }) = tables.get(&sequence) else { continue };
             let rows = &by_sequence[&sequence];
             let tokens: Vec<u32> = rows.iter().map(|(_, row)| row.token).collect();
             let wants = wanted.contains(&sequence);
             let logits = if wants { LogitRows::Last } else { LogitRows::None };
             batch.push_sequence(&tokens, rows[0].1.position, blocks, self.block_size, logits);
             hidden_rows.extend(rows.iter().map(|(saved, _)| *saved));
-            for (_, row) in rows {
+            for (_, row) in rows.iter().filter(|_| *is_whole) {
                 let filled = &mut self.filled[blocks[row.position / self.block_size] as usize];
                 *filled = (*filled).max(row.position % self.block_size + 1);
             }
@@ -192,7 +240,7 @@ impl Head {
             return Ok(Vec::new());
         }
         let logits = self.run(&batch, &hidden_rows, MtpHidden::Saved, None, decoder, backend)?;
-        self.pick(&tips, logits, backend)
+        self.pick(&tips, logits, decoder, backend)
     }
 
     /// Drafts one more token of each tip, whose slots must be there.
@@ -205,15 +253,17 @@ impl Head {
     ) -> Result<Vec<Tip>, ModelError> {
         let (mut batch, mut hidden_rows, mut next) = (Batch::default(), Vec::new(), Vec::new());
         for tip in tips {
-            let Some(blocks) = tables.get(&tip.sequence) else { continue };
+            let Some(Table { blocks, .. }) = tables.get(&tip.sequence) else { continue };
             let position = tip.position + 1;
             batch.push_sequence(&[tip.drafted.token], position, blocks, self.block_size, LogitRows::Last);
             next.push((tip.sequence, position, hidden_rows.len() as u32));
             hidden_rows.push(tip.row);
         }
-        let share = if let [tip] = tips { Some(tip.row) } else { None };
+        // Rows side by side attend where they did before.
+        let in_a_row = tips.windows(2).all(|pair| pair[1].row == pair[0].row + 1);
+        let share = tips.first().filter(|_| in_a_row).map(|tip| tip.row);
         let logits = self.run(&batch, &hidden_rows, MtpHidden::Mtp, share, decoder, backend)?;
-        self.pick(&next, logits, backend)
+        self.pick(&next, logits, decoder, backend)
     }
 
     fn run(
@@ -225,9 +275,11 @@ impl Head {
         decoder: &mut Decoder,
         backend: &mut dyn Backend,
     ) -> Result<Tensor, ModelError> {
-        match &mut self.model {
-            Some(model) => model.forward(batch, backend),
-            None => decoder.forward_mtp(&MtpStep { batch, hidden_rows, hidden, share_index_of }, backend),
+        let step = MtpStep { batch, hidden_rows, hidden, share_index_of };
+        match &mut self.network {
+            Network::Mtp => decoder.forward_mtp(&step, backend),
+            Network::Eagle(eagle) => eagle.forward(&step, decoder, backend),
+            Network::Model(model) => model.forward(batch, backend),
         }
     }
 
@@ -236,6 +288,7 @@ impl Head {
         &mut self,
         rows: &[(u64, usize, u32)],
         logits: Tensor,
+        decoder: &Decoder,
         backend: &mut dyn Backend,
     ) -> Result<Vec<Tip>, ModelError> {
         let drafted: Vec<Drafted> = if rows.is_empty() {
@@ -248,9 +301,16 @@ impl Head {
             let tokens = greedy(logits, self.chosen.tensor(logits.rows, 1), backend)?;
             tokens.into_iter().map(|token| Drafted { token, confidence: None }).collect()
         };
+        // A head's columns may stand for some tokens alone.
+        let tokens = match &self.network {
+            Network::Mtp => decoder.draft_tokens(),
+            Network::Eagle(eagle) => eagle.draft_tokens(),
+            Network::Model(_) => None,
+        };
+        let token = |column: u32| tokens.map_or(column, |tokens| tokens[column as usize]);
         let tip = |((sequence, position, row), drafted): (&(u64, usize, u32), Drafted)| Tip {
             sequence: *sequence,
-            drafted,
+            drafted: Drafted { token: token(drafted.token), ..drafted },
             position: *position,
             row: *row,
         };

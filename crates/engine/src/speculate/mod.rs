@@ -5,9 +5,10 @@
 //!
 //! | file | concept |
 //! |---|---|
-//! | `step.rs` | the engine's part: propose before a step, learn after it, run the head |
+//! | `step.rs` | the engine's part: propose before a step, learn after it, draft with the head |
+//! | `follow.rs` | which rows the head gets |
 //! | `suffix.rs` | drafts from text that was seen |
-//! | `head.rs` | drafts by the MTP layer or a smaller model, whose cache rows are kept in step |
+//! | `head.rs` | drafts by the MTP layer, an EAGLE-3 head or a smaller model, whose cache rows are kept in step |
 //! | `estimate.rs` | how likely drafts are accepted |
 //! | `cost.rs` | what a step costs by its rows |
 //! | `governor.rs` | which drafts are worth a row, and the floor |
@@ -15,6 +16,7 @@
 
 pub mod cost;
 mod estimate;
+mod follow;
 mod governor;
 mod head;
 mod replay;
@@ -26,11 +28,11 @@ pub use cost::CostCurve;
 pub use replay::Replay;
 pub(crate) use track::SequenceTrack;
 
-use cost::{DraftRun, RunningCost};
+use cost::RunningCost;
 use estimate::{Counts, Estimate};
 use governor::Ledger;
-use head::{Head, HeadKind};
-use moellon_model::{Decoder, Error as ModelError};
+use head::{Head, Network};
+use moellon_model::{Decoder, Eagle, Error as ModelError};
 use moellon_ops::Backend;
 use replay::Replaying;
 use std::collections::HashMap;
@@ -76,6 +78,14 @@ pub enum Policy {
     Governed,
     /// As much as there is, up to the depth: for tests and experiments.
     Always,
+}
+
+/// A network of its own that drafts for a model.
+pub enum Drafter {
+    /// A smaller model with the same tokens.
+    Model(Box<Decoder>),
+    /// An EAGLE-3 head that was trained for the model.
+    Eagle(Box<Eagle>),
 }
 
 /// Where a draft came from.
@@ -241,6 +251,8 @@ pub(crate) struct Speculation {
     drafting: f64,
     /// What that should have taken.
     expected_drafting: f64,
+    /// Drafts accepted since then.
+    accepted: usize,
 }
 
 impl Speculation {
@@ -248,26 +260,20 @@ impl Speculation {
     pub(crate) fn new(
         options: SpeculationOptions,
         decoder: &mut Decoder,
-        mut draft_model: Option<Decoder>,
+        drafter: Option<Drafter>,
         backend: &mut dyn Backend,
     ) -> Result<Self, ModelError> {
-        let kind = match (&mut draft_model, options.mtp && decoder.has_mtp()) {
-            (Some(_), _) => Some(HeadKind::Model),
-            (None, true) => Some(HeadKind::Mtp),
+        let network = match (drafter, options.mtp && decoder.has_mtp()) {
+            (Some(Drafter::Model(model)), _) => Some(Network::Model(model)),
+            (Some(Drafter::Eagle(eagle)), _) => Some(Network::Eagle(eagle)),
+            (None, true) => Some(Network::Mtp),
             (None, false) => None,
         };
+        let mut head = network.map(|network| Head::new(network, decoder, backend)).transpose()?;
         let curve = match &options.cost {
             Some(curve) => curve.clone(),
-            None => {
-                let draft = match (&kind, &mut draft_model) {
-                    (Some(HeadKind::Model), Some(model)) => DraftRun::Model(model),
-                    (Some(HeadKind::Mtp), _) => DraftRun::Mtp,
-                    _ => DraftRun::None,
-                };
-                CostCurve::measure(decoder, draft, backend)?
-            }
+            None => CostCurve::measure(decoder, head.as_mut(), backend)?,
         };
-        let head = kind.map(|kind| Head::new(kind, draft_model, decoder, backend)).transpose()?;
         Ok(Speculation {
             enabled: true,
             head,
@@ -279,6 +285,7 @@ impl Speculation {
             stats: SpeculationStats { head_by_depth: vec![(0, 0); MAX_DEPTH], ..SpeculationStats::default() },
             drafting: 0.0,
             expected_drafting: 0.0,
+            accepted: 0,
             options,
         })
     }
@@ -299,6 +306,13 @@ impl Speculation {
         self.cost.curve()
     }
 
+    pub(crate) fn set_replay(&mut self, replay: Replay) {
+        self.cost = RunningCost::new(self.cost.curve().clone());
+        self.experience = Experience::default();
+        self.ledger = Ledger::default();
+        self.replay = Some(Replaying::new(replay));
+    }
+
     pub(crate) fn set_enabled(&mut self, enabled: bool) {
         self.enabled = enabled;
     }
@@ -317,8 +331,11 @@ impl Speculation {
         }
     }
 
-    /// A block came from disk with all its rows.
+    /// A block came from disk, with all its rows if the head follows all.
     pub(crate) fn restored_block(&mut self, block: u32, block_size: usize) {
+        if !self.follows_all() {
+            return;
+        }
         if let Some(head) = &mut self.head {
             head.set_filled(block, block_size);
         }

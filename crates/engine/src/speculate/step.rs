@@ -1,9 +1,9 @@
-//! The engine's part in speculation: propose drafts before a step, learn from it, and run the head after it.
+//! The engine's part in speculation: propose drafts before a step, learn from it, and draft with the head after it.
 
 use super::governor::{depths_worth_drafting, drafts_worth_verifying};
-use super::head::{Drafted, HeadKind, Tables, Tip};
+use super::head::{Drafted, HeadKind, Tip, tables};
 use super::track::Offer;
-use super::{CostCurve, Policy, SequenceTrack, Source, Speculation};
+use super::{CostCurve, Policy, Replay, SequenceTrack, Source, Speculation};
 use crate::engine::{Engine, EngineError};
 use crate::scheduler::Share;
 use crate::sequence::Sequence;
@@ -12,20 +12,17 @@ use std::time::Instant;
 /// Drafts of a head in a row: each is a guess on guesses.
 const MAX_HEAD_DEPTH: usize = 8;
 
-/// Rows that may wait for the head while nothing is drafted.
-const MANY_WAITING: usize = 64;
-
 /// Steps without a draft after which a head is tried again, at first and at most.
-const PATIENCE: (usize, usize) = (16, 256);
+pub(super) const PATIENCE: (usize, usize) = (32, 256);
+
+/// The same while an engine has hardly seen its head draft.
+const FIRST_PATIENCE: usize = 4;
 
 /// Trials of an engine that has hardly seen its head draft.
 const FEW_TRIALS: f64 = 16.0;
 
 /// Trials after which a sequence's evidence against the head counts.
 const ENOUGH_TRIALS: f64 = 6.0;
-
-/// Where the head does not pay, one sequence of this many tries it again.
-const EXPLORERS: u64 = 8;
 
 impl Engine {
     /// What steps cost, as measured at the start; `None` without speculation.
@@ -37,6 +34,13 @@ impl Engine {
     pub fn set_speculating(&mut self, speculating: bool) {
         if let Some(speculation) = &mut self.speculation {
             speculation.set_enabled(speculating);
+        }
+    }
+
+    /// Replays other outcomes from now on, as if nothing had been learned. For measuring.
+    pub fn set_replay(&mut self, replay: Replay) {
+        if let Some(speculation) = &mut self.speculation {
+            speculation.set_replay(replay);
         }
     }
 
@@ -111,107 +115,22 @@ impl Engine {
             self.hand_to_head(share.sequence, row, *computed)?;
             row += share.num_tokens;
         }
+        let prompts = shares.iter().any(|share| self.running[share.sequence].generated() < 2);
+        if prompts && self.speculation.as_ref().is_some_and(Speculation::has_model) {
+            self.head_catches_up(&[])?;
+        }
         let depths = self.head_depths(ended);
         self.draft(&depths)?;
-        // What ends now leaves its blocks to others: with all rows.
-        let leaves_rows = |engine: &Self| {
-            let head = engine.speculation.as_ref().and_then(|s| s.head.as_ref());
-            head.is_some_and(|head| ended.iter().any(|index| head.waits_for(engine.running[*index].number)))
-        };
-        if leaves_rows(self) {
-            self.head_catches_up(&[])?;
+        self.leave_rows(ended)?;
+        if prompts {
+            // A draft model reads prompts too: that is the price of having one, not of drafting.
+            if let Some(speculation) = self.speculation.as_mut().filter(|s| s.has_model()) {
+                speculation.expected_drafting = 0.0;
+            }
         }
         if let Some(speculation) = &mut self.speculation {
             speculation.drafting += started.elapsed().as_secs_f64();
         }
-        Ok(())
-    }
-
-    /// Runs the rows that wait, before blocks change hands.
-    pub(crate) fn settle_head(&mut self) -> Result<(), EngineError> {
-        let waiting = self.speculation.as_ref().and_then(|s| s.head.as_ref()).is_some_and(|h| h.num_waiting() > 0);
-        if waiting { self.head_catches_up(&[]).map(|_| ()) } else { Ok(()) }
-    }
-
-    /// Says whether the head can follow a sequence that begins with `computed` cached tokens.
-    pub(crate) fn begin_head(&mut self, sequence: &mut Sequence) {
-        let Some(speculation) = &mut self.speculation else { return };
-        let Some(head) = &speculation.head else { return };
-        let covered = head.covers(&sequence.blocks, sequence.computed);
-        let governed = speculation.options.policy == Policy::Governed;
-        let hopeless = governed && speculation.is_hopeless(None) && !sequence.number.is_multiple_of(EXPLORERS);
-        sequence.track.head.next_row = (speculation.enabled && covered && !hopeless).then_some(sequence.computed);
-        sequence.track.head.patience = PATIENCE.0;
-        sequence.track.head.drafted.clear();
-    }
-
-    /// A running sequence took cached blocks of others.
-    pub(crate) fn move_head(&mut self, index: usize) {
-        let Some(Speculation { head: Some(head), .. }) = &self.speculation else { return };
-        let sequence = &mut self.running[index];
-        let next_row = &mut sequence.track.head.next_row;
-        *next_row = next_row.filter(|_| head.covers(&sequence.blocks, sequence.computed)).map(|_| sequence.computed);
-    }
-
-    /// The rows that the head gets of a share whose first row is `row` of the step.
-    fn hand_to_head(&mut self, index: usize, row: usize, computed: usize) -> Result<(), EngineError> {
-        let Some(Speculation { head: Some(head), enabled, replay, .. }) = &mut self.speculation else { return Ok(()) };
-        let sequence = &mut self.running[index];
-        let Some(mut first) = sequence.track.head.next_row else { return Ok(()) };
-        if replay.is_some() {
-            // What rows hold is of no consequence, so none are lost while drafting is switched off.
-            if !*enabled {
-                return Ok(());
-            }
-            first = sequence.computed;
-        }
-        let kind = head.kind();
-        // The positions that the step computed are `start .. end`; a token after them is known.
-        let (start, end) = (sequence.computed, sequence.computed + computed);
-        let last = match kind {
-            HeadKind::Mtp => end,
-            HeadKind::Model => end + 1,
-        };
-        // Rows are lost while drafting is switched off, and with them the rest.
-        let follows = *enabled && (kind == HeadKind::Model || first == start) && last <= sequence.tokens.len();
-        if !follows {
-            sequence.track.head.next_row = None;
-            return Ok(());
-        }
-        let next_of = |position: usize| match kind {
-            HeadKind::Mtp => position + 1,
-            HeadKind::Model => position,
-        };
-        let mut position = first;
-        while position < last {
-            let Some(Speculation { head: Some(head), .. }) = &mut self.speculation else { return Ok(()) };
-            let sequence = &self.running[index];
-            let room = head.max_waiting() - head.num_waiting();
-            let slots = (sequence.blocks.len() * self.limits.block_size).saturating_sub(position);
-            let count = (last - position).min(room).min(slots);
-            if slots == 0 {
-                // The draft model's newest row begins a block. Without one it comes with the next step.
-                let Some(block) = self.alloc_free() else { break };
-                self.running[index].blocks.push(block);
-                continue;
-            }
-            if count == 0 {
-                self.head_catches_up(&[])?;
-                continue;
-            }
-            let tokens = sequence.tokens[next_of(position)..next_of(position) + count].to_vec();
-            let first_hidden = (row + position).saturating_sub(start) as u32;
-            head.wait_for(
-                sequence.number,
-                position,
-                &tokens,
-                first_hidden..first_hidden + count as u32,
-                &mut self.decoder,
-                self.backend.as_mut(),
-            )?;
-            position += count;
-        }
-        self.running[index].track.head.next_row = Some(position);
         Ok(())
     }
 
@@ -229,9 +148,11 @@ impl Engine {
             .iter()
             .map(|index| {
                 let sequence = &self.running[*index];
-                let due = sequence.tokens.len() - usize::from(kind == HeadKind::Mtp);
-                let ready = sequence.track.head.next_row == Some(due) && sequence.track.head.drafted.is_empty();
-                if ready { sequence.room_for_drafts().min(max_depth) } else { 0 }
+                let due = sequence.tokens.len() - usize::from(kind == HeadKind::Hidden);
+                let head = &sequence.track.head;
+                let ready = head.next_row == Some(due) && head.drafted.is_empty();
+                let sees_enough = head.sees_enough(due) || speculation.replay.is_some();
+                if ready && sees_enough { sequence.room_for_drafts().min(max_depth) } else { 0 }
             })
             .collect();
         if speculation.options.policy == Policy::Always {
@@ -257,12 +178,17 @@ impl Engine {
                 if seen.chances.iter().sum::<f64>() >= head.iter().sum::<f64>() { Vec::new() } else { head }
             })
             .collect();
-        let worth = depths_worth_drafting(&chances, may_draft.len(), usize::MAX, &speculation.cost);
         let rows = may_draft.len();
         let plain = speculation.cost.plain(rows);
+        let waiting = speculation.head.as_ref().map_or(1, |head| head.num_waiting().max(1));
+        let worth = depths_worth_drafting(&chances, rows, waiting, &speculation.cost);
         let total: usize = worth.iter().sum();
+        // The rows that wait are run by the first draft.
+        let catch_up = speculation.cost.draft(waiting);
+        let deepest = worth.iter().copied().max().unwrap_or(0);
         let worst = speculation.cost.verify(rows + total) - plain
-            + worth.iter().max().map_or(0.0, |depth| *depth as f64 * speculation.cost.draft(rows));
+            + catch_up
+            + deepest.saturating_sub(1) as f64 * speculation.cost.draft(rows);
         let allowed = total > 0 && speculation.ledger.allows(worst, plain);
         for (place, index) in may_draft.iter().enumerate() {
             let drafts = if allowed { worth[place] } else { 0 };
@@ -273,14 +199,24 @@ impl Engine {
                 continue;
             }
             track.idle_steps += 1;
-            if rooms[place] == 0 {
+            let sequence = &self.running[*index];
+            let hopeless = speculation.is_hopeless(Some(sequence));
+            if kind == HeadKind::Hidden && hopeless && !sequence.track.head.is_soon() {
+                if let Some(head) = &mut speculation.head {
+                    head.drop_waiting_of(sequence.number);
+                }
+                self.running[*index].track.head.stop();
+                continue;
+            }
+            let out_of_question = speculation.is_out_of_question(sequence);
+            let track = &mut self.running[*index].track.head;
+            if rooms[place] == 0 || out_of_question {
                 continue;
             }
             // To see what it would have said: often while nothing is known, then ever more seldom.
             let unknown = speculation.experience.head[0].trials() < FEW_TRIALS;
-            let due = track.idle_steps >= if unknown { 1 } else { track.patience };
-            let price = speculation.cost.draft(speculation.head.as_ref().map_or(1, |h| h.num_waiting().max(1)));
-            if due && speculation.ledger.allows(price, plain) {
+            let due = track.is_known() && track.idle_steps >= if unknown { FIRST_PATIENCE } else { track.patience };
+            if due && speculation.ledger.allows(catch_up, plain) {
                 track.patience = (2 * track.patience).min(PATIENCE.1);
                 track.idle_steps = 0;
                 depths[*index] = 1;
@@ -300,23 +236,8 @@ impl Engine {
                 self.running[index].blocks.push(block);
             }
         }
-        let Some(speculation) = &mut self.speculation else { return Ok(()) };
-        let Some(head) = &speculation.head else { return Ok(()) };
         if deepest == 0 {
-            let waiting = head.num_waiting();
-            if waiting < MANY_WAITING.min(head.max_waiting()) {
-                return Ok(());
-            }
-            let plain = speculation.cost.plain(self.running.len().max(1));
-            let decodes = waiting < 2 * MANY_WAITING;
-            if speculation.options.policy == Policy::Governed
-                && decodes
-                && (speculation.is_hopeless_for_all(&self.running)
-                    || !speculation.ledger.allows(speculation.cost.draft(waiting), plain))
-            {
-                return self.give_up_waiting();
-            }
-            return self.head_catches_up(&[]).map(|_| ());
+            return self.let_rows_wait();
         }
         let wanted: Vec<(u64, usize, usize)> = depths
             .iter()
@@ -355,14 +276,14 @@ impl Engine {
         Ok(())
     }
 
-    fn head_catches_up(&mut self, wanted: &[u64]) -> Result<Vec<Tip>, EngineError> {
+    pub(super) fn head_catches_up(&mut self, wanted: &[u64]) -> Result<Vec<Tip>, EngineError> {
         let Some(Speculation { head: Some(head), cost, expected_drafting, .. }) = &mut self.speculation else {
             return Ok(Vec::new());
         };
         let rows = head.num_waiting();
         *expected_drafting += cost.draft(rows);
         let started = Instant::now();
-        let tables: Tables<'_> = self.running.iter().map(|s| (s.number, s.blocks.as_slice())).collect();
+        let tables = tables(&self.running);
         let tips = head.catch_up(wanted, &tables, &mut self.decoder, self.backend.as_mut())?;
         if !wanted.is_empty() && rows <= 2 * wanted.len() {
             cost.observe_draft(rows, started.elapsed().as_secs_f64());
@@ -376,53 +297,36 @@ impl Engine {
         };
         *expected_drafting += cost.draft(tips.len());
         let started = Instant::now();
-        let tables: Tables<'_> = self.running.iter().map(|s| (s.number, s.blocks.as_slice())).collect();
+        let tables = tables(&self.running);
         let next = head.chain(tips, &tables, &mut self.decoder, self.backend.as_mut())?;
         cost.observe_draft(tips.len(), started.elapsed().as_secs_f64());
         Ok(next)
     }
 
-    /// Forgets the rows that wait: the sequences that they belong to go on without the head.
-    fn give_up_waiting(&mut self) -> Result<(), EngineError> {
-        let Some(Speculation { head: Some(head), .. }) = &mut self.speculation else { return Ok(()) };
-        for sequence in self.running.iter_mut().filter(|s| head.waits_for(s.number)) {
-            sequence.track.head.next_row = None;
-        }
-        head.drop_waiting();
-        Ok(())
-    }
-
     /// Counts a step: what it would have taken without speculation, and what it took.
-    pub(crate) fn settle(
-        &mut self,
-        decodes: usize,
-        drafts: usize,
-        prefill_rows: usize,
-        generated: usize,
-        seconds: f64,
-    ) {
+    pub(crate) fn settle(&mut self, decodes: usize, drafts: usize, prefill_rows: usize, seconds: f64) {
         let Some(speculation) = &mut self.speculation else { return };
         let drafting = std::mem::take(&mut speculation.drafting);
         let expected_drafting = std::mem::take(&mut speculation.expected_drafting);
+        let accepted = std::mem::take(&mut speculation.accepted);
         speculation.stats.draft_seconds += drafting;
         speculation.stats.sequence_steps += decodes as u64;
-        if decodes == 0 || prefill_rows > 0 {
-            return;
-        }
         let Speculation { cost, ledger, .. } = speculation;
-        if drafts > 0 {
-            cost.observe_verify(decodes + drafts, seconds - drafting);
-        } else {
-            cost.observe_plain(decodes, seconds - drafting);
+        if decodes > 0 && prefill_rows == 0 {
+            if drafts > 0 {
+                cost.observe_verify(decodes + drafts, seconds - drafting);
+            } else {
+                cost.observe_plain(decodes, seconds - drafting);
+            }
         }
         // By what steps take on average: what else slowed this one down is not speculation's doing.
-        let plain = cost.plain(decodes);
-        if drafts == 0 {
-            ledger.settle(plain, plain + expected_drafting, plain);
-        } else {
-            let took = cost.verify(decodes + drafts) + expected_drafting;
-            ledger.settle(plain * generated as f64 / decodes as f64, took, plain);
-        }
+        let rows = decodes + prefill_rows;
+        let plain = cost.plain(decodes.max(1));
+        let tokens = accepted as f64 * plain / decodes.max(1) as f64;
+        let dearer = if drafts > 0 { cost.verify(rows + drafts) - cost.plain(rows) } else { 0.0 };
+        let lost = dearer + expected_drafting;
+        let saved = if decodes > 0 { tokens - lost } else { -lost };
+        ledger.settle(saved, if decodes > 0 { plain + lost } else { lost }, plain);
     }
 }
 
@@ -475,6 +379,7 @@ impl Speculation {
         }
         let accepted = drafts.iter().zip(new).take_while(|(draft, token)| draft == token).count();
         track.accepted_drafts += accepted;
+        self.accepted += accepted;
         let source = match track.source {
             Some(Source::Head) => &mut stats.head,
             Some(Source::Suffix) | None => &mut stats.suffix,
@@ -509,12 +414,22 @@ impl Speculation {
         chance * token_seconds > price
     }
 
+    /// Whether not even drafts that are always the likeliest token would pay.
+    pub(super) fn is_out_of_question(&self, sequence: &Sequence) -> bool {
+        let Some(ceiling) = sequence.track.head.ceiling() else { return false };
+        let best = (1..=MAX_HEAD_DEPTH).map(|depth| ceiling.powi(depth as i32)).collect();
+        ceiling < 1.0 && depths_worth_drafting(&[best], 1, 1, &self.cost) == [0]
+    }
+
     /// Whether drafting with the head would not pay even if it were as good as the evidence allows: the sequence's, or that
     /// of all.
-    fn is_hopeless(&self, sequence: Option<&Sequence>) -> bool {
+    pub(super) fn is_hopeless(&self, sequence: Option<&Sequence>) -> bool {
+        if sequence.is_some_and(|sequence| self.is_out_of_question(sequence)) {
+            return true;
+        }
         let trials = match sequence {
             Some(sequence) => sequence.track.head.trials() - ENOUGH_TRIALS,
-            None => self.experience.head[0].trials() - 2.0 * FEW_TRIALS,
+            None => self.experience.head[0].trials() - FEW_TRIALS,
         };
         if trials < 0.0 {
             return false;
@@ -528,11 +443,7 @@ impl Speculation {
             chance
         });
         let best: Vec<f64> = best.collect();
-        depths_worth_drafting(&[best], 1, usize::MAX, &self.cost) == [0]
-    }
-
-    fn is_hopeless_for_all(&self, running: &[Sequence]) -> bool {
-        running.iter().filter(|s| s.track.head.next_row.is_some()).all(|s| self.is_hopeless(Some(s)))
+        depths_worth_drafting(&[best], 1, 1, &self.cost) == [0]
     }
 }
 

@@ -1,6 +1,7 @@
 //! What speculation knows of one sequence.
 
 use super::estimate::{Counts, Estimate};
+use super::follow::FEW_ROWS;
 use super::head::Drafted;
 use super::suffix::{Follower, Place, SuffixIndex};
 use super::{Corpora, Experience, MAX_DEPTH, Source, agreement_class};
@@ -52,11 +53,32 @@ pub(crate) struct SequenceTrack {
     pub(crate) head: HeadTrack,
 }
 
+/// What the head sees of a sequence: its text from some position on. A head learns most from the newest hidden states, so
+/// where rows are missing, or cost more than they are worth, it begins anew instead of computing them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Window {
+    /// The position that the head counts as 0.
+    pub(crate) first: usize,
+    /// The block whose first slot holds that position's row: of the sequence alone unless `first` is 0.
+    pub(crate) block: usize,
+}
+
+impl Window {
+    /// Whether it is the whole text, so that other sequences that begin alike can read its rows.
+    pub(crate) fn is_whole(self) -> bool {
+        self.first == 0
+    }
+}
+
 /// A sequence's dealings with the head.
 #[derive(Debug, Default)]
 pub(crate) struct HeadTrack {
-    /// Position of the next row that the head is to get; `None` if rows are missing, for good.
+    /// Position of the next row that the head is to get; `None` while it does not follow.
     pub(crate) next_row: Option<usize>,
+    /// What it sees while it follows.
+    pub(crate) window: Window,
+    /// How likely this sequence's most likely tokens were, lately: no draft is right more often.
+    certainty: Certainty,
     /// Drafts for the tokens after the newest.
     pub(crate) drafted: Vec<Drafted>,
     counts: Vec<Counts>,
@@ -66,7 +88,30 @@ pub(crate) struct HeadTrack {
     pub(crate) patience: usize,
 }
 
+/// The chance of the likeliest token, averaged over the newest choices. It costs nothing to know and bounds every drafter:
+/// a draft is one token, and the sampler takes that token with no more than this probability.
+#[derive(Debug, Clone, Copy, Default)]
+struct Certainty {
+    sum: f64,
+    weight: f64,
+    greedy: bool,
+}
+
+/// Choices after which a certainty is known.
+const FEW_CHOICES: f64 = 3.0;
+
+/// What a certainty may be below the truth.
+const CERTAINTY_MARGIN: f64 = 0.05;
+
 impl SequenceTrack {
+    /// Learns how likely the likeliest token was when one was drawn; 1 where none is drawn.
+    pub(crate) fn learn_certainty(&mut self, chance: f32) {
+        let certainty = &mut self.head.certainty;
+        certainty.greedy = chance >= 1.0 && certainty.greedy_so_far();
+        certainty.sum = MEMORY * certainty.sum + f64::from(chance);
+        certainty.weight = MEMORY * certainty.weight + 1.0;
+    }
+
     /// Begins with what is known: the tokens of the prompt.
     pub(crate) fn begin(&mut self, tokens: &[u32]) {
         if self.own.is_none() {
@@ -150,11 +195,53 @@ impl SequenceTrack {
     }
 }
 
+impl Certainty {
+    fn greedy_so_far(self) -> bool {
+        self.greedy || self.weight == 0.0
+    }
+
+    /// The largest chance that a draft can have; `None` while too little is known.
+    fn ceiling(self) -> Option<f64> {
+        if self.greedy {
+            return Some(1.0);
+        }
+        (self.weight >= FEW_CHOICES).then(|| (self.sum / self.weight + CERTAINTY_MARGIN).min(1.0))
+    }
+}
+
 impl HeadTrack {
+    /// The largest chance that a draft can have; `None` while too little is known.
+    pub(crate) fn ceiling(&self) -> Option<f64> {
+        self.certainty.ceiling()
+    }
+
+    /// Whether it is about to be asked in any case, to see what it would say.
+    pub(crate) fn is_soon(&self) -> bool {
+        self.idle_steps + FEW_ROWS >= self.patience
+    }
+
+    /// Whether enough is known of the text to say that drafts are not out of the question.
+    pub(crate) fn is_known(&self) -> bool {
+        self.certainty.ceiling().is_some()
+    }
+
     /// The chance of a draft at `depth` (from 0) before it is made, given that those before it are right.
     pub(crate) fn chance(&self, depth: usize, experience: &Experience) -> Estimate {
         let counts = self.counts.get(depth).copied().unwrap_or_default();
-        counts.estimate(experience.head(depth).mean, OTHERS)
+        // What is right for greedy texts is what the likeliest token is; here it is drawn with some chance only.
+        let ceiling = self.certainty.ceiling().unwrap_or(1.0);
+        let estimate = counts.estimate(experience.head(depth).mean * ceiling, OTHERS);
+        Estimate { mean: estimate.mean.min(ceiling), ..estimate }
+    }
+
+    /// Whether its window up to position `end` holds enough to draft from.
+    pub(crate) fn sees_enough(&self, end: usize) -> bool {
+        self.window.is_whole() || end >= self.window.first + FEW_ROWS
+    }
+
+    /// The head stops following: its next context begins anew.
+    pub(crate) fn stop(&mut self) {
+        self.next_row = None;
     }
 
     /// The chance of a draft that was made.

@@ -2,7 +2,7 @@
 
 use super::variant;
 use super::{Applicable, Base};
-use crate::cli::{ActivationsChoice, BackendChoice, DeviceOptions, Speculate, SpeculateOptions};
+use crate::cli::{ActivationsChoice, BackendChoice, DeviceOptions, DraftVocab, Speculate, SpeculateOptions};
 use crate::load::{self, Mtp};
 use crate::model_source::ModelSource;
 use crate::{backend, speculation};
@@ -13,6 +13,7 @@ use moellon_lab::Machine;
 use moellon_lab::lever::Setting;
 use moellon_lab::plain::{PlainBackend, Without};
 use moellon_lab::roofline::CostModel;
+use moellon_model::draft_precision::DraftVocabulary;
 use moellon_model::{Decoder, DecoderOptions};
 use moellon_ops::{Backend, CacheDtype};
 use std::path::Path;
@@ -147,7 +148,7 @@ pub fn load(base: &Base, setting: &Setting, room: Room) -> Result<Applicable<Loa
         },
     };
     moellon_tensor::arena::set_huge_pages(setting.huge_pages != Some(false));
-    let loaded = load::load_sized(&source, sizes, Mtp::ForDrafts, backend.as_mut());
+    let loaded = load::load_sized(&source, sizes, Mtp::ForDrafts(DraftVocabulary::Auto), backend.as_mut());
     moellon_tensor::arena::set_huge_pages(true);
     let (decoder, _) = loaded?;
     if setting.speculate.as_deref() == Some("mtp") && !decoder.has_mtp() {
@@ -185,6 +186,7 @@ pub fn engine(
         speculate,
         draft_depth: setting.draft_depth.unwrap_or(DRAFTS).min(32) as u16,
         draft_always: setting.draft_always == Some(true),
+        draft_vocab: DraftVocab(DraftVocabulary::Auto),
     };
     let disk_cache =
         disk.map(|dir| DiskCacheOptions { dir: dir.to_owned(), max_bytes: 1 << 30, model_identity: identity.clone() });

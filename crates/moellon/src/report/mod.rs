@@ -5,11 +5,12 @@ mod chart;
 mod page;
 
 use crate::advice::{self, Findings};
-use crate::cli::{ActivationsChoice, BenchOptions, CacheChoice, ModelOptions, ReportOptions};
+use crate::cli::{ActivationsChoice, BenchOptions, CacheChoice, DraftVocab, ModelOptions, ReportOptions};
 use crate::lever::{self, Tested};
 use crate::{provenance, roofline};
 use anyhow::{Context, Result};
 use moellon_lab::receipt::{MeasuredMachine, MeasuredModel, Receipt, Seal};
+use moellon_model::draft_precision::DraftVocabulary;
 use serde::Serialize;
 use std::io::Write as _;
 use std::path::Path;
@@ -133,11 +134,13 @@ fn bench_options(options: &ReportOptions) -> BenchOptions {
         synthetic: None,
         format: "affine-4".to_owned(),
         speculate: None,
+        draft_vocab: DraftVocab(DraftVocabulary::Auto),
         batch: vec![1, 2, 4, 8],
         context: 128,
         prompt: vec![512],
         steps: 16,
         windows: 7,
+        identical: false,
         seed: 1,
         activations: ActivationsChoice::Int8,
         cache: CacheChoice::Bf16,
