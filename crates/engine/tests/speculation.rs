@@ -303,3 +303,74 @@ fn a_draft_model_of_other_tokens_is_refused() {
     assert!(matches!(error, EngineError::DraftModel { what: "vocab_size", .. }), "{error}");
     assert!(error.to_string().contains("expected 4096"), "{error}");
 }
+
+/// A draft and the row that verifies it cost half a step and more.
+fn dear_rows() -> CostCurve {
+    CostCurve::from_points(vec![(1, 1e-3), (2, 1.5e-3), (64, 32e-3)], vec![(1, 1e-5), (64, 64e-5)])
+}
+
+#[test]
+fn text_that_is_drawn_almost_at_random_is_never_drafted() {
+    let tokenizer = tokenizer();
+    let drafted = |temperature: f32| {
+        let options = SpeculationOptions { suffix: false, cost: Some(dear_rows()), ..SpeculationOptions::default() };
+        let mut engine = engine(Some(options));
+        let sampling = SamplingParams { temperature, seed: 3, ..SamplingParams::default() };
+        let ids = tokenizer.encode(PROMPTS[0], false).expect("text is encoded");
+        answers(&mut engine, vec![Request { sampling, ..request(ids, 200) }], 1);
+        let stats = stats(&mut engine);
+        (stats.head.draft_tokens, stats.head_by_depth.first().map_or(0, |(trials, _)| *trials))
+    };
+    // No draft is right more often than the likeliest token is drawn: not even to see is anything drafted.
+    assert_eq!(drafted(8.0), (0, 0));
+    let (tokens, trials) = drafted(0.0);
+    assert!(tokens > 20 && trials > 20, "{tokens} {trials}");
+}
+
+#[test]
+fn a_head_begins_with_the_last_rows_of_a_long_prompt() {
+    let tokenizer = tokenizer();
+    let ids = tokenizer.encode(&PROMPTS[0].repeat(12), false).expect("text is encoded");
+    assert!(ids.len() > 300);
+    let run = |policy: Policy, max_depth: usize| {
+        let options = SpeculationOptions {
+            suffix: false,
+            policy,
+            max_depth,
+            cost: Some(cheap_rows()),
+            ..SpeculationOptions::default()
+        };
+        let mut engine = engine(Some(options));
+        let events = answers(&mut engine, vec![request(ids.clone(), 60)], 1);
+        (ids_of(&events[0]), stats(&mut engine))
+    };
+    let plain = ids_of(&answers(&mut engine(None), vec![request(ids.clone(), 60)], 1)[0]);
+    let (always, all) = run(Policy::Always, 1);
+    let (governed, window) = run(Policy::Governed, 1);
+    assert_eq!((&always, &governed), (&plain, &plain));
+    assert!(all.head_rows as usize >= ids.len(), "{all:?}");
+    // At most 64 rows of the prompt, then what is generated and drafted.
+    assert!(window.head.accepted_tokens > 10, "{window:?}");
+    assert!((window.head_rows as usize) < 64 + 2 * 60, "{window:?}");
+}
+
+#[test]
+fn the_same_prompt_many_times_at_once_shares_blocks_and_changes_nothing() {
+    // Sequences that exchange their full blocks for each other's while a head follows them from different rows on.
+    let tokenizer = tokenizer();
+    let make = || -> Vec<Request> {
+        let ids = tokenizer.encode(&PROMPTS[0].repeat(4), false).expect("text is encoded");
+        (0..8).map(|index| request(ids[..ids.len() - index % 3].to_vec(), 70)).collect()
+    };
+    let plain = answers(&mut engine(None), make(), 1);
+    for policy in [Policy::Governed, Policy::Always] {
+        let options =
+            SpeculationOptions { policy, max_depth: 4, cost: Some(cheap_rows()), ..SpeculationOptions::default() };
+        let mut engine = engine(Some(options));
+        let found = answers(&mut engine, make(), 8);
+        for (found, plain) in found.iter().zip(&plain) {
+            assert_eq!(ids_of(found), ids_of(plain), "{policy:?}");
+        }
+        assert!(stats(&mut engine).all().accepted_tokens > 50);
+    }
+}

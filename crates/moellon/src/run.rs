@@ -170,6 +170,7 @@ impl Run<'_> {
                 "head_draft_tokens": stats.head.draft_tokens,
                 "head_accepted_tokens": stats.head.accepted_tokens,
                 "head_by_depth": stats.head_by_depth,
+                "head_rows": stats.head_rows,
                 "sequence_steps": stats.sequence_steps,
                 "draft_seconds": stats.draft_seconds,
                 "saved_seconds": stats.saved_seconds,

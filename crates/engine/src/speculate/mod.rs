@@ -118,6 +118,8 @@ pub struct SpeculationStats {
     /// Drafts of the head whose outcome is known, by depth, and how many of them were right: drafts that were not worth a
     /// row count too, for text showed what they were worth.
     pub head_by_depth: Vec<(u64, u64)>,
+    /// Rows that the head has computed, those of drafts included.
+    pub head_rows: u64,
     /// Chance that a first draft of the head is right, as the governor sees it now.
     pub head_chance: f64,
     /// Steps of sequences, with drafts or without.

@@ -144,39 +144,19 @@ impl Engine {
         let may_draft: Vec<usize> = (0..self.running.len())
             .filter(|index| !ended.contains(index) && self.running[*index].generated() > 0)
             .collect();
+        let is_replayed = speculation.replay.is_some();
         let rooms: Vec<usize> = may_draft
             .iter()
-            .map(|index| {
-                let sequence = &self.running[*index];
-                let due = sequence.tokens.len() - usize::from(kind == HeadKind::Hidden);
-                let head = &sequence.track.head;
-                let ready = head.next_row == Some(due) && head.drafted.is_empty();
-                let sees_enough = head.sees_enough(due) || speculation.replay.is_some();
-                if ready && sees_enough { sequence.room_for_drafts().min(max_depth) } else { 0 }
-            })
+            .map(|index| room_to_draft(&self.running[*index], kind, is_replayed).min(max_depth))
             .collect();
         if speculation.options.policy == Policy::Always {
             may_draft.iter().zip(rooms).for_each(|(index, room)| depths[*index] = room);
             return depths;
         }
-        let others = &speculation.corpora;
         let chances: Vec<Vec<f64>> = may_draft
             .iter()
             .zip(&rooms)
-            .map(|(index, room)| {
-                let sequence = &self.running[*index];
-                let track = &sequence.track;
-                let mut chance = 1.0;
-                let head = (0..*room).map(|depth| {
-                    chance *= track.head.chance(depth, &speculation.experience).lower();
-                    chance
-                });
-                let head: Vec<f64> = head.collect();
-                // Text that was seen costs nothing: where it promises as much, the head is not asked.
-                let others = others.get(sequence.salt());
-                let seen = track.suffix_offer(others, &speculation.experience, speculation.options.max_depth);
-                if seen.chances.iter().sum::<f64>() >= head.iter().sum::<f64>() { Vec::new() } else { head }
-            })
+            .map(|(index, room)| speculation.chances_of_head(&self.running[*index], *room))
             .collect();
         let rows = may_draft.len();
         let plain = speculation.cost.plain(rows);
@@ -277,10 +257,11 @@ impl Engine {
     }
 
     pub(super) fn head_catches_up(&mut self, wanted: &[u64]) -> Result<Vec<Tip>, EngineError> {
-        let Some(Speculation { head: Some(head), cost, expected_drafting, .. }) = &mut self.speculation else {
+        let Some(Speculation { head: Some(head), cost, expected_drafting, stats, .. }) = &mut self.speculation else {
             return Ok(Vec::new());
         };
         let rows = head.num_waiting();
+        stats.head_rows += rows as u64;
         *expected_drafting += cost.draft(rows);
         let started = Instant::now();
         let tables = tables(&self.running);
@@ -292,9 +273,10 @@ impl Engine {
     }
 
     fn head_goes_on(&mut self, tips: &[Tip]) -> Result<Vec<Tip>, EngineError> {
-        let Some(Speculation { head: Some(head), cost, expected_drafting, .. }) = &mut self.speculation else {
+        let Some(Speculation { head: Some(head), cost, expected_drafting, stats, .. }) = &mut self.speculation else {
             return Ok(Vec::new());
         };
+        stats.head_rows += tips.len() as u64;
         *expected_drafting += cost.draft(tips.len());
         let started = Instant::now();
         let tables = tables(&self.running);
@@ -328,6 +310,14 @@ impl Engine {
         let saved = if decodes > 0 { tokens - lost } else { -lost };
         ledger.settle(saved, if decodes > 0 { plain + lost } else { lost }, plain);
     }
+}
+
+/// Drafts that the head can make for a sequence now.
+fn room_to_draft(sequence: &Sequence, kind: HeadKind, is_replayed: bool) -> usize {
+    let due = sequence.tokens.len() - usize::from(kind == HeadKind::Hidden);
+    let head = &sequence.track.head;
+    let ready = head.next_row == Some(due) && head.drafted.is_empty();
+    if ready && (head.sees_enough(due) || is_replayed) { sequence.room_for_drafts() } else { 0 }
 }
 
 /// As many as there are, while there is room.
@@ -412,6 +402,21 @@ impl Speculation {
         let token_seconds = (spent / tokens).min(self.cost.plain(rows) / rows as f64);
         let price = self.cost.verify(rows + depth + 1) - self.cost.verify(rows + depth) + self.cost.draft(1);
         chance * token_seconds > price
+    }
+
+    /// The chances of a sequence's next `room` drafts by the head, before they are made; none where text that was seen
+    /// promises as much, for that costs nothing.
+    fn chances_of_head(&self, sequence: &Sequence, room: usize) -> Vec<f64> {
+        let track = &sequence.track;
+        let mut chance = 1.0;
+        let head = (0..room).map(|depth| {
+            chance *= track.head.chance(depth, &self.experience).lower();
+            chance
+        });
+        let head: Vec<f64> = head.collect();
+        let others = self.corpora.get(sequence.salt());
+        let seen = track.suffix_offer(others, &self.experience, self.options.max_depth);
+        if seen.chances.iter().sum::<f64>() >= head.iter().sum::<f64>() { Vec::new() } else { head }
     }
 
     /// Whether not even drafts that are always the likeliest token would pay.
