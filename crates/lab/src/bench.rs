@@ -335,9 +335,9 @@ fn decode_batch(decoder: &Decoder, batch: usize, plan: &BenchPlan, rng: &mut Spl
     let blocks = (context + 1).div_ceil(block_size);
     let mut step = Batch::default();
     let mut tokens = random_tokens(decoder, batch, rng);
-    if plan.identical {
+    if let (true, Some(token)) = (plan.identical, tokens.first().copied()) {
         // All blocks hold the same rows, so the sequences are the same.
-        tokens.fill(tokens[0]);
+        tokens.fill(token);
     }
     for (sequence, token) in tokens.iter().enumerate() {
         let table: Vec<u32> = (0..blocks).map(|b| (sequence * blocks + b) as u32).collect();

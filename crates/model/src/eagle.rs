@@ -16,7 +16,7 @@
 
 use crate::batch::Batch;
 use crate::config::{Attention, Ffn, Gqa, IndexSource, Layer, ModelConfig, Moe, Rope};
-use crate::decoder::{Decoder, DecoderOptions, NUM_TAPS, Pass, Step, step_shape};
+use crate::decoder::{Decoder, NUM_TAPS, Pass, Step, step_shape};
 use crate::fields::Fields;
 use crate::mtp::{MtpHidden, MtpStep, unfit};
 use crate::weights::{AttentionWeights, DenseWeights, FfnWeights, GqaWeights, LayerWeights, Weights, check_finite};
@@ -231,8 +231,7 @@ impl Eagle {
         loader.expect_all_read()?;
         target.tap_hidden(config.taps, backend)?;
         let tokens_of_step = options.max_batch_tokens;
-        let sizes = DecoderOptions { max_logit_rows: options.max_logit_rows, ..options };
-        let layer = Decoder::new(config.layer.clone(), weights, sizes, backend)?;
+        let layer = Decoder::new(config.layer.clone(), weights, options, backend)?;
         let streams = NUM_TAPS * target.config().hidden_size;
         let mut alloc = |columns: usize| backend.alloc("EAGLE-3 head", ElementType::F32, tokens_of_step * columns);
         let (saved, streams, outputs, input) =
