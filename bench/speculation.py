@@ -77,8 +77,8 @@ TEXTS = {
     # The whole file again, after it: what an edit of a line looks like to a decoder.
     "code edit, verbatim": (EDITED * 2, []),
     # Drafts fail: tokens drawn almost uniformly, and prose without an order.
-    "random tokens": (CODE, ["--temp", "8", "--seed", "3"]),
-    "shuffled prose": (shuffled_prose(), ["--temp", "1.5", "--seed", "5"]),
+    "random tokens": (CODE, ["--temp", "8"]),
+    "shuffled prose": (shuffled_prose(), ["--temp", "1.5"]),
 }
 
 
@@ -100,35 +100,39 @@ def spread(values):
     return f"{middle:.3f} ({low:.3f}-{high:.3f})"
 
 
-def interleaved(prompt, modes, rounds, **options):
-    """Results of each mode, in turn, the same text each time."""
+def interleaved(prompt, modes, rounds, seeds=False, **options):
+    """Results of each mode, in turn and every other round in the opposite order; the same text in all modes of a round, and
+    with `seeds` another one each round."""
     results = {name: [] for name in modes}
-    for _ in range(rounds):
-        for name, flags in modes.items():
-            results[name].append(run(prompt, *flags, **options))
-    texts = {name: {tuple(r["token_ids"]) for r in found} for name, found in results.items()}
-    assert len(set().union(*texts.values())) == 1, "outputs differ"
+    for index in range(rounds):
+        order = list(modes.items())[:: -1 if index % 2 else 1]
+        seed = ["--seed", 100 + index] if seeds else []
+        for name, flags in order:
+            results[name].append(run(prompt, *flags, *seed, **options))
+        assert len({tuple(found[-1]["token_ids"]) for found in results.values()}) == 1, "outputs differ"
     return results
 
 
-def bundled(stolen, rounds=5):
+def bundled(stolen, rounds=9, floor_rounds=21):
     rows, samples, commands = [], [], []
     for text, (prompt, sampling) in TEXTS.items():
+        fails = bool(sampling)
         greedy = sampling or ["--temp", "0"]
         modes = {mode: [*greedy, "--speculate", mode] for mode in ("off", "auto", "mtp", "ngram")}
-        results = interleaved(prompt, modes, rounds)
+        results = interleaved(prompt, modes, floor_rounds if fails else rounds, seeds=fails)
         commands.append(f"{NAME} run --raw -p .. -n 400 --json {' '.join(greedy)} --speculate off|auto|mtp|ngram")
         plain = [ms_per_token(r) for r in results["off"]]
         row = {"text": text, "plain, ms a token": spread(plain)}
         for mode in ("auto", "mtp", "ngram"):
             times = [ms_per_token(r) for r in results[mode]]
             row[mode] = f"{statistics.median(a / b for a, b in zip(plain, times)):.2f}x"
-            stats = results[mode][-1]["speculation"]
-            samples.append({"text": text, "mode": mode, "plain_ms": plain, "ms": times, "speculation": stats})
+            stats = [r["speculation"] for r in results[mode]]
+            tokens = [r["completion_tokens"] for r in results[mode]]
+            samples.append({"text": text, "mode": mode, "plain_ms": plain, "ms": times, "tokens": tokens, "speculation": stats[-1]})
             if mode == "mtp":
-                row["mtp predicted"] = f"{statistics.median(predicted(r['speculation']) for r in results[mode]):.2f}x"
-                trials = stats["head_by_depth"]
-                row["mtp right at depth 1, 2, 3"] = ", ".join(f"{100 * hits // max(1, n)} %" for n, hits in trials[:3]) or "-"
+                row["mtp predicted"] = f"{statistics.median(map(predicted, stats)):.2f}x"
+                depths = [[sum(s["head_by_depth"][d][i] for s in stats if len(s["head_by_depth"]) > d) for i in (0, 1)] for d in range(3)]
+                row["mtp right at depth 1, 2, 3"] = ", ".join(f"{100 * hits // n} %" for n, hits in depths if n) or "-"
         rows.append(row)
     write("speculation-bundled", commands, samples, {"speculation-bundled": rows}, stolen)
 
