@@ -110,7 +110,8 @@ pub fn verify_cost(
     Ok(costs)
 }
 
-/// For each wanted share of experts the band whose neighbouring tokens come closest to sharing it, and what they share.
+/// For each wanted share of experts the band whose neighbouring tokens, after `context` positions, come closest to sharing
+/// it, and what they share.
 ///
 /// # Errors
 /// A failing device.
@@ -118,11 +119,12 @@ pub fn bands_of_overlaps(
     decoder: &mut Decoder,
     backend: &mut dyn Backend,
     bands: &[Range<u32>],
+    context: usize,
     overlaps: &[f64],
 ) -> Result<Vec<(Range<u32>, f64)>> {
     let mut found = Vec::new();
     for band in bands {
-        found.push((band.clone(), overlap_of(decoder, backend, band)?));
+        found.push((band.clone(), overlap_of(decoder, backend, band, context)?));
     }
     let closest = |wanted: &f64| {
         let distance = |(_, overlap): &&(Range<u32>, f64)| (overlap - wanted).abs();
@@ -133,15 +135,17 @@ pub fn bands_of_overlaps(
 
 /// The share of a token's experts that the token before it had, over all layers: 2 - U(2) / k, where U(2) is the number of
 /// different experts of two neighbours.
-fn overlap_of(decoder: &mut Decoder, backend: &mut dyn Backend, band: &Range<u32>) -> Result<f64> {
+fn overlap_of(decoder: &mut Decoder, backend: &mut dyn Backend, band: &Range<u32>, context: usize) -> Result<f64> {
     const PAIRS: u32 = 6;
     let top_k = decoder.config().moe.num_experts_per_tok as f64;
     let block_size = decoder.options().block_size;
+    let blocks: Vec<u32> = (0..(context + 2).div_ceil(block_size) as u32).collect();
     let mut shared = 0.0;
     for pair in 0..PAIRS {
         let first = band.start + pair * (band.end - band.start - 1) / PAIRS;
         let mut batch = Batch::default();
-        batch.push_sequence(&[first, first + 1], 0, &[0], block_size, LogitRows::Last);
+        // Two tokens alone would attend each other, and share what their states then have in common.
+        batch.push_sequence(&[first, first + 1], context, &blocks, block_size, LogitRows::Last);
         let mut profiler = Profiler::new(backend);
         decoder.forward(&batch, &mut profiler)?;
         let profile = profiler.profile();

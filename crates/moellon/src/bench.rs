@@ -86,7 +86,8 @@ fn replay(options: &BenchOptions, spec: &ReplaySpec, synthetic: &str, mut backen
     // Chance: experts that two independent choices share.
     let chance = config.moe.num_experts_per_tok as f64 / config.moe.num_experts as f64;
     let wanted = if spec.overlaps.is_empty() { vec![chance] } else { spec.overlaps.clone() };
-    let bands = speculation::bands_of_overlaps(&mut decoder, backend.as_mut(), &related_bands(&config), &wanted)?;
+    let bands = related_bands(&config);
+    let bands = speculation::bands_of_overlaps(&mut decoder, backend.as_mut(), &bands, options.context, &wanted)?;
     let rounds = options.windows * options.steps;
     let mut texts = Vec::new();
     for ((tokens, overlap), wanted) in bands.into_iter().zip(wanted) {

@@ -19,22 +19,25 @@ const MAX_SAVED_STEPS: f64 = 6.0;
 /// Chooses how many of each sequence's drafts to verify.
 ///
 /// `chances[s][d]` is the chance that drafts `0..=d` of decoding sequence `s` are all accepted, so it never rises with
-/// `d`. `rows` are the rows of the step without drafts; at most `max_drafts` are added. Any best choice takes the likeliest
-/// drafts first, so all choices are tried in that order.
+/// `d`. `rows` are the rows of the step without drafts; at most `max_drafts` are added, and no more than may be lost in
+/// `budget` seconds. Any best choice takes the likeliest drafts first, so all choices are tried in that order.
 pub(crate) fn drafts_worth_verifying(
     chances: &[Vec<f64>],
     rows: usize,
     max_drafts: usize,
+    budget: f64,
     cost: &RunningCost,
 ) -> Vec<usize> {
     let mut counts = vec![0; chances.len()];
     let candidates = likeliest_first(chances);
+    let plain = cost.plain(rows);
     let mut tokens = chances.len() as f64;
-    let mut best = (MARGIN * tokens / cost.plain(rows), 0);
+    let mut best = (MARGIN * tokens / plain, 0);
     for (added, (chance, _)) in candidates.iter().take(max_drafts).enumerate() {
         tokens += chance;
-        let rate = tokens / cost.verify(rows + added + 1);
-        if rate > best.0 {
+        let seconds = cost.verify(rows + added + 1);
+        let rate = tokens / seconds;
+        if rate > best.0 && seconds - plain <= budget {
             best = (rate, added + 1);
         }
     }
@@ -48,11 +51,13 @@ pub(crate) fn depths_worth_drafting(
     chances: &[Vec<f64>],
     rows: usize,
     waiting: usize,
+    budget: f64,
     cost: &RunningCost,
 ) -> Vec<usize> {
     let candidates = likeliest_first(chances);
+    let plain = cost.plain(rows);
     let mut tokens = chances.len() as f64;
-    let mut best = (MARGIN * tokens / cost.plain(rows), 0);
+    let mut best = (MARGIN * tokens / plain, 0);
     let mut depths = vec![0; chances.len()];
     // Sequences drafted at each depth.
     let mut width: Vec<usize> = Vec::new();
@@ -65,8 +70,9 @@ pub(crate) fn depths_worth_drafting(
         depths[*sequence] += 1;
         let catch_up = cost.draft(width[0].max(waiting));
         let drafting = catch_up + width[1..].iter().map(|width| cost.draft(*width)).sum::<f64>();
-        let rate = tokens / (cost.verify(rows + added + 1) + drafting);
-        if rate > best.0 {
+        let seconds = cost.verify(rows + added + 1) + drafting;
+        let rate = tokens / seconds;
+        if rate > best.0 && seconds - plain <= budget {
             best = (rate, added + 1);
         }
     }
@@ -95,10 +101,15 @@ pub(crate) struct Ledger {
 }
 
 impl Ledger {
-    /// Whether losing `seconds` keeps the floor; `plain` are the seconds of a plain step. Nothing that costs time and can be
-    /// in vain happens without asking, so what is lost in all is at most the grant and the share, whatever texts do.
+    /// Seconds whose loss keeps the floor; `plain` are those of a plain step. Nothing that costs time and can be in vain
+    /// happens without asking, so what is lost in all is at most the grant and the share, whatever texts do.
+    pub(crate) fn budget(&self, plain: f64) -> f64 {
+        self.balance + GRANT_STEPS * plain + MAX_LOSS * self.busy
+    }
+
+    /// Whether losing `seconds` keeps the floor.
     pub(crate) fn allows(&self, seconds: f64, plain: f64) -> bool {
-        self.balance + GRANT_STEPS * plain + MAX_LOSS * self.busy >= seconds
+        self.budget(plain) >= seconds
     }
 
     /// Counts a step that took `took` and saved `saved` against going without speculation; below 0 it lost.
@@ -130,21 +141,24 @@ mod tests {
         // The spec's costs at overlap 0.26: 1, 1.37, 1.70, 2.00.
         let moe = cost(&[(1, 1.0), (2, 1.37), (3, 1.70), (4, 2.00)], 0.0);
         let chances = |p: f64| vec![(1..=3).map(|d| p.powi(d)).collect::<Vec<f64>>()];
-        assert_eq!(drafts_worth_verifying(&chances(0.35), 1, 8, &moe), [0]);
-        assert_eq!(drafts_worth_verifying(&chances(0.6), 1, 8, &moe), [1]);
-        assert_eq!(drafts_worth_verifying(&chances(0.9), 1, 8, &moe), [3]);
-        assert_eq!(drafts_worth_verifying(&chances(0.9), 1, 2, &moe), [2]);
+        assert_eq!(drafts_worth_verifying(&chances(0.35), 1, 8, 9.0, &moe), [0]);
+        assert_eq!(drafts_worth_verifying(&chances(0.6), 1, 8, 9.0, &moe), [1]);
+        assert_eq!(drafts_worth_verifying(&chances(0.9), 1, 8, 9.0, &moe), [3]);
+        // Less is left to lose: fewer are tried, not none.
+        assert_eq!(drafts_worth_verifying(&chances(0.9), 1, 8, 0.8, &moe), [2]);
+        assert_eq!(drafts_worth_verifying(&chances(0.9), 1, 2, 9.0, &moe), [2]);
         let dear = cost(&[(1, 1.0), (2, 1.37), (3, 1.70), (4, 2.00)], 0.5);
-        assert_eq!(depths_worth_drafting(&chances(0.8), 1, 1, &dear), [0]);
+        assert_eq!(depths_worth_drafting(&chances(0.8), 1, 1, 9.0, &dear), [0]);
         let cheap = cost(&[(1, 1.0), (2, 1.37), (3, 1.70), (4, 2.00)], 0.024);
-        assert_eq!(depths_worth_drafting(&chances(0.9), 1, 1, &cheap), [3]);
+        assert_eq!(depths_worth_drafting(&chances(0.9), 1, 1, 9.0, &cheap), [3]);
+        assert_eq!(depths_worth_drafting(&chances(0.9), 1, 1, 0.5, &cheap), [1]);
     }
 
     #[test]
     fn the_sequence_with_the_better_drafts_gets_the_rows() {
         let cost = cost(&[(2, 1.0), (3, 1.2), (4, 1.4), (5, 1.9)], 0.0);
         let chances = vec![vec![0.1, 0.01], vec![0.9, 0.8, 0.2]];
-        assert_eq!(drafts_worth_verifying(&chances, 2, 8, &cost), [0, 2]);
+        assert_eq!(drafts_worth_verifying(&chances, 2, 8, 9.0, &cost), [0, 2]);
     }
 
     #[test]
@@ -194,7 +208,7 @@ mod tests {
                 let tokens: f64 = counts.iter().zip(&chances).map(|(n, c)| 1.0 + c[..*n].iter().sum::<f64>()).sum();
                 tokens / cost.verify(rows + counts.iter().sum::<usize>())
             };
-            let chosen = drafts_worth_verifying(&chances, rows, 99, &cost);
+            let chosen = drafts_worth_verifying(&chances, rows, 99, f64::INFINITY, &cost);
             let best = rate(&chosen) * MARGIN + 1e-9;
             let mut counts = vec![0; rows];
             // Every combination, as the digits of a number.

@@ -68,10 +68,8 @@ impl Engine {
             }
             Policy::Governed => {
                 let chances: Vec<Vec<f64>> = offers.iter_mut().map(|o| std::mem::take(&mut o.chances)).collect();
-                let counts = drafts_worth_verifying(&chances, rows, spare, &speculation.cost);
-                let added: usize = counts.iter().sum();
-                let (plain, verify) = (speculation.cost.plain(rows), speculation.cost.verify(rows + added));
-                if speculation.ledger.allows(verify - plain, plain) { counts } else { vec![0; offers.len()] }
+                let budget = speculation.ledger.budget(speculation.cost.plain(decoding.len()));
+                drafts_worth_verifying(&chances, rows, spare, budget, &speculation.cost)
             }
         };
         for ((index, offer), count) in decoding.into_iter().zip(offers).zip(counts) {
@@ -161,17 +159,11 @@ impl Engine {
         let rows = may_draft.len();
         let plain = speculation.cost.plain(rows);
         let waiting = speculation.head.as_ref().map_or(1, |head| head.num_waiting().max(1));
-        let worth = depths_worth_drafting(&chances, rows, waiting, &speculation.cost);
-        let total: usize = worth.iter().sum();
+        let worth = depths_worth_drafting(&chances, rows, waiting, speculation.ledger.budget(plain), &speculation.cost);
         // The rows that wait are run by the first draft.
         let catch_up = speculation.cost.draft(waiting);
-        let deepest = worth.iter().copied().max().unwrap_or(0);
-        let worst = speculation.cost.verify(rows + total) - plain
-            + catch_up
-            + deepest.saturating_sub(1) as f64 * speculation.cost.draft(rows);
-        let allowed = total > 0 && speculation.ledger.allows(worst, plain);
         for (place, index) in may_draft.iter().enumerate() {
-            let drafts = if allowed { worth[place] } else { 0 };
+            let drafts = worth[place];
             let track = &mut self.running[*index].track.head;
             if drafts > 0 {
                 (track.idle_steps, track.patience) = (0, PATIENCE.0);
@@ -423,7 +415,7 @@ impl Speculation {
     pub(super) fn is_out_of_question(&self, sequence: &Sequence) -> bool {
         let Some(ceiling) = sequence.track.head.ceiling() else { return false };
         let best = (1..=MAX_HEAD_DEPTH).map(|depth| ceiling.powi(depth as i32)).collect();
-        ceiling < 1.0 && depths_worth_drafting(&[best], 1, 1, &self.cost) == [0]
+        ceiling < 1.0 && depths_worth_drafting(&[best], 1, 1, f64::INFINITY, &self.cost) == [0]
     }
 
     /// Whether drafting with the head would not pay even if it were as good as the evidence allows: the sequence's, or that
@@ -448,7 +440,7 @@ impl Speculation {
             chance
         });
         let best: Vec<f64> = best.collect();
-        depths_worth_drafting(&[best], 1, 1, &self.cost) == [0]
+        depths_worth_drafting(&[best], 1, 1, f64::INFINITY, &self.cost) == [0]
     }
 }
 
