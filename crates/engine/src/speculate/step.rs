@@ -400,6 +400,9 @@ impl Speculation {
     /// promises as much, for that costs nothing.
     fn chances_of_head(&self, sequence: &Sequence, room: usize) -> Vec<f64> {
         let track = &sequence.track;
+        if !track.head.is_known() {
+            return Vec::new();
+        }
         let mut chance = 1.0;
         let head = (0..room).map(|depth| {
             chance *= track.head.chance(depth, &self.experience).lower();
