@@ -1,11 +1,11 @@
 """Coding agents from npm, unchanged, against our server: each must complete a tool loop, and a receipt says so.
 
-    cargo build -p moellon-serve --example scripted_server
     cargo xtask agents        # or: python3 bench/agents.py [NAME ..]
 
 The server replays answers (`crates/serve/examples/scripted_server.rs`): it asks the agent's own shell tool to write a file
 and, once the result has come back, says a few words. So the protocol is what is tested, in both directions, with the
-prompts, tools and headers that the agents really send. Agents are installed into target/agents, pinned.
+prompts, tools and headers that the agents really send. Agents are installed into target/agents, pinned. The server is built
+first, so that it is of the commit that the receipt names.
 """
 
 import contextlib
@@ -149,14 +149,21 @@ def run(key):
     return sample
 
 
+def build():
+    """The commit of the server, with `-dirty` behind it where its sources differ from that."""
+    subprocess.run(["cargo", "build", "-q", "-p", "moellon-serve", "--example", "scripted_server"], cwd=ROOT, check=True)
+    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "crates", "Cargo.toml", "Cargo.lock") else "")
+
+
 def main():
     wanted = sys.argv[1:] or list(AGENTS)
     if shutil.which("npm") is None:
         raise SystemExit("there is no npm")
+    commit = build()
     samples = [run(key) for key in wanted]
     done = [sample["tool_ran"] and sample["answer_shown"] for sample in samples]
     if not sys.argv[1:]:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
         date = datetime.date.today().isoformat()
         rows = [
             {
@@ -167,7 +174,7 @@ def main():
         ]
         node = subprocess.run(["node", "--version"], capture_output=True, text=True).stdout.strip()
         receipt = {
-            "schema": 1, "name": "agents", "date": date, "commit": git, "node": node,
+            "schema": 1, "name": "agents", "date": date, "commit": commit, "node": node,
             "commands": ["cargo xtask agents"], "samples": samples, "tables": {"agents": rows},
         }
         path = ROOT / "receipts" / f"{date}-agents.json"

@@ -112,6 +112,17 @@ def streamed(body):
     return text
 
 
+class Worker(Server):
+    """A server that may end before the others."""
+
+    def end(self):
+        if self.process.poll() is None:
+            super().__exit__()
+
+    def __exit__(self, *_):
+        self.end()
+
+
 def requests_of(worker):
     lines = [line for line in worker.get("/metrics").splitlines() if line.startswith("vllm:request_success_total{")]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
@@ -119,10 +130,7 @@ def requests_of(worker):
 
 def run(name):
     wrong, cached, prompts = [], 0, 0
-    with Server("--name", MODEL) as first, contextlib.ExitStack() as stack:
-        second = Server("--name", MODEL)
-        second.__enter__()
-        stack.callback(lambda: second.process.poll() is None and second.__exit__())
+    with Worker("--name", MODEL) as first, Worker("--name", MODEL) as second:
         with router(name, [first, second]) as port:
             listed = name_of_model(port)
             conversations = [[{"role": "user", "content": f"Write a function that {topic}. " * 12}] for topic in TOPICS[:CONVERSATIONS]]
@@ -146,11 +154,14 @@ def run(name):
                     messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "Now for a list, please."}]
             # The direct questions went to the first.
             asked = [int(requests_of(first)) - CONVERSATIONS * TURNS, int(requests_of(second))]
-            second.__exit__()
-            after = [ask(port, "/v1/chat/completions", chat(conversations[0]))[0] for _ in range(6)]
+            # The one that the router prefers for these conversations: it must notice, and go to the other.
+            (first if asked[0] >= asked[1] else second).end()
+            after = [ask(port, "/v1/chat/completions", chat(conversations[0])) for _ in range(8)]
     sample = {
         "router": name, "version": ROUTERS[name][0], "model_listed": listed, "requests_of_workers": asked, "wrong": wrong,
-        "cached_tokens": cached, "prompt_tokens": prompts, "statuses_after_a_worker_ended": after,
+        "cached_tokens": cached, "prompt_tokens": prompts, "statuses_after_a_worker_ended": [status for status, _ in after],
+        # Whose words they are: ours have a type and a code.
+        "errors_after_a_worker_ended": [body[:300] for status, body in after if status != 200],
     }
     print(json.dumps(sample))
     return sample

@@ -3,10 +3,11 @@
     cargo build --release -p moellon
     python3 bench/serving.py throughput   # 8 streams over HTTP against the decoder's own batch speed, interleaved
     python3 bench/serving.py cache        # an 8 K prefix: cold, cached, after a restart; strangers beside it
-    python3 bench/serving.py latency      # time between tokens of running streams while an 8 K prompt is computed
+    python3 bench/serving.py latency      # time between tokens of running streams before, while and after an 8 K prompt is computed
     python3 bench/serving.py agent        # a conversation's second turn on the bundled model
     python3 bench/serving.py grammar      # what masks cost
     python3 bench/serving.py thinking     # an agent's steps with and without the automatic thinking policy
+    python3 bench/serving.py choices      # several answers to one prompt: what they cost, and what the compiler makes of them (needs rustc)
     cargo xtask docs --write
 
 Random weights of published shapes stand for a large model: scheduling and caches do not look at values. Needs nothing but
@@ -243,37 +244,43 @@ def quantile(values, q):
 
 def latency(stolen):
     rng = random.Random(3)
+    calm_seconds = 20
 
     async def measure(server):
         # Long enough to be there all the time.
         times = [[] for _ in range(4)]
-        running = [asyncio.create_task(server.stream("/v1/completions", completion(ids(rng, 64), 4000), t)) for t in times]
+        running = [asyncio.create_task(server.stream("/v1/completions", completion(ids(rng, 64), 8000), t)) for t in times]
         while min(map(len, times)) < 20:
             await asyncio.sleep(0.05)
-        calm_from = time.monotonic()
-        await asyncio.sleep(15)
-        long_from = time.monotonic()
+        marks = [time.monotonic()]
+        await asyncio.sleep(calm_seconds)
+        marks.append(time.monotonic())
         done = []
-        await server.stream("/v1/completions", completion(ids(rng, LONG), 2), done)
+        await server.stream("/v1/completions", completion(ids(rng, LONG), 1), done)
+        marks.append(done[0])
+        # The streams have grown meanwhile, and with them what a step takes.
+        await asyncio.sleep(calm_seconds)
+        marks.append(time.monotonic())
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         gaps = lambda start, end: [b - a for t in times for a, b in zip(t, t[1:]) if start <= a and b <= end]
-        return gaps(calm_from, long_from), gaps(long_from, done[0]), done[0] - long_from
+        return [gaps(start, end) for start, end in zip(marks, marks[1:])], marks[2] - marks[1]
 
     with Server("--synthetic", SHAPE, "--context", CONTEXT, *NO_DRAFTS) as server:
-        calm, busy, seconds = asyncio.run(measure(server))
+        (before, busy, after), seconds = asyncio.run(measure(server))
         commands = [server.shown]
     rows = [
         {
             "4 streams": name, "tokens": len(gaps), "median, ms": f"{1e3 * statistics.median(gaps):.1f}",
             "p99, ms": f"{1e3 * quantile(gaps, 0.99):.1f}", "longest, ms": f"{1e3 * max(gaps):.1f}",
-            "p99 / undisturbed": f"{quantile(gaps, 0.99) / quantile(calm, 0.99):.2f}",
+            "p99 / before": f"{quantile(gaps, 0.99) / quantile(before, 0.99):.2f}", "p99 / after": f"{quantile(gaps, 0.99) / quantile(after, 0.99):.2f}",
+            "median / before": f"{statistics.median(gaps) / statistics.median(before):.2f}",
         }
-        for name, gaps in [("alone", calm), (f"while 8 K tokens are computed ({seconds:.0f} s)", busy)]
+        for name, gaps in [("alone, before", before), (f"while 8 K tokens are computed ({seconds:.0f} s)", busy), ("alone, after", after)]
     ]
     print(rows, file=sys.stderr)
-    write("serving-latency", commands, {"calm_s": calm, "busy_s": busy, "long_prompt_s": seconds}, {"serving-latency": rows}, stolen)
+    write("serving-latency", commands, {"before_s": before, "busy_s": busy, "after_s": after, "long_prompt_s": seconds}, {"serving-latency": rows}, stolen)
 
 
 TOOLS = [
@@ -330,12 +337,37 @@ SCHEMA = {
 }
 
 
+def wide_model(folder, num_tokens):
+    """A copy of the bundled model's folder whose tokenizer has as many tokens as large models': its own, and pairs of them."""
+    model = Path(folder) / "wide"
+    shutil.copytree(Path(__file__).resolve().parent.parent / "models" / "moellon-tiny", model)
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    known, own = set(vocab), [token for token in vocab if len(token) > 1]
+    next_id = 1 + max([*vocab.values(), *(added["id"] for added in tokenizer["added_tokens"])])
+    rng = random.Random(7)
+    while next_id < num_tokens:
+        pair = [rng.choice(own), rng.choice(own)]
+        if "".join(pair) not in known:
+            known.add("".join(pair))
+            vocab["".join(pair)] = next_id
+            merges.append(pair)
+            next_id += 1
+    path.write_text(json.dumps(tokenizer))
+    return model
+
+
 def grammar(stolen):
     """Seconds of masks per constrained token, against the step that waits for them."""
     rows, samples, commands = [], [], []
-    for name, options in [("bundled model", []), (SHAPE, ["--synthetic", SHAPE, "--context", 2048])]:
+    folder, wide_shape = tempfile.mkdtemp(prefix="moellon-wide-"), SHAPE.replace("vocab=4096", "vocab=151936")
+    # The tokens of Qwen3.
+    wide = ["-m", wide_model(folder, 151_936), "--synthetic", wide_shape, "--context", 2048]
+    models = [("bundled model, 4096 tokens", []), (SHAPE, ["--synthetic", SHAPE, "--context", 2048]), (wide_shape, wide)]
+    for name, options in models:
         with Server(*options) as server:
-            commands.append(server.shown)
+            commands.append(server.shown.replace(folder, "DIRECTORY"))
             body = {
                 "messages": [{"role": "user", "content": "Describe a thing."}], "max_tokens": 200, "temperature": 0.8,
                 "response_format": {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA}},
@@ -354,6 +386,7 @@ def grammar(stolen):
             mask = sum(s["mask_s"] for s in of) / sum(s["masks"] for s in of)
             step = sum(s["decode_s"] for s in of) / sum(s["tokens"] - 1 for s in of)
             rows.append({"model": name, "masks": int(sum(s["masks"] for s in of)), "mask, us": f"{1e6 * mask:.1f}", "step, us": f"{1e6 * step:.0f}", "share of the step": f"{100 * mask / step:.2f} %"})
+    shutil.rmtree(folder)
     print(rows, file=sys.stderr)
     write("serving-grammar", commands, samples, {"serving-grammar": rows}, stolen)
 
@@ -392,8 +425,79 @@ def thinking(stolen):
     write("serving-thinking", commands, samples, {"serving-thinking": rows}, stolen)
 
 
+# Beginnings of functions for the bundled model to finish.
+FUNCTIONS = [
+    ("Returns the sum of the squares.", "fn sum_of_squares(values: &[i64]) -> i64"),
+    ("Returns the words in reverse order.", "fn reverse_words(text: &str) -> String"),
+    ("Whether the number is prime.", "fn is_prime(n: u64) -> bool"),
+    ("Counts the vowels.", "fn count_vowels(text: &str) -> usize"),
+    ("The longest word, if there is one.", "fn longest_word(text: &str) -> Option<&str>"),
+    ("Parses a line of numbers with commas between.", "fn parse_numbers(line: &str) -> Vec<i64>"),
+    ("Removes duplicates, the first of each stays.", "fn unique(values: &[i32]) -> Vec<i32>"),
+    ("The greatest common divisor.", "fn gcd(a: u64, b: u64) -> u64"),
+    ("Joins two sorted lists into one.", "fn merge(a: &[i32], b: &[i32]) -> Vec<i32>"),
+    ("The number of lines that are not empty.", "fn count_lines(text: &str) -> usize"),
+    ("Finds the position of the largest value.", "fn argmax(values: &[f64]) -> Option<usize>"),
+    ("How often each word occurs.", "fn word_counts(text: &str) -> std::collections::HashMap<String, usize>"),
+    ("The n-th Fibonacci number.", "fn fibonacci(n: u32) -> u64"),
+    ("Whether the text reads the same from both ends.", "fn is_palindrome(text: &str) -> bool"),
+    ("Splits the list into pieces of `size`.", "fn chunks(values: &[i32], size: usize) -> Vec<Vec<i32>>"),
+    ("The mean, if there are values.", "fn mean(values: &[f64]) -> Option<f64>"),
+]
+
+
+def compiles(code):
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["rustc", "--edition", "2021", "--crate-type", "lib", "--emit", "metadata", "--cap-lints", "allow", "-o", f"{folder}/out", "-"]
+        return subprocess.run(words, input=code, text=True, capture_output=True).returncode == 0
+
+
+def choices(stolen):
+    """Several answers to one prompt: the time until all have begun, and how many functions compile if the compiler chooses."""
+    rng, costs, commands, n = random.Random(4), [], [], 8
+    prompt_tokens = 500
+    with Server("--synthetic", SHAPE, "--context", 2048, *NO_DRAFTS) as server:
+        commands.append(server.shown)
+        first_token(server, ids(rng, 64))
+        for _ in range(3):
+            one, all_of_one = ids(rng, prompt_tokens), ids(rng, prompt_tokens)
+            many = [ids(rng, prompt_tokens) for _ in range(n)]
+            sample = {}
+            for name, body in [("1 answer", completion(one, 1)), (f"{n} answers to one prompt", {**completion(all_of_one, 1), "n": n}), (f"{n} prompts", completion(many, 1))]:
+                sample[name] = server.post("/v1/completions", body)[1]
+            costs.append(sample)
+            print(sample, file=sys.stderr)
+    alone = statistics.median(sample["1 answer"] for sample in costs)
+    cost_rows = [
+        {f"prompts of {prompt_tokens} tokens": name, "first token of all, s": f"{statistics.median(s[name] for s in costs):.2f}", "against one": f"{statistics.median(s[name] for s in costs) / alone:.2f}x"}
+        for name in costs[0]
+    ]
+    tries = []
+    with Server() as server:
+        commands.append(server.shown)
+        for index, (comment, signature) in enumerate(FUNCTIONS):
+            begin = f"/// {comment}\n{signature} {{\n"
+            body = {"prompt": begin, "max_tokens": 120, "stop": ["\n}"]}
+            whole = lambda answer: begin + answer["text"] + "\n}\n"
+            greedy = whole(server.post("/v1/completions", {**body, "temperature": 0})[0]["choices"][0])
+            sampled = {**body, "temperature": 0.9, "seed": 100 * index}
+            several = [whole(answer) for answer in server.post("/v1/completions", {**sampled, "n": n})[0]["choices"]]
+            likeliest = whole(server.post("/v1/completions", {**sampled, "best_of": n})[0]["choices"][0])
+            assert likeliest in several, "the best of several is none of them"
+            verdicts = [compiles(code) for code in several]
+            tries.append({"signature": signature, "greedy": compiles(greedy), "samples": verdicts, "likeliest": compiles(likeliest), "codes": several})
+            print(signature, tries[-1]["greedy"], verdicts, tries[-1]["likeliest"], file=sys.stderr)
+    share = lambda good: f"{100 * sum(good) / len(good):.0f} %"
+    rows = [{
+        "functions": len(tries), "one, greedy": share([t["greedy"] for t in tries]), "one, sampled": share([v for t in tries for v in t["samples"]]),
+        f"likeliest of {n} (best_of)": share([t["likeliest"] for t in tries]), f"any of {n} (n, the compiler chooses)": share([any(t["samples"]) for t in tries]),
+    }]
+    print(cost_rows, rows, file=sys.stderr)
+    write("serving-choices", commands, {"costs": costs, "functions": tries}, {"serving-choices": cost_rows, "serving-compiles": rows}, stolen)
+
+
 def main():
-    sections = {f.__name__: f for f in (throughput, cache, latency, agent, grammar, thinking)}
+    sections = {f.__name__: f for f in (throughput, cache, latency, agent, grammar, thinking, choices)}
     if len(sys.argv) < 2 or any(name not in sections for name in sys.argv[1:]):
         raise SystemExit(__doc__)
     for name in sys.argv[1:]:

@@ -98,6 +98,16 @@ def test_many_answers_and_log_probabilities(client):
         assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in choice.logprobs.content)
 
 
+def test_the_best_of_several_answers_is_the_likeliest(bundled):
+    client = openai.OpenAI(base_url=f"{bundled.url}/v1", api_key=KEY)
+    arguments = {"model": "tiny", "prompt": "fn add(", "max_tokens": 12, "temperature": 1, "seed": 5}
+    several = client.completions.create(n=4, logprobs=0, **arguments).choices
+    mean = lambda choice: sum(choice.logprobs.token_logprobs) / len(choice.logprobs.token_logprobs)
+    best = client.completions.create(best_of=4, **arguments)
+    assert [choice.text for choice in best.choices] == [max(several, key=mean).text]
+    assert best.usage.completion_tokens > 12, "all four are paid for"
+
+
 def test_completions_and_scoring(server, client):
     answer = client.completions.create(model="tiny", prompt="one two", max_tokens=0, echo=True, logprobs=1)
     scores = answer.choices[0].logprobs

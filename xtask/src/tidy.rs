@@ -1,6 +1,7 @@
 //! The rules that compilers and clippy do not know. Each is a function from files to findings, with a test that shows
 //! it fire.
 
+mod cited_tests;
 mod dependencies;
 mod edges;
 mod links;
@@ -39,6 +40,7 @@ pub(crate) fn run() -> Result<()> {
     findings.extend(unsafe_code::check(&files));
     findings.extend(dependencies::check(&files));
     findings.extend(links::check(&files, &paths));
+    findings.extend(cited_tests::check(&files));
     let mut num_errors = 0;
     for finding in &findings {
         match finding {

@@ -200,9 +200,13 @@ impl Checkpoint {
     /// The tensor of that name, or the error that it is missing.
     ///
     /// # Errors
-    /// [`Error::Missing`].
+    /// [`Error::Missing`], and a shard that was cut since it was opened.
     pub fn require(&self, name: &str) -> Result<TensorView<'_>> {
-        self.tensor(name).ok_or_else(|| missing(&self.dir, &format!("tensor {name}"), "it in one of the shards"))
+        let found = self.entries.get_key_value(name);
+        let (name, entry) =
+            found.ok_or_else(|| missing(&self.dir, &format!("tensor {name}"), "it in one of the shards"))?;
+        self.files[entry.file].check_whole()?;
+        Ok(self.view(name, entry))
     }
 
     /// All tensors, by name.

@@ -16,7 +16,7 @@ pub(crate) struct MappedFile {
 
 #[derive(Debug)]
 enum Source {
-    File { map: Mmap, modified: Option<SystemTime> },
+    File { file: File, map: Mmap, modified: Option<SystemTime> },
     Embedded(&'static [u8]),
 }
 
@@ -32,9 +32,9 @@ impl MappedFile {
         // SAFETY: the map is private and read-only, and nobody gets a mutable reference to it. Another process that
         // truncates the file can still make reads fail with SIGBUS; no user of mmap can rule that out. Shards are
         // written to a new file and renamed (as our writer and the Hub client do), which leaves the mapped one whole;
-        // `unchanged` finds the others before a model is served.
+        // `check_whole` finds the others before a tensor is read, `unchanged` before a model is served.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
-        Ok(MappedFile { path: path.to_owned(), source: Source::File { map, modified: metadata.modified().ok() } })
+        Ok(MappedFile { path: path.to_owned(), source: Source::File { file, map, modified: metadata.modified().ok() } })
     }
 
     /// A shard that is part of the program; `path` is only its name in messages.
@@ -53,9 +53,19 @@ impl MappedFile {
         }
     }
 
+    /// Checks that the mapped file has not been cut: reading what it has lost would end the program with a SIGBUS.
+    pub(crate) fn check_whole(&self) -> Result<()> {
+        let Source::File { file, map, .. } = &self.source else { return Ok(()) };
+        let size_bytes = file.metadata().map_err(|e| Error::io(&self.path, e))?.len();
+        if size_bytes < map.len() as u64 {
+            return Err(Error::file(&self.path, "size in bytes since it was opened", size_bytes, map.len()));
+        }
+        Ok(())
+    }
+
     /// Whether the file under this name still has the size and time of change that it had when it was mapped.
     pub(crate) fn unchanged(&self) -> Result<()> {
-        let Source::File { map, modified } = &self.source else { return Ok(()) };
+        let Source::File { map, modified, .. } = &self.source else { return Ok(()) };
         let metadata = std::fs::metadata(&self.path).map_err(|e| Error::io(&self.path, e))?;
         if metadata.len() != map.len() as u64 {
             return Err(Error::file(&self.path, "size in bytes since it was opened", metadata.len(), map.len()));

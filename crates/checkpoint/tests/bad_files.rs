@@ -566,7 +566,7 @@ fn files_that_change_while_they_are_open() {
     let (dir, checkpoint) = open(&builder, json!({}));
     checkpoint.check_unchanged().unwrap();
     let path = dir.path().join("model.safetensors");
-    // Replaced, not cut: cutting a mapped file is what the check is there to find before a read does.
+    // Replaced: the map still holds the old file.
     let longer = [fs::read(&path).unwrap(), vec![0; 8]].concat();
     let other = dir.path().join("other");
     fs::write(&other, longer).unwrap();
@@ -576,6 +576,20 @@ fn files_that_change_while_they_are_open() {
         &["model.safetensors: size in bytes since it was opened"],
     );
     assert_eq!(checkpoint.vector("n", 3).unwrap(), [1.0, 2.0, 3.0], "the map still holds the old file");
+}
+
+#[test]
+fn files_that_are_cut_while_they_are_open_are_named_before_they_are_read() {
+    let mut builder = Builder::default();
+    builder.add_floats("n", ScaleDtype::F32, &[3], &[1.0, 2.0, 3.0]);
+    builder.add_linear("w", Storage::Plain(ScaleDtype::Bf16), [8, 128], &random_values(8 * 128, 1));
+    let (dir, checkpoint) = open(&builder, json!({}));
+    let path = dir.path().join("model.safetensors");
+    // Reading would be a SIGBUS: nothing is left of the file.
+    fs::File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
+    for error in [checkpoint.vector("n", 3).unwrap_err(), checkpoint.linear("w", [8, 128]).map(drop).unwrap_err()] {
+        assert_says(&error.to_string(), &["model.safetensors: size in bytes since it was opened: found 0, expected "]);
+    }
 }
 
 #[test]

@@ -135,3 +135,26 @@ fn one_shard_needs_no_index_and_empty_tensors_are_kept() {
     assert_eq!(checkpoint.tensor("empty").unwrap().shape, [0, 4]);
     assert!(checkpoint.vector("empty", 0).is_err());
 }
+
+/// Linux has a file on a disk that is always full.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_is_named_and_the_work_goes_on_when_there_is_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let partial = dir.path().join(".model-00002-of-00003.safetensors.partial");
+    let mut writer = Writer::create(dir.path(), specs(), &options()).unwrap();
+    writer.write("a", &data(&specs()[0])).unwrap();
+    std::os::unix::fs::symlink("/dev/full", &partial).unwrap();
+    let message = writer.write("c", &data(&specs()[2])).unwrap_err().to_string();
+    assert!(message.contains("model-00002-of-00003.safetensors") && message.contains("No space left"), "{message}");
+    drop(writer);
+    assert!(Checkpoint::open(dir.path()).is_err(), "what is not whole is no checkpoint");
+    fs::remove_file(&partial).unwrap();
+    let mut writer = Writer::create(dir.path(), specs(), &options()).unwrap();
+    for spec in specs() {
+        writer.write(&spec.name, &data(&spec)).unwrap();
+    }
+    writer.write_json("config.json", &json!({})).unwrap();
+    writer.finish().unwrap();
+    assert_eq!(Checkpoint::open(dir.path()).unwrap().tensors().count(), 4);
+}

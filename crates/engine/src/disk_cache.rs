@@ -286,8 +286,7 @@ impl Store {
             Some(rows) => {
                 index.insert(key, size_bytes);
                 index.stats.hits += 1;
-                // The order survives a restart in the files' times; without it only the order is worse.
-                let _ = File::options().append(true).open(&path).and_then(|f| f.set_modified(SystemTime::now()));
+                mark_used(&path);
                 Some(rows)
             }
             None => {
@@ -373,6 +372,13 @@ fn scan(dir: &Path) -> io::Result<Index> {
     let mut index = Index::default();
     found.into_iter().for_each(|(_, key, size_bytes)| index.insert(key, size_bytes));
     Ok(index)
+}
+
+/// Gives a file the time of its use: so the order of use survives a restart. Without it, or where the clock was set
+/// meanwhile, only that order is worse.
+#[expect(clippy::disallowed_methods, reason = "times of files are all that is left of the order after a restart")]
+fn mark_used(path: &Path) {
+    let _ = File::options().append(true).open(path).and_then(|file| file.set_modified(SystemTime::now()));
 }
 
 /// Removes the least recently used files until the rest fits.
@@ -496,6 +502,80 @@ mod tests {
         cache.write(&[8; 32], &tokens, &rows);
         cache.flush();
         assert_eq!(cache.store.read(&[8; 32], &tokens, 8).as_deref(), Some(rows.as_slice()));
+    }
+
+    /// Linux has a file on a disk that is always full.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_full_disk_costs_blocks_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let (hash, tokens, rows) = ([7; 32], [1, 2], [9u8; 8]);
+        let cache = DiskCache::open(&options(folder.path(), 10_000), "f32").unwrap();
+        let path = path_of(folder.path(), &cache.store.key(&hash));
+        std::os::unix::fs::symlink("/dev/full", path.with_extension("tmp")).unwrap();
+        let error = write_file(&path, &rows).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull, "the disk is full: {error}");
+        std::os::unix::fs::symlink("/dev/full", path.with_extension("tmp")).unwrap();
+        cache.write(&hash, &tokens, &rows);
+        cache.flush();
+        let stats = cache.stats();
+        assert_eq!((stats.written, stats.dropped, stats.size_bytes), (0, 1, 0));
+        assert_eq!(cache.store.read(&hash, &tokens, 8), None);
+        // Nothing half-written is left, and once there is room it is used.
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "the lock alone");
+        cache.write(&hash, &tokens, &rows);
+        cache.flush();
+        assert_eq!(cache.store.read(&hash, &tokens, 8).as_deref(), Some(rows.as_slice()));
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_a_miss() {
+        let folder = tempfile::tempdir().unwrap();
+        let (hash, tokens, rows) = ([7; 32], [1, 2], [9u8; 8]);
+        let cache = DiskCache::open(&options(folder.path(), 10_000), "f32").unwrap();
+        cache.write(&hash, &tokens, &rows);
+        cache.flush();
+        // As a bad sector: the name is there, reading it fails.
+        let path = files(folder.path()).remove(0);
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert_eq!(cache.store.read(&hash, &tokens, 8), None);
+        assert!(!cache.contains(&hash));
+        assert_eq!((cache.stats().corrupt, cache.stats().size_bytes), (1, 0));
+        cache.write(&hash, &tokens, &rows);
+        cache.flush();
+        assert_eq!((cache.stats().written, cache.stats().dropped), (1, 1));
+    }
+
+    /// Clocks are set back and forth. Times of files only say which was used last.
+    #[test]
+    fn a_clock_that_jumps_loses_no_block() {
+        let folder = tempfile::tempdir().unwrap();
+        let (tokens, rows) = ([1u32], [5u8; 100]);
+        let cache = DiskCache::open(&options(folder.path(), 1 << 20), "f32").unwrap();
+        let hashes: Vec<BlockHash> = (0..3).map(|i| [i; 32]).collect();
+        for hash in &hashes {
+            cache.write(hash, &tokens, &rows);
+        }
+        cache.flush();
+        let paths: Vec<PathBuf> = hashes.iter().map(|hash| path_of(folder.path(), &cache.store.key(hash))).collect();
+        let block_bytes = cache.stats().size_bytes / 3;
+        drop(cache);
+        let century = std::time::Duration::from_secs(100 * 365 * 86_400);
+        let epoch = SystemTime::UNIX_EPOCH;
+        let times = [epoch + 2 * century, epoch - century / 2, epoch];
+        for (path, time) in paths.iter().zip(times) {
+            File::options().append(true).open(path).unwrap().set_modified(time).unwrap();
+        }
+        let cache = DiskCache::open(&options(folder.path(), 1 << 20), "f32").unwrap();
+        assert!(hashes.iter().all(|hash| cache.store.read(hash, &tokens, 100).is_some()));
+        drop(cache);
+        for (path, time) in paths.iter().zip(times) {
+            File::options().append(true).open(path).unwrap().set_modified(time).unwrap();
+        }
+        // The one from before the clock's beginning is the oldest.
+        let cache = DiskCache::open(&options(folder.path(), 2 * block_bytes), "f32").unwrap();
+        assert_eq!([0, 1, 2].map(|i| cache.contains(&hashes[i])), [true, false, true]);
     }
 
     #[test]

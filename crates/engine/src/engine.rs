@@ -55,7 +55,7 @@ impl Default for EngineOptions {
         EngineOptions {
             max_waiting: 256,
             max_prefix_cache_bytes: None,
-            max_decode_slowdown: 2.25,
+            max_decode_slowdown: 2.0,
             disk_cache: None,
             speculation: None,
         }
@@ -592,7 +592,8 @@ impl Engine {
     fn plan(&mut self) -> Result<Vec<Share>, EngineError> {
         self.step_limits.max_prefill_beside_decodes = self.governor.next_chunk();
         loop {
-            let demands: Vec<Demand> = self.running.iter().map(Sequence::demand).collect();
+            let mut demands: Vec<Demand> = self.running.iter().map(Sequence::demand).collect();
+            self.mark_followers(&mut demands);
             let shares = plan(&demands, self.step_limits);
             if shares.iter().all(|share| self.reserve(*share)) {
                 return Ok(shares);
@@ -606,6 +607,20 @@ impl Engine {
             }
             self.settle_head()?;
             self.preempt_youngest();
+        }
+    }
+
+    /// Lets those wait whose next block an earlier one is computing: answers to one prompt (`n`) share its prefill from the first
+    /// step on. Nobody waits for one that waits: the first of those that begin alike goes on.
+    fn mark_followers(&self, demands: &mut [Demand]) {
+        let block_size = self.limits.block_size;
+        for (index, demand) in demands.iter_mut().enumerate().filter(|(_, demand)| !demand.decoding) {
+            let sequence = &self.running[index];
+            if !sequence.can_take_next_block(block_size) {
+                continue;
+            }
+            let next = sequence.next_block(block_size);
+            demand.follows = self.running[..index].iter().any(|leader| leader.next_block(block_size) == next);
         }
     }
 

@@ -14,6 +14,8 @@ pub struct Demand {
     pub all_logits: bool,
     /// Drafts to verify beside the token of a sequence that decodes; each is a row with logits.
     pub drafts: usize,
+    /// Whether another one computes what it needs next: it takes that in a later step.
+    pub follows: bool,
 }
 
 /// What a sequence gets.
@@ -59,7 +61,7 @@ pub fn plan(demands: &[Demand], limits: StepLimits) -> Vec<Share> {
     if !shares.is_empty() {
         tokens = tokens.min(limits.max_prefill_beside_decodes);
     }
-    for (sequence, demand) in demands.iter().enumerate().filter(|(_, demand)| !demand.decoding) {
+    for (sequence, demand) in demands.iter().enumerate().filter(|(_, demand)| !demand.decoding && !demand.follows) {
         let rows = if demand.all_logits { logit_rows } else { tokens };
         let num_tokens = demand.num_tokens.min(tokens).min(rows);
         if num_tokens == 0 || logit_rows == 0 {
@@ -167,11 +169,11 @@ mod tests {
     const LIMITS: StepLimits = StepLimits { max_tokens: 16, max_logit_rows: 8, max_prefill_beside_decodes: 6 };
 
     fn prompt(num_tokens: usize) -> Demand {
-        Demand { num_tokens, decoding: false, all_logits: false, drafts: 0 }
+        Demand { num_tokens, decoding: false, all_logits: false, drafts: 0, follows: false }
     }
 
     fn decode() -> Demand {
-        Demand { num_tokens: 1, decoding: true, all_logits: false, drafts: 0 }
+        Demand { num_tokens: 1, decoding: true, all_logits: false, drafts: 0, follows: false }
     }
 
     fn shares(demands: &[Demand]) -> Vec<(usize, usize)> {
@@ -184,6 +186,13 @@ mod tests {
         assert_eq!(shares(&[prompt(100), decode(), decode()]), [(1, 1), (2, 1), (0, 6)]);
         assert_eq!(shares(&[prompt(4), decode(), prompt(100)]), [(1, 1), (0, 4), (2, 2)]);
         assert_eq!(shares(&[]), []);
+    }
+
+    #[test]
+    fn who_follows_another_leaves_the_step_to_those_that_do_not() {
+        let follower = Demand { follows: true, ..prompt(100) };
+        assert_eq!(shares(&[prompt(100), follower, decode()]), [(2, 1), (0, 6)]);
+        assert_eq!(shares(&[prompt(4), follower, prompt(100)]), [(0, 4), (2, 12)]);
     }
 
     #[test]
@@ -257,6 +266,7 @@ mod tests {
                     decoding,
                     all_logits: all_logits && !decoding,
                     drafts: if decoding { drafts } else { 0 },
+                    follows: false,
                 })
                 .collect();
             let limits = StepLimits { max_tokens, max_logit_rows, max_prefill_beside_decodes: beside };

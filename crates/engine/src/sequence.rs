@@ -160,7 +160,22 @@ impl Sequence {
         let all_logits = self.prompt_logprobs.is_some() && self.computed < self.prompt_tokens;
         let decoding = self.is_decoding();
         let drafts = if decoding { self.track.drafts.len() } else { 0 };
-        Demand { num_tokens: self.tokens.len() - self.computed, decoding, all_logits, drafts }
+        Demand { num_tokens: self.tokens.len() - self.computed, decoding, all_logits, drafts, follows: false }
+    }
+
+    /// The block of tokens that it computes now, if others can take it: its place in the tree and the tokens.
+    pub(crate) fn next_block(&self, block_size: usize) -> Option<(&Cursor, &[u32])> {
+        if self.is_decoding() {
+            return None;
+        }
+        let tokens = self.tokens.get(self.published * block_size..(self.published + 1) * block_size)?;
+        Some((&self.cursor, tokens))
+    }
+
+    /// Whether a block of tokens that another one computes would spare it computing them: it stands before that block.
+    pub(crate) fn can_take_next_block(&self, block_size: usize) -> bool {
+        let first = self.published * block_size;
+        self.computed == first && first + block_size <= self.reusable_tokens()
     }
 
     /// Tells the asker, once, that computing begins.

@@ -155,6 +155,34 @@ fn requests_that_begin_alike_are_computed_once_even_at_the_same_time() {
     assert!(answers.iter().all(|answer| *answer == answers[0] && answer.len() == 3));
 }
 
+#[test]
+fn answers_to_one_prompt_share_its_prefill_also_within_a_step() {
+    // All four prompts fit a step: without waiting for one another each would be computed.
+    let mut engine = Sizes { max_batch_tokens: 64, ..Sizes::default() }.engine();
+    let sampled = |seed| {
+        let sampling = SamplingParams { temperature: 1.0, seed, ..SamplingParams::default() };
+        Request { sampling, ..request(prompt(1, 13), 6) }
+    };
+    let mut receivers: Vec<_> = (0..4).map(|seed| engine.submit(sampled(seed)).unwrap()).collect();
+    run(&mut engine);
+    // One whole block, once; its five tokens of a block and no more, each.
+    assert_eq!(engine.stats().prefill_tokens, 8 + 4 * 5);
+    let answers: Vec<Vec<u32>> = receivers.iter_mut().map(|r| ids_of(&drain(r))).collect();
+    for (seed, answer) in (0..).zip(answers) {
+        let mut alone = Sizes { max_batch_tokens: 64, ..Sizes::default() }.engine();
+        assert_eq!(answer, ids_of(&run_one(&mut alone, sampled(seed))), "seed {seed}");
+    }
+    // The first leaves: the next one goes on in its place.
+    let mut engine = Sizes { max_batch_tokens: 8, ..Sizes::default() }.engine();
+    let first = engine.submit(request(prompt(2, 40), 2)).unwrap();
+    let mut second = engine.submit(request(prompt(2, 40), 2)).unwrap();
+    engine.step().unwrap();
+    drop(first);
+    run(&mut engine);
+    assert_eq!(reason(&drain(&mut second)), FinishReason::Length);
+    engine.check().unwrap();
+}
+
 fn disk_sizes(dir: &Path) -> Sizes {
     let disk = DiskCacheOptions { dir: dir.to_owned(), max_bytes: 1 << 30, model_identity: "tiny".to_owned() };
     Sizes { options: EngineOptions { disk_cache: Some(disk), ..EngineOptions::default() }, ..Sizes::default() }

@@ -280,9 +280,9 @@ pub struct ServeOptions {
     pub device: DeviceOptions,
     #[command(flatten)]
     pub speculation: SpeculateOptions,
-    /// Random weights of a published model's exact shapes instead of a checkpoint, to measure scheduling and caches: as in
-    /// `bench`, with the bundled model's tokenizer and template.
-    #[arg(long, value_name = "PRESET", conflicts_with = "model")]
+    /// Random weights of a published model's exact shapes instead of a checkpoint's, to measure scheduling and caches: as in
+    /// `bench`, with the model's tokenizer and template.
+    #[arg(long, value_name = "PRESET")]
     pub synthetic: Option<String>,
     /// Format of the random weights, as in `bench`.
     #[arg(long, default_value = "affine-4", value_name = "FORMAT")]
@@ -344,7 +344,7 @@ pub struct ServeOptions {
     #[arg(long, env = "MOELLON_CHAT_TEMPLATE", value_name = "FILE")]
     pub chat_template: Option<PathBuf>,
     /// How many times as long a step that decodes may take when a prompt is computed beside it.
-    #[arg(long, default_value_t = 2.25, value_name = "X")]
+    #[arg(long, default_value_t = 2.0, value_name = "X")]
     pub max_decode_slowdown: f64,
     /// Give the model's memory back after so many seconds without requests; the next one loads it again. `POST
     /// /models/unload` does so at once.

@@ -79,6 +79,8 @@ pub fn load_sized(
         }
     })
     .with_context(|| source.name.clone())?;
+    // A shard that somebody wrote to meanwhile may have given half an old model and half a new one.
+    source.checkpoint.check_unchanged()?;
     let decoder = Decoder::new(source.config.clone(), weights, sizes, backend)?;
     bar.finish_and_clear();
     Ok((decoder, LoadTime { bytes: done, elapsed: started.elapsed() }))
@@ -134,5 +136,28 @@ pub fn progress_bar(total_bytes: u64) -> ProgressBar {
     match style {
         Ok(style) => bar.with_style(style),
         Err(_) => bar,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moellon_ops::reference::ReferenceBackend;
+    use std::path::PathBuf;
+
+    #[test]
+    fn a_shard_that_changes_while_it_is_loaded_is_not_served() {
+        let golden = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/golden/glm_moe_dsa");
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["config.json", "model.safetensors"] {
+            std::fs::copy(golden.join(name), folder.path().join(name)).unwrap();
+        }
+        let source = ModelSource::open(Some(folder.path())).unwrap();
+        let shard = std::fs::File::options().append(true).open(folder.path().join("model.safetensors")).unwrap();
+        shard.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        let mut backend = ReferenceBackend::new();
+        let loaded = load(&source, 32, CacheChoice::F32, Mtp::AsStored, &mut backend);
+        let error = loaded.err().expect("the shard has changed").to_string();
+        assert!(error.contains("model.safetensors: time of change since it was opened"), "{error}");
     }
 }

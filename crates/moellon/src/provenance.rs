@@ -88,6 +88,7 @@ pub fn hex(bytes: &[u8]) -> String {
 }
 
 /// Today in UTC, `2026-01-31`.
+#[expect(clippy::disallowed_methods, reason = "receipts are dated")]
 pub fn today() -> String {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs());
     date((seconds / 86_400) as i64)

@@ -10,8 +10,8 @@ use anyhow::{Context, Result};
 use moellon_engine::{EngineOptions, SamplingParams};
 use moellon_text::{ChatTemplate, StopStrings, StopTokens, ThinkingPiece};
 use serde_json::json;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{IsTerminal, Read, Write};
-use std::time::SystemTime;
 
 /// Positions reserved where neither the flag nor the model asks for less.
 const DEFAULT_CONTEXT: usize = 8192;
@@ -210,10 +210,8 @@ pub fn sampling(flags: &SamplingOptions, source: &ModelSource, vocab_size: usize
         repetition_penalty: flags.repetition_penalty.unwrap_or(default.repetition_penalty),
         presence_penalty: flags.presence_penalty.unwrap_or(default.presence_penalty),
         frequency_penalty: flags.frequency_penalty.unwrap_or(default.frequency_penalty),
-        seed: flags.seed.unwrap_or_else(|| {
-            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-            now.map_or(0, |d| d.as_nanos() as u64)
-        }),
+        // From the process's random keys.
+        seed: flags.seed.unwrap_or_else(|| RandomState::new().build_hasher().finish()),
         ..default
     };
     params.validate(vocab_size)?;

@@ -26,8 +26,7 @@ pub(crate) fn parse(body: &Map<String, Value>, app: &App, is_count: bool) -> Res
     let limits = &app.options.request;
     app.check_model(fields)?;
     fields.refuse(&[("mcp_servers", "MCP on the server's side"), ("container", "containers")])?;
-    let mut settings = Settings::read(fields, &app.workshop.model, limits)?;
-    settings.n = 1;
+    let mut settings = Settings::read(fields, &app.workshop.model, limits)?.single();
     settings.max_tokens = fields.count("max_tokens", 1, usize::MAX)?;
     // No default: the protocol demands it.
     if settings.max_tokens.is_none() && !is_count {

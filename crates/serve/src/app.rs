@@ -7,10 +7,11 @@ use crate::error::{ApiError, ErrorKind, Protocol, json_response};
 use crate::fields::{Fields, shown};
 use crate::guard::{Keys, RequestId, guard};
 use crate::job::{Job, Plan, Workshop};
-use crate::openai_chat::{ChatEncoder, Envelope, stream_options};
+use crate::openai_chat::{ChatEncoder, Envelope, StreamOptions, stream_options};
 use crate::openai_completions::CompletionEncoder;
 use crate::openai_responses::{Echo, ResponsesEncoder};
 use crate::options::ServeOptions;
+use crate::settings::Settings;
 use crate::stream::IsStuck;
 use crate::{anthropic, openai_chat, openai_completions, openai_responses, prompt, stream, tokenize};
 use axum::Router;
@@ -155,10 +156,19 @@ pub(crate) fn with_warnings(mut response: Response<Body>, warnings: &[String]) -
     response
 }
 
+/// Which answers are the best is known at their end.
+fn check_stream(streaming: &StreamOptions, settings: &Settings) -> Result<(), ApiError> {
+    match streaming.stream && settings.chooses() {
+        true => Err(ApiError::unsupported("best_of", "streaming the best of several answers")),
+        false => Ok(()),
+    }
+}
+
 async fn chat_completions(State(app): State<Arc<App>>, request: Request<Body>) -> Response<Body> {
     handle(app, request, Protocol::OpenAi, |app, call| async move {
         let chat = openai_chat::parse(&call.body, &app)?;
         let streaming = stream_options(Fields::of_body(&call.body))?;
+        check_stream(&streaming, &chat.settings)?;
         let (num_choices, wants_logprobs) = (chat.settings.n, chat.settings.logprobs.is_some());
         let (job, warnings) = start_chat(&app, chat, &call.id, "chat", streaming.stream).await?;
         let envelope = Envelope::new("chatcmpl-", &app, &call.id);
@@ -225,6 +235,7 @@ async fn completions(State(app): State<Arc<App>>, request: Request<Body>) -> Res
         if streaming.stream && (completion.prompts.len() > 1 || completion.settings.max_tokens == Some(0)) {
             return Err(ApiError::unsupported("stream", "streaming several prompts or no tokens"));
         }
+        check_stream(&streaming, &completion.settings)?;
         let mut jobs = Vec::with_capacity(completion.prompts.len());
         for prompt in &completion.prompts {
             jobs.push(start(&app, openai_completions::plan(&completion, prompt), &call.id, "completions")?.0);

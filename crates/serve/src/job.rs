@@ -68,6 +68,8 @@ struct Choice {
     pipeline: Pipeline,
     /// Tokens so far.
     num_tokens: usize,
+    /// Sum of their log-probabilities, where the engine gives them.
+    logprob: f64,
 }
 
 /// What a job needs of the server.
@@ -136,21 +138,23 @@ impl Job {
         if !settings.ignore_eos {
             stop_token_ids.extend_from_slice(&model.stop_token_ids);
         }
-        let mut choices = Vec::with_capacity(settings.n);
+        let mut choices = Vec::with_capacity(settings.candidates);
         let mut constraints = plan.constraints.into_iter();
-        for index in 0..settings.n {
+        // Candidates are compared by them.
+        let logprobs = settings.logprobs.or(settings.chooses().then_some(0));
+        for index in 0..settings.candidates {
             let wants_logprobs = settings.logprobs.is_some();
             let pipeline = Pipeline::new(model, &plan.pipeline, &settings.stop, &stop_token_ids, wants_logprobs)?;
             let mut sampling = settings.sampling.clone();
             sampling.seed = sampling.seed.wrapping_add(index as u64);
             let request = Request {
-                id: if settings.n == 1 { id.to_owned() } else { format!("{id}-{index}") },
+                id: if settings.candidates == 1 { id.to_owned() } else { format!("{id}-{index}") },
                 prompt: plan.prompt.clone(),
                 sampling,
                 max_tokens: settings.max_tokens.unwrap_or(room).min(room),
                 min_tokens: settings.min_tokens.min(room),
                 stop_token_ids: stop_token_ids.clone(),
-                logprobs: settings.logprobs,
+                logprobs,
                 prompt_logprobs: plan.prompt_logprobs && index == 0,
                 constraint: constraints.next(),
                 thinking_budget: plan.thinking_budget.clone(),
@@ -160,7 +164,7 @@ impl Job {
                 .generator
                 .submit(request)
                 .map_err(|error| workshop.metrics.refused(ApiError::from_engine(&error, plan.prompt_param)))?;
-            choices.push(Choice { events: Some(events), pipeline, num_tokens: 0 });
+            choices.push(Choice { events: Some(events), pipeline, num_tokens: 0, logprob: 0.0 });
         }
         let ticket = workshop.registry.enter(id, protocol, prompt_tokens);
         Ok(Job {
@@ -185,6 +189,17 @@ impl Job {
             outcome: "cancelled",
             miss: None,
         })
+    }
+
+    /// Answers that are generated.
+    pub(crate) fn num_choices(&self) -> usize {
+        self.choices.len()
+    }
+
+    /// Mean log-probability of an answer's tokens so far; only where the engine was asked for them. None is certain.
+    pub(crate) fn mean_logprob(&self, choice: usize) -> f64 {
+        let choice = &self.choices[choice];
+        if choice.num_tokens == 0 { 0.0 } else { choice.logprob / choice.num_tokens as f64 }
     }
 
     /// The next step. After [`Step::Done`] and [`Step::Failed`] there is none to wait for.
@@ -269,6 +284,7 @@ impl Job {
         let mut deltas = Vec::new();
         for token in tokens {
             choice.num_tokens += 1;
+            choice.logprob += f64::from(token.logprob.unwrap_or(0.0));
             choice.pipeline.push(token, &mut deltas);
             if choice.pipeline.is_over {
                 break;

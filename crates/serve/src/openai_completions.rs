@@ -45,9 +45,6 @@ pub(crate) fn parse(body: &Map<String, Value>, app: &App) -> Result<CompletionRe
     let default = settings.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
     settings.max_tokens = Some(fields.count("max_tokens", 0, usize::MAX)?.unwrap_or(default));
     settings.logprobs = fields.count("logprobs", 0, limits.max_top_logprobs)?;
-    if fields.count("best_of", 1, usize::MAX)?.is_some_and(|best_of| best_of != settings.n) {
-        return Err(ApiError::unsupported("best_of", "choosing among more answers than n"));
-    }
     let echo = fields.flag("echo")?.unwrap_or(false);
     if settings.max_tokens == Some(0) && !echo {
         return Err(ApiError::field("max_tokens", "0 without echo", "at least 1, or echo: true"));

@@ -31,8 +31,7 @@ pub(crate) fn parse(body: &Map<String, Value>, app: &App) -> Result<ChatRequest,
     if fields.text("truncation")?.is_some_and(|truncation| truncation != "disabled") {
         return Err(ApiError::unsupported("truncation", "dropping parts of the input"));
     }
-    let mut settings = Settings::read(fields, &app.workshop.model, limits)?;
-    settings.n = 1;
+    let mut settings = Settings::read(fields, &app.workshop.model, limits)?.single();
     settings.max_tokens = fields.count("max_output_tokens", 1, usize::MAX)?.or(settings.max_tokens);
     let mut warnings = Vec::new();
     let tools = tools(fields, limits.max_tools, &mut warnings)?;

@@ -33,8 +33,8 @@ async fn page() -> Response<Body> {
     response
 }
 
-async fn openapi() -> Response<Body> {
-    json_response(StatusCode::OK, &crate::openapi::document())
+async fn openapi(State(app): State<Arc<App>>) -> Response<Body> {
+    json_response(StatusCode::OK, &crate::openapi::document(&app.workshop.model, &app.options.request))
 }
 
 /// What the page shows, once a second.

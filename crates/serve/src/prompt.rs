@@ -206,7 +206,7 @@ fn thinking_start(prompt: &str, model: &ServedModel) -> Option<ThinkingStart> {
     Some(if is_inside { ThinkingStart::Inside } else { ThinkingStart::Outside })
 }
 
-/// The constraint of every answer (`n` of them), if any is needed.
+/// The constraint of every answer that is generated, if any is needed.
 fn compile(
     request: &ChatRequest,
     schemas: &[ToolSchema],
@@ -228,7 +228,7 @@ fn compile(
         return Err(ApiError::unsupported(param, "constrained output in this build"));
     };
     let mut constraints = Vec::new();
-    for _ in 0..request.settings.n {
+    for _ in 0..request.settings.candidates {
         let constraint = compiler.compile(&grammar).map_err(|error| {
             let message = format!("{param}: {error}");
             match error {

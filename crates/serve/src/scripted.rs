@@ -1,7 +1,9 @@
 //! A generator that replays answers instead of computing them: for tests of the protocols, with real clients or without.
 
 use crate::generator::{EventStream, Generator, GeneratorStats};
-use moellon_engine::{Event, FinishReason, Finished, PromptScore, Request, RequestError, SampledToken, Started};
+use moellon_engine::{
+    CacheMiss, Event, FinishReason, Finished, PromptScore, Request, RequestError, SampledToken, Started,
+};
 use moellon_text::Tokenizer;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -19,6 +21,10 @@ pub struct ScriptedAnswer {
     pub token_time: Duration,
     /// Prompt tokens that count as cached.
     pub cached_tokens: usize,
+    /// Why the rest of the prompt does not.
+    pub miss: Option<CacheMiss>,
+    /// Log-probability of each token, where asked for; -0.25 by default.
+    pub logprob: Option<f32>,
     /// Refuses the request at once.
     pub refuse: Option<RequestError>,
     /// Fails after this many tokens.
@@ -126,7 +132,8 @@ async fn play(
     let prompt_tokens = request.prompt.len();
     shared.next.fetch_add(prompt_tokens as u64, Ordering::Relaxed);
     let cached_tokens = answer.cached_tokens.min(prompt_tokens);
-    let first = Event::Started(Started { prompt_tokens, cached_tokens, miss: None, queued: Duration::ZERO });
+    let first =
+        Event::Started(Started { prompt_tokens, cached_tokens, miss: answer.miss.clone(), queued: Duration::ZERO });
     if sender.send(first).is_err() {
         return cancelled();
     }
@@ -157,10 +164,11 @@ async fn play(
         }
         count += 1;
         shared.steps.fetch_add(1, Ordering::Relaxed);
+        let logprob = answer.logprob.unwrap_or(-0.25);
         let token = SampledToken {
             id,
-            logprob: request.logprobs.map(|_| -0.25),
-            top_logprobs: (0..request.logprobs.unwrap_or(0)).map(|rank| (id, -0.25 - rank as f32)).collect(),
+            logprob: request.logprobs.map(|_| logprob),
+            top_logprobs: (0..request.logprobs.unwrap_or(0)).map(|rank| (id, logprob - rank as f32)).collect(),
             forced: false,
         };
         if sender.send(Event::Tokens(vec![token])).is_err() {

@@ -20,9 +20,23 @@ pub(crate) struct Settings {
     pub(crate) ignore_eos: bool,
     /// Alternatives with each token.
     pub(crate) logprobs: Option<usize>,
-    /// Answers to generate.
+    /// Answers to give.
     pub(crate) n: usize,
+    /// Answers to generate, at least `n`: the likeliest are given.
+    pub(crate) candidates: usize,
     pub(crate) cache_salt: Option<String>,
+}
+
+impl Settings {
+    /// One answer, in protocols that have no choices.
+    pub(crate) fn single(self) -> Settings {
+        Settings { n: 1, candidates: 1, ..self }
+    }
+
+    /// Whether answers are generated that are not given.
+    pub(crate) fn chooses(&self) -> bool {
+        self.candidates > self.n
+    }
 }
 
 /// A number that nobody can guess, from the process's random keys.
@@ -44,6 +58,7 @@ impl Settings {
             ignore_eos: false,
             logprobs: None,
             n: 1,
+            candidates: 1,
             cache_salt: None,
         }
     }
@@ -88,6 +103,7 @@ impl Settings {
         settings.stop_token_ids = read_token_ids(fields, "stop_token_ids", model, limits)?;
         settings.ignore_eos = fields.flag("ignore_eos")?.unwrap_or(false);
         settings.n = fields.count("n", 1, limits.max_choices)?.unwrap_or(1);
+        settings.candidates = fields.count("best_of", settings.n, limits.max_choices)?.unwrap_or(settings.n);
         settings.cache_salt = fields.text("cache_salt")?.map(str::to_owned);
         Ok(settings)
     }

@@ -180,12 +180,12 @@ pub(crate) struct Answer {
     pub(crate) finished: Option<Finished>,
 }
 
-/// Waits for all answers of a job.
+/// Waits for all answers of a job and gives the `n` likeliest, in the order of their likelihood if there are more.
 ///
 /// # Errors
 /// The first failure; the other answers are dropped.
-pub(crate) async fn collect(job: &mut Job, num_choices: usize) -> Result<Vec<Answer>, ApiError> {
-    let mut answers: Vec<Answer> = (0..num_choices).map(|_| Answer::default()).collect();
+pub(crate) async fn collect(job: &mut Job, n: usize) -> Result<Vec<Answer>, ApiError> {
+    let mut answers: Vec<Answer> = (0..job.num_choices()).map(|_| Answer::default()).collect();
     loop {
         match job.next().await {
             Step::Started | Step::Prefill { .. } => {}
@@ -208,8 +208,20 @@ pub(crate) async fn collect(job: &mut Job, num_choices: usize) -> Result<Vec<Ans
                 answers[choice].ending = Some(ending);
                 answers[choice].finished = finished;
             }
-            Step::Done => return Ok(answers),
+            Step::Done => return Ok(likeliest(job, answers, n)),
             Step::Failed(error) => return Err(error),
         }
     }
+}
+
+/// The `n` answers whose tokens are likeliest in the mean, best first (OpenAI's measure of `best_of`: a sum would choose the
+/// shortest); all of them as they are if there are no more.
+fn likeliest(job: &Job, answers: Vec<Answer>, n: usize) -> Vec<Answer> {
+    if answers.len() <= n {
+        return answers;
+    }
+    let mut ranked: Vec<(f64, Answer)> =
+        answers.into_iter().enumerate().map(|(choice, answer)| (job.mean_logprob(choice), answer)).collect();
+    ranked.sort_by(|(a, _), (b, _)| b.total_cmp(a));
+    ranked.into_iter().take(n).map(|(_, answer)| answer).collect()
 }

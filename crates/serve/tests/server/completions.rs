@@ -1,6 +1,7 @@
 //! `/v1/completions`, `/tokenize` and `/detokenize`.
 
-use crate::client::TestServer;
+use crate::client::{TestServer, options};
+use moellon_serve::scripted::ScriptedAnswer;
 use serde_json::json;
 
 const PATH: &str = "/v1/completions";
@@ -68,7 +69,8 @@ async fn bad_prompts_get_400() {
         (json!({"prompt": vec!["a"; 65]}), "prompt"),
         (json!({"prompt": "word ".repeat(20_000)}), "prompt"),
         (json!({"prompt": "a", "logprobs": 1_000_000}), "logprobs"),
-        (json!({"prompt": "a", "best_of": 4}), "best_of"),
+        (json!({"prompt": "a", "best_of": 4, "stream": true}), "best_of"),
+        (json!({"prompt": "a", "best_of": 2, "n": 3}), "best_of"),
         (json!({"prompt": "a", "suffix": "b"}), "suffix"),
         (json!({"prompt": "a", "max_tokens": 0}), "max_tokens"),
     ];
@@ -78,6 +80,35 @@ async fn bad_prompts_get_400() {
         assert_eq!(reply.status, 400, "{shown}: {reply:?}");
         assert_eq!(reply.json()["error"]["param"], param, "{shown}");
     }
+}
+
+/// Three answers of which the second is likeliest: given first, alone, or with the runner-up.
+#[tokio::test]
+async fn the_best_of_several_answers_are_those_whose_tokens_are_likeliest() {
+    // The engine counts seeds up: one answer each.
+    let server = TestServer::start(options(), |_, request| {
+        let (text, logprob) =
+            [("far", -3.0), ("near and longer", -0.5), ("between", -1.0)][request.sampling.seed as usize];
+        ScriptedAnswer { logprob: Some(logprob), ..ScriptedAnswer::text(text) }
+    })
+    .await;
+    let ask = async |n: usize| server.post(PATH, &json!({"prompt": "a", "seed": 0, "n": n, "best_of": 3})).await.json();
+    let texts = |body: &serde_json::Value| -> Vec<String> {
+        body["choices"].as_array().unwrap().iter().map(|choice| choice["text"].as_str().unwrap().to_owned()).collect()
+    };
+    let one = ask(1).await;
+    assert_eq!(texts(&one), ["near and longer"]);
+    let two = ask(2).await;
+    assert_eq!(texts(&two), ["near and longer", "between"]);
+    assert_eq!((&two["choices"][1]["index"], &two["choices"][1]["logprobs"]), (&json!(1), &json!(null)));
+    // All of them were computed, and all are paid for.
+    assert_eq!(one["usage"]["completion_tokens"], two["usage"]["completion_tokens"]);
+    // As many as are given: in the order of their seeds.
+    assert_eq!(ask(3).await["choices"][0]["text"], "far");
+    let chat = json!({"messages": [{"role": "user", "content": "hi"}], "seed": 0, "best_of": 3});
+    let body = server.post("/v1/chat/completions", &chat).await.json();
+    assert_eq!(body["choices"].as_array().unwrap().len(), 1);
+    assert_eq!(body["choices"][0]["message"]["reasoning_content"], "near and longer");
 }
 
 #[tokio::test]

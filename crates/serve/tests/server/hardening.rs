@@ -10,6 +10,10 @@ use tokio::net::TcpStream;
 
 const PATH: &str = "/v1/chat/completions";
 
+/// All that take a body.
+const POSTS: [&str; 7] =
+    [PATH, "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/tokenize", "/detokenize"];
+
 fn hello() -> Value {
     json!({"messages": [{"role": "user", "content": "hi"}]})
 }
@@ -38,11 +42,13 @@ async fn bodies_that_are_no_objects_get_400() {
         deep.as_bytes(),
     ];
     for body in bodies {
-        let reply = server.request("POST", PATH, &[], body).await;
-        assert_eq!(reply.status, 400, "{:?}", String::from_utf8_lossy(&body[..body.len().min(60)]));
-        let error = &reply.json()["error"];
-        assert_eq!(error["type"], "invalid_request_error");
-        assert!(error["message"].is_string());
+        for path in POSTS {
+            let reply = server.request("POST", path, &[], body).await;
+            assert_eq!(reply.status, 400, "{path}: {:?}", String::from_utf8_lossy(&body[..body.len().min(60)]));
+            let error = &reply.json()["error"];
+            assert_eq!(error["type"], "invalid_request_error");
+            assert!(error["message"].is_string());
+        }
     }
     // The last of two keys counts; NUL is a character like others.
     let doubled = br#"{"messages": 1, "messages": [{"role": "user", "content": "a\u0000b"}]}"#;
@@ -103,7 +109,8 @@ async fn bad_fields_get_400_with_their_name() {
     let server = TestServer::saying("</think>ok").await;
     let tool = |name: &str| json!({"type": "function", "function": {"name": name}});
     let many_tools: Vec<Value> = (0..5000).map(|n| tool(&format!("t{n}"))).collect();
-    let many_biases: Value = (0..100_000).map(|n| (n.to_string(), json!(1))).collect::<serde_json::Map<_, _>>().into();
+    let many_biases: Value =
+        (0..1_000_000).map(|n| (n.to_string(), json!(1))).collect::<serde_json::Map<_, _>>().into();
     let many_stops: Vec<String> = (0..10_000).map(|n| n.to_string()).collect();
     let cases = [
         (json!({"max_tokens": -1}), "max_tokens"),
@@ -182,6 +189,10 @@ async fn bad_fields_get_400_with_their_name() {
         (json!({"adapter": "../../adapters/mine"}), "adapter"),
         (json!({"draft_model": "/etc/passwd"}), "draft_model"),
         (json!({"modalities": ["audio"]}), "modalities"),
+        (json!({"best_of": 0}), "best_of"),
+        (json!({"best_of": 9}), "best_of"),
+        (json!({"n": 3, "best_of": 2}), "best_of"),
+        (json!({"best_of": 2, "stream": true}), "best_of"),
         (json!({"messages": [{"role": "user", "content": "word ".repeat(20_000)}]}), "messages"),
     ];
     for (extra, param) in cases {
@@ -236,7 +247,16 @@ async fn a_prompt_beyond_the_context_is_refused_with_numbers() {
 async fn only_known_models_are_served() {
     let server = TestServer::saying("</think>ok").await;
     let long = "a".repeat(4096);
-    for name in ["../../etc/passwd", "/etc/passwd", "https://example.com/x", "a\u{0}b", long.as_str(), ""] {
+    for name in [
+        "../../etc/passwd",
+        "/etc/passwd",
+        "file:///etc/passwd",
+        "https://example.com/x",
+        "tiny/../tiny",
+        "a\u{0}b",
+        long.as_str(),
+        "",
+    ] {
         let mut body = hello();
         body["model"] = json!(name);
         let reply = server.post(PATH, &body).await;
@@ -259,6 +279,10 @@ async fn keys_are_asked_for_everywhere_but_health() {
         ("GET", "/v1/models"),
         ("GET", "/server_info"),
         ("POST", "/tokenize"),
+        ("POST", "/detokenize"),
+        ("POST", "/models/unload"),
+        ("DELETE", "/moellon/requests/mine"),
+        ("GET", "/moellon/status"),
         ("GET", "/openapi.json"),
         ("GET", "/"),
         ("GET", "/nothing"),
@@ -304,15 +328,21 @@ async fn wait_until(what: &str, condition: impl Fn() -> bool) {
 
 #[tokio::test]
 async fn a_client_that_leaves_cancels_its_request() {
-    let server = TestServer::start(options(), |prompt, _| ScriptedAnswer {
-        prefill: Duration::from_secs(if prompt.contains("prefill") { 3600 } else { 0 }),
-        token_time: Duration::from_millis(5),
-        ..ScriptedAnswer::text("</think>".to_owned() + &"word ".repeat(2000))
+    let server = TestServer::start(options(), |prompt, _| {
+        let begin = if prompt.contains("call") { "<tool_call>look<arg_key>at</arg_key><arg_value>" } else { "" };
+        ScriptedAnswer {
+            prefill: Duration::from_secs(if prompt.contains("prefill") { 3600 } else { 0 }),
+            token_time: Duration::from_millis(5),
+            ..ScriptedAnswer::text(format!("</think>{begin}{}", "word ".repeat(2000)))
+        }
     })
     .await;
-    let cases = [("prefill", true), ("prefill", false), ("decode", true), ("decode", false)];
+    let tool = json!({"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}});
+    let cases =
+        [("prefill", true), ("prefill", false), ("decode", true), ("decode", false), ("call", true), ("call", false)];
     for (cancelled, (content, stream)) in (1..).zip(cases) {
-        let body = json!({"messages": [{"role": "user", "content": content}], "stream": stream}).to_string();
+        let body =
+            json!({"messages": [{"role": "user", "content": content}], "stream": stream, "tools": [tool]}).to_string();
         let head = format!("POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{body}", body.len());
         let mut socket = TcpStream::connect(server.address).await.unwrap();
         socket.write_all(head.as_bytes()).await.unwrap();
@@ -322,7 +352,7 @@ async fn a_client_that_leaves_cancels_its_request() {
             .await;
     }
     let metrics = server.get("/metrics").await.body;
-    assert!(metrics.contains("finished_reason=\"abort\"} 4"), "{metrics}");
+    assert!(metrics.contains("finished_reason=\"abort\"} 6"), "{metrics}");
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@ mod chat;
 mod client;
 mod completions;
 mod constraints;
+mod faults;
 mod hardening;
 mod resident;
 mod responses;
