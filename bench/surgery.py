@@ -1,10 +1,12 @@
 """Receipts of surgery, from which the tables and the plot of docs/surgery.md are made.
 
-    cargo build --release -p moellon && cargo build --release -p moellon-surgery --example bench_encode
+    cargo build --release -p moellon -p moellon-surgery --bin moellon --example bench_encode
     python3 bench/surgery.py calibrate WORK     # statistics of the bundled model; the others need them
     python3 bench/surgery.py curve WORK         # KL divergence over bits, every method; docs/surgery-curve.svg
     python3 bench/surgery.py prune WORK         # scores against each other, 25 % and 50 %, and the MTP layer
+    python3 bench/surgery.py routers WORK       # pruned models with their routers recalibrated
     python3 bench/surgery.py layers             # matrices of GLM-5.2's experts: speed, output error, hours
+    python3 bench/surgery.py large WORK         # a layer of GLM-5.2's shapes on disk: whole commands, disk and memory
     python3 bench/surgery.py kills WORK         # kill -9 at random points, again and again: the same bytes in the end
     python3 bench/surgery.py mlx WORK           # needs mlx and mlx-lm: same bits, and mlx-lm runs what we wrote
     cargo xtask docs --write
@@ -24,6 +26,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -182,24 +185,121 @@ def prune(stolen, work):
     write("surgery-prune", commands, samples, {"surgery-prune": table}, stolen)
 
 
+def routers(stolen, work):
+    stats, spare = Path(work) / "stats", Path(work) / "pruned"
+    samples, commands, table = [], [], []
+    for ratio in (0.25, 0.5):
+        for score, mtp in [("reap", "whole"), ("weighted_sum", "whole"), ("weighted_sum", "pruned")]:
+            pruned, out = fresh(spare), fresh(Path(work) / "recalibrated")
+            options = ["--ratio", ratio, "--score", score, "--mtp", mtp]
+            call("prune", "--stats", stats, *options, "--out", pruned)
+            before = compare(pruned)
+            _, seconds, peak = run("recalibrate", "-m", pruned, "--text", *texts(CALIBRATION), "--max-tokens", CALIBRATION_TOKENS, "--out", out)
+            after = compare(out)
+            fitted = json.loads((out / "surgery.json").read_text())["routers"]
+            errors = [sum(float(r[key]) for r in fitted) / len(fitted) for key in ("relative_error_before", "relative_error")]
+            shown = " ".join(map(str, options))
+            commands.append(f"{NAME} prune --stats WORK/stats {shown} --out PRUNED; recalibrate -m PRUNED --text .. --max-tokens {CALIBRATION_TOKENS} --out OUT; compare -m OUT --max-tokens {JUDGED_TOKENS} --json")
+            samples.append({"ratio": ratio, "score": score, "mtp": mtp, "before": before, "after": after, "routers": fitted, "seconds": seconds, "peak_resident_bytes": peak})
+            arrow = lambda key, show: f"{show(before[key])} → {show(after[key])}"
+            percent = lambda x: f"{100 * x:.1f} %"
+            table.append({"experts": round(24 * (1 - ratio)), "score": score, "MTP layer": mtp, "error of a block": f"{errors[0]:.3f} → {errors[1]:.3f}", "KL": arrow("kl_mean", "{:.3f}".format), "ppl": arrow("ppl", "{:.2f}".format), "same token": arrow("top1_agreement", percent), "MTP drafts right": arrow("mtp_agreement", percent), "fitted in, s": f"{seconds:.0f}"})
+            print(table[-1], flush=True)
+            shutil.rmtree(pruned)
+            shutil.rmtree(out)
+    write("surgery-routers", commands, samples, {"surgery-routers": table}, stolen)
+
+
+def large(stolen, work, experts=24):
+    """Whole commands on one MoE layer of GLM-5.2's shapes, files not in memory, and what the disk alone takes."""
+    model, stats, experts = Path(work) / "glm-layer", Path(work) / "glm-stats", int(experts)
+    shutil.rmtree(model, ignore_errors=True)
+    subprocess.run([sys.executable, ROOT / "bench/large_checkpoint.py", model, "--glm-experts", str(experts)], check=True)
+    os.sync()
+    shards = sorted(model.glob("*.safetensors"))
+    source_bytes = sum(path.stat().st_size for path in shards)
+    # Embedding and head are no part of the layer.
+    layer_bytes = source_bytes - 2 * 4096 * 6144 * 2
+    read_s = min(read_all(shards) for _ in range(2))
+    rows, samples, commands = [], [{"layer_bytes": layer_bytes, "source_bytes": source_bytes, "read_seconds": read_s}], []
+
+    def measure(what, options, out):
+        fresh(out)
+        forget(shards)
+        _, seconds, peak = run(*options, "--out", out)
+        written = sum(path.stat().st_size for path in out.iterdir())
+        shown = " ".join(str(o) for o in options if not str(o).endswith(".rs")).replace(str(work), "WORK")
+        commands.append(f"{NAME} {shown} --out OUT")
+        samples.append({"command": what, "seconds": seconds, "peak_resident_bytes": peak, "written_bytes": written})
+        print(samples[-1], flush=True)
+        return seconds, peak, written
+
+    seconds, peak, written = measure("calibrate", ["calibrate", "-m", model, "--text", *texts(CALIBRATION), "--max-tokens", 2048, "--moments", "layer"], stats)
+    rows.append({"command": "calibrate --max-tokens 2048 --moments layer", "s": f"{seconds:.1f}", "weights a second, millions": "-", "GB written": f"{written / 1e9:.2f}", "disk alone, s": f"{read_s + write_seconds(Path(work) / 'probe', written):.1f}", "peak memory, GB": f"{peak / 1e9:.2f}", "peak / layer": f"{peak / layer_bytes:.2f}", "hours for 218 G weights": "-"})
+    weights = source_bytes / 2
+    for format, method in [("affine-3", "rtn"), ("affine-3", "search"), ("affine-3", "gptq"), ("nvfp4", "rtn"), ("nvfp4", "search"), ("nvfp4", "gptq")]:
+        out = Path(work) / "glm-quantized"
+        options = ["quantize", "-m", model, "--format", format, "--method", method, *(["--stats", stats] if method != "rtn" else [])]
+        seconds, peak, written = measure(f"{format} {method}", options, out)
+        alone = read_s + write_seconds(Path(work) / "probe", written)
+        rows.append({"command": f"quantize --format {format} --method {method}", "s": f"{seconds:.1f}", "weights a second, millions": f"{weights / seconds / 1e6:.1f}", "GB written": f"{written / 1e9:.2f}", "disk alone, s": f"{alone:.1f}", "peak memory, GB": f"{peak / 1e9:.2f}", "peak / layer": f"{peak / layer_bytes:.2f}", "hours for 218 G weights": f"{218e9 / (weights / seconds) / 3600:.1f}"})
+        shutil.rmtree(out)
+    for folder in (model, stats):
+        shutil.rmtree(folder)
+    samples.append({"rows": rows})
+    write("surgery-large", commands, samples, {"surgery-large": rows}, stolen)
+
+
+def forget(paths):
+    """Drops files from the page cache."""
+    for path in paths:
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_all(paths):
+    forget(paths)
+    start = time.monotonic()
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
+    return time.monotonic() - start
+
+
+def write_seconds(path, size_bytes):
+    """Seconds that the disk takes for so many bytes, the flush included."""
+    block = random.Random(3).randbytes(1 << 24)
+    start = time.monotonic()
+    with open(path, "wb", buffering=0) as file:
+        for _ in range(math.ceil(size_bytes / len(block))):
+            file.write(block)
+        os.fsync(file.fileno())
+    elapsed = time.monotonic() - start
+    path.unlink()
+    return elapsed
+
+
 def layers(stolen):
     example = ROOT / "target/release/examples/bench_encode"
     found = json.loads(subprocess.run([example], capture_output=True, check=True).stdout)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     table, speeds = [], {}
-    by = {(r["matrix"], r["format"], r["method"]): r for r in found["results"]}
-    for matrix, format in dict.fromkeys((r["matrix"], r["format"]) for r in found["results"]):
-        row = {method: by[matrix, format, method] for method in ("rtn", "search", "gptq")}
+    key = lambda r: (r["matrix"], r["inputs"], r["tokens"], r["format"])
+    by = {(*key(r), r["method"]): r for r in found["results"]}
+    for matrix, inputs, tokens, format in dict.fromkeys(map(key, found["results"])):
+        row = {method: by[matrix, inputs, tokens, format, method] for method in ("rtn", "search", "gptq")}
         show = lambda key, scale, digits: {f"{m} {key}": f"{row[m][scale[0]] * scale[1]:.{digits}f}" for m in row}
-        gain = row["gptq"]["output_snr_db"] - row["rtn"]["output_snr_db"]
-        table.append({"matrix": matrix, "format": format, "bits a weight": f"{row['rtn']['bits_per_weight']:.2f}", **show("dB", ("output_snr_db", 1), 1), "error, gptq / rtn": f"{10 ** (-gain / 10):.2f}", **show("Mw/s", ("weights_per_s", 1e-6), 1)})
+        left = lambda method: 10 ** (-(row[method]["output_snr_db"] - row["rtn"]["output_snr_db"]) / 10)
+        table.append({"matrix": matrix, "inputs": inputs, "tokens": tokens, "format": format, "bits a weight": f"{row['rtn']['bits_per_weight']:.2f}", **show("dB", ("output_snr_db", 1), 1), "error, search / rtn": f"{left('search'):.2f}", "error, gptq / rtn": f"{left('gptq'):.2f}", **show("Mw/s", ("weights_per_s", 1e-6), 1)})
     # An expert is two matrices of 6144 columns to one of 2048: 218 G weights of 77 experts in 75 layers.
+    of = lambda matrix, format, method: by[matrix, "causes", 4096, format, method]
     for format in dict.fromkeys(r["format"] for r in found["results"]):
         for method in ("rtn", "search", "gptq"):
-            seconds = 218e9 * (2 / 3 / by["gate_proj", format, method]["weights_per_s"] + 1 / 3 / by["down_proj", format, method]["weights_per_s"])
+            seconds = 218e9 * (2 / 3 / of("gate_proj", format, method)["weights_per_s"] + 1 / 3 / of("down_proj", format, method)["weights_per_s"])
             if method == "gptq":
                 # Moments of 6144 columns are factored once a layer, those of 2048 once an expert.
-                seconds += 75 * by["gate_proj", format, method]["factor_s"] + 75 * 77 * by["down_proj", format, method]["factor_s"]
+                seconds += 75 * of("gate_proj", format, method)["factor_s"] + 75 * 77 * of("down_proj", format, method)["factor_s"]
             speeds.setdefault(format, {})[method] = seconds / 3600
     hours = [{"format": format, **{f"{m}, hours for 218 G weights": f"{h:.1f}" for m, h in methods.items()}} for format, methods in speeds.items()]
     samples = [found, {"peak_resident_bytes": peak}]
@@ -329,7 +429,7 @@ def floats_as(model, dtype):
 
 
 if __name__ == "__main__":
-    commands = {"calibrate": calibrate, "curve": curve, "prune": prune, "layers": layers, "kills": kills, "mlx": mlx}
+    commands = {"calibrate": calibrate, "curve": curve, "prune": prune, "routers": routers, "layers": layers, "large": large, "kills": kills, "mlx": mlx}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         raise SystemExit(__doc__)
     commands[sys.argv[1]](steal_ticks(), *sys.argv[2:])

@@ -55,6 +55,8 @@ pub enum Command {
     Calibrate(surgery::CalibrateOptions),
     /// Write a model with fewer experts: those that the calibration says matter.
     Prune(surgery::PruneOptions),
+    /// Write a pruned model with routers fitted to the experts that are left, with texts, a layer at a time.
+    Recalibrate(surgery::RecalibrateOptions),
     /// Decide which module gets how many bits under a budget, by measured sensitivities or by depth.
     Plan(surgery::PlanOptions),
     /// Write a model in other weight formats. A killed run goes on where it was when it is started again.

@@ -43,6 +43,7 @@ fn main() -> ExitCode {
         cli::Command::Report(options) => report::run(&options),
         cli::Command::Calibrate(options) => surgery::calibrate(&options),
         cli::Command::Prune(options) => surgery::prune(&options),
+        cli::Command::Recalibrate(options) => surgery::recalibrate(&options),
         cli::Command::Plan(options) => surgery::plan(&options),
         cli::Command::Quantize(options) => surgery::quantize(&options),
         cli::Command::Compare(options) => surgery::compare(&options),

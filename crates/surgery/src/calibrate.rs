@@ -1,17 +1,17 @@
 //! `calibrate`: one pass of texts through a model, a layer at a time, that measures what weights are given and what
 //! experts add. The MTP layer is measured too.
 
-use crate::observe::{Observations, Observer};
+use crate::observe::{Observations, Observer, Watch};
 use crate::product::write_file;
 use crate::progress::{Meter, Progress};
 use crate::quantize::Source;
 use crate::stats::{KEY, MomentsMode, StatsInfo};
 use crate::stream::{BackendFactory, Sequences, Stream};
 use crate::{Error, Result};
-use safetensors::Dtype;
-use safetensors::tensor::TensorView;
-use serde_json::json;
+use serde_json::{Map, json};
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufWriter, Write};
 use std::path::Path;
 
 /// What to calibrate with.
@@ -56,22 +56,23 @@ pub fn calibrate(
     let mut stream = Stream::new(config, source.checkpoint, sequences);
     stream.embed(backends()?.as_mut())?;
     for layer in 0..num_layers {
-        let mut observer = Observer::new(backends()?, options.moments);
+        let mut observer = Observer::new(backends()?, Watch::Calibration(options.moments));
         stream.layer(layer, &mut observer)?;
         let name = format!("layer {layer}");
-        save(&partial.join(format!("layer-{layer:05}.safetensors")), observer.seen, &mut aliases)?;
+        save(&partial.join(format!("layer-{layer:05}.safetensors")), observer.into_seen(), &mut aliases)?;
         meter.add(&name, tokens, None);
     }
-    let mut observer = Observer::new(backends()?, options.moments);
+    let mut observer = Observer::new(backends()?, Watch::Calibration(options.moments));
     stream.head(&mut observer, &mut |_, _| Ok(()))?;
-    save(&partial.join("head.safetensors"), observer.seen, &mut aliases)?;
+    save(&partial.join("head.safetensors"), observer.into_seen(), &mut aliases)?;
     meter.add("head", tokens, None);
     for mtp in 0..num_mtp {
-        let mut observer = Observer::new(backends()?, options.moments);
+        let mut observer = Observer::new(backends()?, Watch::Calibration(options.moments));
         stream.mtp(mtp, &mut observer, &mut |_, _| Ok(()))?;
         // The head was measured where the trunk uses it.
-        observer.seen.inputs.remove("lm_head");
-        save(&partial.join(format!("layer-{:05}.safetensors", num_layers + mtp)), observer.seen, &mut aliases)?;
+        let mut seen = observer.into_seen();
+        seen.inputs.remove("lm_head");
+        save(&partial.join(format!("layer-{:05}.safetensors", num_layers + mtp)), seen, &mut aliases)?;
         meter.add("mtp", tokens, None);
     }
     let info = StatsInfo {
@@ -98,39 +99,62 @@ pub(crate) fn present_mtp_layers(source: Source<'_>) -> usize {
         .count()
 }
 
+/// The elements of a tensor.
+enum Data {
+    U32(Vec<u32>),
+    /// One after the other.
+    F32(Vec<Vec<f32>>),
+}
+
 /// Writes what one part showed.
 fn save(path: &Path, seen: Observations, aliases: &mut BTreeMap<String, String>) -> Result<()> {
-    let bytes = |values: &[f32]| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
-    let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+    let mut tensors: Vec<(String, Vec<usize>, Data)> = Vec::new();
     for (block, sums) in seen.saliency {
         let num_experts = sums.sums[0].len();
-        let values: Vec<f32> = sums.sums.iter().flatten().map(|sum| *sum as f32).collect();
-        tensors.push((format!("{block}.saliency"), Dtype::F32, vec![5, num_experts], bytes(&values)));
+        let values = sums.sums.iter().flatten().map(|sum| *sum as f32).collect();
+        tensors.push((format!("{block}.saliency"), vec![5, num_experts], Data::F32(vec![values])));
     }
     for (name, sums) in seen.inputs {
         let (count, cols) = (sums.tokens.len(), sums.cols);
-        let tokens = sums.tokens.iter().flat_map(|t| t.to_le_bytes()).collect();
-        tensors.push((format!("{name}.tokens"), Dtype::U32, vec![count], tokens));
-        tensors.push((format!("{name}.input_sq"), Dtype::F32, vec![count, cols], bytes(&sums.input_sq())));
+        tensors.push((format!("{name}.tokens"), vec![count], Data::U32(sums.tokens.clone())));
+        tensors.push((format!("{name}.input_sq"), vec![count, cols], Data::F32(vec![sums.input_sq()])));
         let pooled_rows = seen.rows.get(&name).copied().unwrap_or_else(|| sums.tokens[0]);
         let moments = sums.into_moments(pooled_rows);
         if !moments.is_empty() {
-            let shape = vec![moments.len(), cols, cols];
-            let data = moments.iter().flat_map(|m| bytes(m)).collect();
-            tensors.push((format!("{name}.moments"), Dtype::F32, shape, data));
+            tensors.push((format!("{name}.moments"), vec![moments.len(), cols, cols], Data::F32(moments)));
         }
     }
     aliases.extend(seen.aliases);
     if tensors.is_empty() {
         return Ok(());
     }
-    let views = tensors
-        .iter()
-        .map(|(name, dtype, shape, data)| {
-            let view = TensorView::new(*dtype, shape.clone(), data).expect("the data have the shape's size");
-            (name.as_str(), view)
-        })
-        .collect::<Vec<_>>();
-    let file = safetensors::serialize(views, None).expect("tensors of different names serialise");
-    write_file(path, &file)
+    write_tensors(path, &tensors).map_err(|e| Error::io(path, e))
+}
+
+/// Writes a safetensors file piece by piece: moments of a wide layer are gigabytes, of which no copy is made.
+fn write_tensors(path: &Path, tensors: &[(String, Vec<usize>, Data)]) -> std::io::Result<()> {
+    let mut header = Map::new();
+    let mut offset = 0;
+    for (name, shape, data) in tensors {
+        let (dtype, end) = match data {
+            Data::U32(values) => ("U32", offset + 4 * values.len()),
+            Data::F32(parts) => ("F32", offset + 4 * parts.iter().map(Vec::len).sum::<usize>()),
+        };
+        header.insert(name.clone(), json!({ "dtype": dtype, "shape": shape, "data_offsets": [offset, end] }));
+        offset = end;
+    }
+    let mut header = serde_json::to_vec(&header)?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    file.write_all(&(header.len() as u64).to_le_bytes())?;
+    file.write_all(&header)?;
+    for (_, _, data) in tensors {
+        match data {
+            Data::U32(values) => values.iter().try_for_each(|value| file.write_all(&value.to_le_bytes()))?,
+            Data::F32(parts) => {
+                parts.iter().flatten().try_for_each(|value| file.write_all(&value.to_le_bytes()))?;
+            }
+        }
+    }
+    file.into_inner()?.sync_all()
 }

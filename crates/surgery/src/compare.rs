@@ -10,6 +10,9 @@ use crate::{Error, Result};
 use rayon::prelude::*;
 use serde::Serialize;
 
+/// Tokens that records of a reference's predictions usually keep.
+pub const TOP: usize = 128;
+
 /// The distance of a model from a reference.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Comparison {
@@ -25,6 +28,9 @@ pub struct Comparison {
     pub kl_p999: f64,
     /// The worst token.
     pub kl_max: f64,
+    /// Mean probability that the reference gives to all but its [`TOP`] most likely tokens: what a divergence over those
+    /// alone would not see. `kl_mean` sees it.
+    pub tail_mass: f64,
     /// Share of tokens with the same most likely next token.
     pub top1_agreement: f64,
     /// Perplexity of the model on the texts.
@@ -107,6 +113,7 @@ pub fn compare(
         kl_median: f64::from(quantile(0.5).unwrap_or(0.0)),
         kl_p999: f64::from(quantile(0.999).unwrap_or(0.0)),
         kl_max: f64::from(sorted.last().copied().unwrap_or(0.0)),
+        tail_mass: rows.tail_mass / count,
         top1_agreement: rows.agreed as f64 / count,
         ppl: (rows.nats[0] / count).exp(),
         ref_ppl: (rows.nats[1] / count).exp(),
@@ -148,6 +155,7 @@ fn hidden_snr_db(streams: &[Stream<'_>; 2]) -> f64 {
 #[derive(Default)]
 struct Rows {
     kl: Vec<f32>,
+    tail_mass: f64,
     agreed: usize,
     /// Negative log-likelihoods of model and reference.
     nats: [f64; 2],
@@ -158,6 +166,8 @@ struct Rows {
 /// What one row of logits says.
 pub(crate) struct Row {
     pub(crate) kl: f64,
+    /// Probability that the reference gives to all but its [`TOP`] most likely tokens.
+    pub(crate) tail_mass: f64,
     /// Negative log-likelihoods of model and reference.
     pub(crate) nats: [f64; 2],
     /// The most likely tokens of model and reference.
@@ -193,6 +203,7 @@ fn compare_heads(
         let with_next = (ids.len() - 1).saturating_sub(chunk.first).min(found.len());
         for row in &found[..with_next] {
             rows.kl.push(row.kl as f32);
+            rows.tail_mass += row.tail_mass;
             rows.agreed += usize::from(row.argmax[0] == row.argmax[1]);
             rows.nats[0] += row.nats[0];
             rows.nats[1] += row.nats[1];
@@ -212,6 +223,16 @@ fn log_sum_exp(logits: &[f32]) -> (f64, u32) {
     let max = f64::from(logits[best]);
     let sum: f64 = logits.iter().map(|x| (f64::from(*x) - max).exp()).sum();
     (max + sum.ln(), best as u32)
+}
+
+/// Probability outside the [`TOP`] most likely tokens, given the logarithm of the sum of exponentials.
+fn tail_mass(logits: &[f32], sum: f64) -> f64 {
+    if logits.len() <= TOP {
+        return 0.0;
+    }
+    let mut sorted = logits.to_vec();
+    let (_, _, tail) = sorted.select_nth_unstable_by(TOP - 1, |a, b| b.total_cmp(a));
+    tail.iter().map(|x| (f64::from(*x) - sum).exp()).sum()
 }
 
 /// Sum over rows of `KL(reference || model)`.
@@ -239,6 +260,7 @@ pub(crate) fn compare_row(model: &[f32], reference: &[f32], next: Option<u32>) -
     // Rounding may leave a hair below zero where the distributions are equal.
     Row {
         kl: kl.max(0.0),
+        tail_mass: tail_mass(reference, reference_sum),
         nats: [nats(model, model_sum), nats(reference, reference_sum)],
         argmax: [model_best, reference_best],
     }
@@ -285,5 +307,14 @@ mod tests {
         assert!((row.nats[0] - 4.0f64.ln()).abs() < 1e-7 && (row.nats[1] - 2.0f64.ln()).abs() < 1e-7);
         assert_eq!(row.argmax, [1, 0]);
         assert_eq!(compare_row(&p, &p, None).kl, 0.0);
+    }
+
+    #[test]
+    fn the_tail_is_what_128_tokens_leave() {
+        // 128 tokens as likely as two of the 64 others together.
+        let logits: Vec<f32> = (0..192).map(|i| if i % 3 == 0 { 0.0 } else { 2.0f32.ln() }).collect();
+        let row = compare_row(&logits, &logits, None);
+        assert!((row.tail_mass - 64.0 / (64.0 + 256.0)).abs() < 1e-6, "{}", row.tail_mass);
+        assert_eq!(compare_row(&logits[..128], &logits[..128], None).tail_mass, 0.0);
     }
 }

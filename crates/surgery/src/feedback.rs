@@ -151,6 +151,31 @@ pub fn second_moments(x: &[f32], width: usize) -> Vec<f32> {
     moments
 }
 
+/// How far moments of `rows` rows can be trusted against a prior: as many rows as columns make an estimate of full rank,
+/// which counts half. With fewer, directions that no row happened to take look free, and errors fed into them come back
+/// on other texts (measured: `docs/surgery.md`, "At the sizes of GLM-5.2").
+fn trust(rows: u32, width: usize) -> f32 {
+    rows as f32 / (rows as f32 + width as f32)
+}
+
+/// Shrinks moments of `rows` rows towards `diagonal` (`[width]`): what is off the diagonal by as much as `rows` leave in
+/// doubt.
+pub fn shrink(moments: &mut [f32], diagonal: &[f32], rows: u32) {
+    let width = diagonal.len();
+    let own = trust(rows, width);
+    moments.par_chunks_mut(width).enumerate().for_each(|(row, values)| {
+        let kept = own * values[row] + (1.0 - own) * diagonal[row];
+        values.iter_mut().for_each(|value| *value *= own);
+        values[row] = kept;
+    });
+}
+
+/// Mixes moments of `rows` rows with those of a prior (`[width, width]`).
+pub(crate) fn mix(moments: &mut [f32], prior: &[f32], width: usize, rows: u32) {
+    let own = trust(rows, width);
+    moments.iter_mut().zip(prior).for_each(|(value, prior)| *value = own * *value + (1.0 - own) * prior);
+}
+
 fn scale_of(column_scales: Option<&[f32]>, column: u32) -> f32 {
     column_scales.map_or(1.0, |scales| scales[column as usize])
 }

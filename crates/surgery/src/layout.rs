@@ -75,20 +75,13 @@ pub(crate) fn tensors(
     }
 }
 
-/// The data of one part of a module.
-pub(crate) fn bytes(part: Part, matrices: &[OwnedMatrix]) -> Vec<u8> {
-    let join = |of: fn(&OwnedMatrix) -> &Vec<u8>| {
-        let mut all = Vec::with_capacity(matrices.iter().map(|matrix| of(matrix).len()).sum());
-        matrices.iter().for_each(|matrix| all.extend_from_slice(of(matrix)));
-        all
-    };
+/// Appends one matrix's share of a part of a module.
+pub(crate) fn append(part: Part, matrix: &OwnedMatrix, data: &mut Vec<u8>) {
     match part {
-        Part::Codes => join(|matrix| &matrix.codes),
-        Part::Scales => join(|matrix| &matrix.scales),
-        Part::Offsets => join(|matrix| &matrix.offsets),
-        Part::GlobalScale => {
-            matrices.iter().flat_map(|matrix| mlx_global_scale(matrix.global_scale).to_le_bytes()).collect()
-        }
+        Part::Codes => data.extend_from_slice(&matrix.codes),
+        Part::Scales => data.extend_from_slice(&matrix.scales),
+        Part::Offsets => data.extend_from_slice(&matrix.offsets),
+        Part::GlobalScale => data.extend_from_slice(&mlx_global_scale(matrix.global_scale).to_le_bytes()),
     }
 }
 

@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | calibrate | `calibrate.rs`, `stream.rs`, `observe.rs`, `stats.rs` | texts through a model, a layer at a time |
 //! | prune | `prune.rs` | fewer experts, by their saliency |
+//! | recalibrate | `recalibrate.rs`, `router_fit.rs` | routers fitted to the experts that are left |
 //! | plan | `plan.rs`, `sensitivity.rs`, `allocate.rs` | which module gets how many bits |
 //! | quantize | `quantize.rs`, `encoder.rs`, `search_*.rs`, `feedback.rs` | other formats, module by module |
 //! | compare | `compare.rs`, `distance.rs`, `picture.rs` | how far predictions are from another model's |
@@ -31,7 +32,9 @@ mod product;
 mod progress;
 pub mod prune;
 pub mod quantize;
+pub mod recalibrate;
 pub mod report;
+mod router_fit;
 mod search_affine;
 mod search_float;
 pub mod sensitivity;

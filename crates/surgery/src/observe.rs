@@ -75,11 +75,32 @@ pub(crate) struct Observations {
     pub(crate) saliency: BTreeMap<String, SaliencySums>,
     /// Rows that went into pooled moments.
     pub(crate) rows: BTreeMap<String, u32>,
+    /// By block.
+    pub(crate) routed: BTreeMap<String, RoutedRows>,
+}
+
+/// What to look at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Watch {
+    /// Inputs of weights and saliency of experts.
+    Calibration(MomentsMode),
+    /// What goes into the routed experts and what comes out, row by row.
+    Routing,
+}
+
+/// Rows that went through the routed experts of a block.
+#[derive(Debug, Default)]
+pub(crate) struct RoutedRows {
+    /// `[tokens, hidden_size]`
+    pub(crate) x: Vec<f32>,
+    /// `[tokens, hidden_size]`: the weighted sum of the chosen experts' outputs, without the shared expert's.
+    pub(crate) y: Vec<f32>,
 }
 
 /// The observing back end.
 pub(crate) struct Observer {
     backend: Box<dyn Backend>,
+    watch: Watch,
     mode: MomentsMode,
     weights: HashMap<u32, String>,
     experts: HashMap<u32, String>,
@@ -87,8 +108,29 @@ pub(crate) struct Observer {
 }
 
 impl Observer {
-    pub(crate) fn new(backend: Box<dyn Backend>, mode: MomentsMode) -> Self {
-        Observer { backend, mode, weights: HashMap::new(), experts: HashMap::new(), seen: Observations::default() }
+    pub(crate) fn new(backend: Box<dyn Backend>, watch: Watch) -> Self {
+        let mode = match watch {
+            Watch::Calibration(mode) => mode,
+            Watch::Routing => MomentsMode::None,
+        };
+        let (weights, experts) = (HashMap::new(), HashMap::new());
+        Observer { backend, watch, mode, weights, experts, seen: Observations::default() }
+    }
+
+    /// What was seen; the back end and its memory are given up.
+    pub(crate) fn into_seen(self) -> Observations {
+        self.seen
+    }
+
+    /// Notes what the routed experts alone give the rows of a step.
+    fn note_routed(&mut self, block: String, op: &MoeDown) -> Result<()> {
+        let (tokens, hidden) = (op.out.rows, op.out.cols);
+        let out = self.backend.alloc("routed outputs", ElementType::F32, tokens * hidden)?.tensor(tokens, hidden);
+        self.backend.moe_down(&MoeDown { plus: None, out, ..*op })?;
+        let y = self.read(out)?;
+        self.backend.free(out.buffer);
+        self.seen.routed.entry(block).or_default().y.extend(y);
+        Ok(())
     }
 
     fn read(&mut self, tensor: Tensor) -> Result<Vec<f32>> {
@@ -274,6 +316,9 @@ impl Backend for Observer {
     }
 
     fn linear(&mut self, op: &Linear<'_>) -> Result<()> {
+        if self.watch == Watch::Routing {
+            return self.backend.linear(op);
+        }
         let names: Vec<String> =
             op.parts.iter().map(|(weight, _)| self.name(weight)).filter(|name| !is_router(name)).collect();
         if !names.is_empty() {
@@ -284,6 +329,9 @@ impl Backend for Observer {
     }
 
     fn gate_up(&mut self, op: &GateUp) -> Result<()> {
+        if self.watch == Watch::Routing {
+            return self.backend.gate_up(op);
+        }
         let names = [self.name(&op.gate), self.name(&op.up)];
         let rows = self.read(op.x)?;
         self.note_linear(&names, &rows, op.x.cols);
@@ -291,6 +339,9 @@ impl Backend for Observer {
     }
 
     fn linear_heads(&mut self, op: &LinearHeads) -> Result<()> {
+        if self.watch == Watch::Routing {
+            return self.backend.linear_heads(op);
+        }
         let name = self.name(&op.weight);
         let rows = self.read(op.x)?;
         let Weight { count, cols, .. } = op.weight;
@@ -311,6 +362,10 @@ impl Backend for Observer {
     fn moe_gate_up(&mut self, op: &MoeGateUp) -> Result<()> {
         let block = self.experts.get(&op.experts.id).cloned().expect("experts are loaded through the observer");
         let (x, top_k, hidden) = (self.read(op.x)?, op.ids.cols, op.experts.hidden_size);
+        if self.watch == Watch::Routing {
+            self.seen.routed.entry(block).or_default().x.extend(x);
+            return self.backend.moe_gate_up(op);
+        }
         let mut ids = vec![0; op.ids.rows * top_k];
         self.backend.read_u32(op.ids, &mut ids)?;
         let key = format!("{block}.experts.gate_proj");
@@ -322,6 +377,10 @@ impl Backend for Observer {
 
     fn moe_down(&mut self, op: &MoeDown) -> Result<()> {
         let block = self.experts.get(&op.experts.id).cloned().expect("experts are loaded through the observer");
+        if self.watch == Watch::Routing {
+            self.note_routed(block, op)?;
+            return self.backend.moe_down(op);
+        }
         let (h, gates, inner) = (self.read(op.h)?, self.read(op.weights)?, op.experts.intermediate_size);
         let mut ids = vec![0; op.ids.rows * op.ids.cols];
         self.backend.read_u32(op.ids, &mut ids)?;

@@ -111,6 +111,11 @@ impl Product {
         self.writer.is_done(name)
     }
 
+    /// The entry of a module, if there is one, whether its tensors are on disk or not.
+    pub(crate) fn noted(&self, module: &str) -> Option<&Value> {
+        self.entries.get(module)
+    }
+
     /// The entry of a module, which must have been noted.
     pub(crate) fn entry(&self, module: &str) -> &Value {
         self.entries.get(module).expect("every module was noted before the product is finished")

@@ -10,7 +10,7 @@ use crate::progress::{Meter, Progress};
 use crate::report::{self, Receipt};
 use crate::stats::Stats;
 use crate::{Error, Result};
-use moellon_checkpoint::{Checkpoint, TensorSpec};
+use moellon_checkpoint::{Checkpoint, Matrix, TensorSpec};
 use moellon_model::ModelConfig;
 use moellon_tensor::{Dtype, OwnedMatrix, ScaleDtype, WeightFormat};
 use rayon::prelude::*;
@@ -117,6 +117,9 @@ fn module_error(entry: &Value) -> ErrorSum {
     ErrorSum { error: report::relative_error(entry) * weights, signal: weights }
 }
 
+/// Weights of a matrix from which on it is encoded alone: many row tasks for every core.
+const LARGE: usize = 1 << 20;
+
 /// Encodes one module, notes its error and writes its tensors.
 fn encode_module(
     checkpoint: &Checkpoint,
@@ -129,23 +132,27 @@ fn encode_module(
 ) -> Result<Value> {
     let importance = reader.read(module)?;
     let matrices = module.matrices(checkpoint)?;
-    let encoded: Vec<Encoded> = matrices
-        .par_iter()
-        .enumerate()
-        .map(|(index, matrix)| {
-            let encoded =
-                encode(&matrix.view(), format, importance.of(index), options).map_err(Error::weight(&module.name));
-            checkpoint.release_matrix(&matrix.view());
-            encoded
-        })
-        .collect::<Result<_>>()?;
+    let encode_one = |(index, matrix): (usize, &Matrix<'_>)| {
+        let importance = importance.of(index);
+        let encoded = encode(&matrix.view(), format, importance.view(), options).map_err(Error::weight(&module.name));
+        checkpoint.release_matrix(&matrix.view());
+        encoded
+    };
+    // A large matrix is work for all cores, and its inputs' moments may be larger than it: one after the other.
+    let at_once = if module.rows * module.cols >= LARGE { 1 } else { matrices.len() };
     let mut sum = ErrorSum::default();
     let mut lossless = true;
-    let mut parts: Vec<OwnedMatrix> = Vec::with_capacity(encoded.len());
-    for Encoded { matrix, error, lossless: exact } in encoded {
-        sum.add(error);
-        lossless &= exact;
-        parts.push(matrix);
+    let mut data: Vec<Vec<u8>> =
+        tensors.iter().map(|(_, spec)| Vec::with_capacity(spec.size_bytes().unwrap_or(0))).collect();
+    for (part, matrices) in matrices.chunks(at_once).enumerate() {
+        let numbered = matrices.par_iter().enumerate().map(|(at, matrix)| (part * at_once + at, matrix));
+        for encoded in numbered.map(encode_one).collect::<Result<Vec<Encoded>>>()? {
+            sum.add(encoded.error);
+            lossless &= encoded.lossless;
+            for ((part, _), data) in tensors.iter().zip(&mut data) {
+                layout::append(*part, &encoded.matrix, data);
+            }
+        }
     }
     let relative_error = if sum.signal > 0.0 { sum.error / sum.signal } else { 0.0 };
     // As text: a float that went through the journal's JSON may come back one unit in the last place off.
@@ -157,8 +164,8 @@ fn encode_module(
         "lossless": lossless,
     });
     product.note(&module.name, entry.clone())?;
-    for (part, spec) in tensors {
-        product.write(&spec.name, &layout::bytes(*part, &parts))?;
+    for ((_, spec), data) in tensors.iter().zip(&data) {
+        product.write(&spec.name, data)?;
     }
     Ok(entry)
 }

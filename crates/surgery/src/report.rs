@@ -121,6 +121,7 @@ impl Receipt {
         let mut card = String::new();
         let title = match self.command {
             "prune" => "pruned",
+            "recalibrate" => "pruned, routers recalibrated",
             _ => "quantized",
         };
         let base = self.source_name.rsplit('/').next().unwrap_or(&self.source_name);
@@ -204,6 +205,19 @@ impl Receipt {
                 "Experts kept a layer: {}; chosen by `{score}`. `expert_keep` in `config.json` has their original \
                  numbers.",
                 self.details.get("kept_experts").map_or_else(String::new, Value::to_string)
+            ));
+        }
+        if let Some(routers) = self.details.get("routers").and_then(Value::as_array) {
+            let mean = |key: &str| {
+                let errors = routers.iter().filter_map(|router| router[key].as_str()?.parse::<f64>().ok());
+                errors.sum::<f64>() / routers.len().max(1) as f64
+            };
+            sentences.push(format!(
+                "Routers of {} blocks were fitted to the experts that are left: of the squared output of the routed \
+                 experts, {:.3} was missing or wrong before and {:.3} is now (mean over blocks, on tokens not learned from).",
+                routers.len(),
+                mean("relative_error_before"),
+                mean("relative_error"),
             ));
         }
         for step in &self.history {

@@ -193,7 +193,7 @@ fn module_errors(
                 .map(|&at| {
                     let rows = sample_rows(&matrices[at].view());
                     let of = importance.of(at);
-                    let importance = Importance { feedback: None, ..of };
+                    let importance = Importance { feedback: None, ..of.view() };
                     encode(&rows.view(), format, importance, options)
                         .map(|encoded| encoded.error)
                         .map_err(Error::weight(&module.name))

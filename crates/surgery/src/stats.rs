@@ -136,9 +136,23 @@ impl Stats {
         self.matrix(&format!("{}.input_sq", self.key(module)))
     }
 
-    /// `E[x xᵀ]`, one for all matrices or one each, and its width.
-    pub fn moments(&self, module: &str) -> Option<Vec<Vec<f32>>> {
-        self.matrix(&format!("{}.moments", self.key(module)))
+    /// How many matrices `E[x xᵀ]` there are: none, one for all matrices of the module, or one each.
+    pub fn num_moments(&self, module: &str) -> usize {
+        self.tensors.tensor(&format!("{}.moments", self.key(module))).map_or(0, |tensor| tensor.shape[0])
+    }
+
+    /// `E[x xᵀ]` number `index`, read from the file now.
+    pub fn moments(&self, module: &str, index: usize) -> Option<Vec<f32>> {
+        let tensor = self.tensors.tensor(&format!("{}.moments", self.key(module)))?;
+        if tensor.dtype != Dtype::F32 {
+            return None;
+        }
+        let size_bytes = tensor.bytes.len().checked_div(*tensor.shape.first()?)?;
+        let bytes = tensor.bytes.get(index * size_bytes..(index + 1) * size_bytes)?;
+        let mut values = vec![0.0; size_bytes / 4];
+        ScaleDtype::F32.read_slice(bytes, 0, &mut values);
+        self.tensors.release(bytes);
+        Some(values)
     }
 
     /// The saliency sums of a block's experts.

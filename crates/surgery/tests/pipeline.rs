@@ -2,6 +2,7 @@
 
 use moellon_backend_cpu::{ActivationMode, CpuBackend, CpuOptions};
 use moellon_checkpoint::{Checkpoint, Projection};
+use moellon_model::config::Ffn;
 use moellon_model::{ModelConfig, arch};
 use moellon_ops::Backend;
 use moellon_surgery::allocate::Budget;
@@ -11,10 +12,12 @@ use moellon_surgery::encoder::{EncoderOptions, Method};
 use moellon_surgery::inventory::Inventory;
 use moellon_surgery::prune::{MtpExperts, PruneOptions, Score, prune};
 use moellon_surgery::quantize::{QuantizeOptions, quantize};
+use moellon_surgery::recalibrate::{RecalibrateOptions, recalibrate};
 use moellon_surgery::stats::MomentsMode;
 use moellon_surgery::stream::Sequences;
-use moellon_surgery::{Plan, Source, Stats, formats, sensitivity};
+use moellon_surgery::{Plan, Progress, Source, Stats, formats, sensitivity};
 use moellon_tensor::rng::SplitMix64;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 struct Opened {
@@ -73,9 +76,10 @@ fn calibration_counts_what_flows() {
     for module in inventory.modules.iter().filter(|m| m.name != "model.embed_tokens" && !m.name.ends_with(".gate")) {
         let tokens = stats.tokens(&module.name).unwrap_or_else(|| panic!("{} was not seen", module.name));
         let input_sq = stats.input_sq(&module.name).expect("importances");
-        let moments = stats.moments(&module.name).expect("moments");
+        assert_eq!(stats.num_moments(&module.name), module.count, "{}", module.name);
         assert_eq!((tokens.len(), input_sq.len(), input_sq[0].len()), (module.count, module.count, module.cols));
-        for (own, moments) in input_sq.iter().zip(&moments) {
+        for (index, own) in input_sq.iter().enumerate() {
+            let moments = stats.moments(&module.name, index).expect("moments");
             for (c, x) in own.iter().enumerate() {
                 let diagonal = moments[c * module.cols + c];
                 assert!((x - diagonal).abs() <= 1e-4 * x.abs() + 1e-9, "{}: {x} {diagonal}", module.name);
@@ -238,6 +242,77 @@ fn pruning_twice_keeps_the_first_numbers() {
         for (found, number) in last.iter().zip(&numbers) {
             assert_eq!(*found, first[number.as_u64().expect("a number") as usize]);
         }
+    }
+}
+
+/// Nothing but routers changes, those of MTP layers too; a block's output comes nearer; twice the same bytes.
+#[test]
+fn recalibrated_routers_come_nearer_and_nothing_else_changes() {
+    for name in ["glm_moe_dsa", "qwen3_moe", "gpt_oss", "glm4_moe_group"] {
+        let model = Opened::fixture(name);
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let sequences = model.tokens(24, 48);
+        let stats = stats(&model, &sequences, MomentsMode::None, &dir.path().join("stats"));
+        let moe = model.config.moe;
+        let keep = moe.num_experts - moe.n_group.max(1);
+        let pruned_dir = dir.path().join("pruned");
+        let options = PruneOptions { keep, score: Score::Random(3), mtp: MtpExperts::Pruned, max_shard_bytes: 1 << 30 };
+        prune(model.source(), &stats, options, &pruned_dir, &mut |_| {}).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let pruned = Opened::new(&pruned_dir);
+        let options = RecalibrateOptions { texts: Vec::new(), max_shard_bytes: 1 << 30 };
+        let run = |out: &Path, progress: &mut dyn FnMut(Progress<'_>)| {
+            let (model, pruned) = (model.source(), pruned.source());
+            recalibrate(pruned, model, &sequences, &options, out, &mut backend, progress)
+        };
+        let out = dir.path().join("out");
+        run(&out, &mut |_| {}).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let product = Opened::new(&out);
+        let mut changed = 0;
+        for tensor in pruned.checkpoint.tensors() {
+            let found = product.checkpoint.require(tensor.name).expect("every tensor is there");
+            assert_eq!((found.dtype, found.shape), (tensor.dtype, tensor.shape), "{name}: {}", tensor.name);
+            let router = tensor.name.ends_with(&format!(".{}.weight", moe.router_name));
+            assert!(router || found.bytes == tensor.bytes, "{name}: {}", tensor.name);
+            changed += usize::from(found.bytes != tensor.bytes);
+        }
+        let receipt: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(out.join("surgery.json")).expect("a receipt")).expect("JSON");
+        let routers = receipt["routers"].as_array().expect("a row for each router");
+        let layers = model.config.layers.len() + if name == "glm_moe_dsa" { 1 } else { 0 };
+        let dense = model.config.layers.iter().filter(|layer| layer.ffn != Ffn::Moe).count();
+        assert_eq!(routers.len(), layers - dense, "{name}");
+        let error = |key: &str| -> f64 {
+            routers.iter().map(|r| r[key].as_str().and_then(|text| text.parse::<f64>().ok()).expect("a number")).sum()
+        };
+        assert!(changed > 0 && error("relative_error") < error("relative_error_before"), "{name}: {routers:?}");
+        // A run that is cut off after its second layer: what was fitted is in the journal.
+        let again = dir.path().join("again");
+        let cut = catch_unwind(AssertUnwindSafe(|| {
+            let mut layers = 0;
+            run(&again, &mut |_| {
+                layers += 1;
+                if layers == 2 {
+                    std::panic::resume_unwind(Box::new("cut off"));
+                }
+            })
+        }));
+        assert!(cut.is_err() && !again.exists(), "{name}");
+        run(&again, &mut |_| {}).expect("goes on");
+        let bytes = |dir: &Path, file: &str| std::fs::read(dir.join(file)).expect("a file of the product");
+        for file in ["model.safetensors", "surgery.json", "README.md", "config.json"] {
+            assert!(bytes(&out, file) == bytes(&again, file), "{name}: {file}");
+        }
+        let message = recalibrate(
+            model.source(),
+            model.source(),
+            &sequences,
+            &options,
+            &dir.path().join("none"),
+            &mut backend,
+            &mut |_| {},
+        );
+        let message = message.expect_err("nothing was pruned").to_string();
+        assert!(message.contains("blocks with fewer experts than in the reference is 0"), "{message}");
     }
 }
 

@@ -46,6 +46,11 @@ fn print(comparison: &Comparison) {
         "KL divergence       mean {:.5} +- {:.5}, median {:.5}, 99.9 % {:.4}, worst {:.4} nats",
         c.kl_mean, c.kl_standard_error, c.kl_median, c.kl_p999, c.kl_max
     );
+    println!(
+        "beyond the top {}  {:.3} % of the reference's probability (included above)",
+        compare::TOP,
+        100.0 * c.tail_mass
+    );
     println!("same next token     {:.2} %", 100.0 * c.top1_agreement);
     println!("perplexity          {:.4}, reference {:.4}", c.ppl, c.ref_ppl);
     if let (Some(own), Some(reference)) = (c.mtp_agreement, c.ref_mtp_agreement) {

@@ -1,4 +1,4 @@
-//! `moellon calibrate`, `prune`, `plan`, `quantize` and `compare`: the commands that make and judge demolished models.
+//! `moellon calibrate`, `prune`, `recalibrate`, `plan`, `quantize` and `compare`: the commands that make and judge demolished models.
 
 mod calibrate;
 mod compare;
@@ -6,6 +6,7 @@ pub mod options;
 mod plan;
 mod prune;
 mod quantize;
+mod recalibrate;
 mod reporter;
 mod texts;
 
@@ -14,6 +15,7 @@ pub use compare::run as compare;
 pub use plan::run as plan;
 pub use prune::run as prune;
 pub use quantize::run as quantize;
+pub use recalibrate::run as recalibrate;
 
 use crate::backend;
 use crate::cli::{ActivationsChoice, DeviceOptions};

@@ -167,6 +167,26 @@ pub struct PruneOptions {
 }
 
 #[derive(Debug, Args)]
+pub struct RecalibrateOptions {
+    /// The pruned model.
+    #[command(flatten)]
+    pub model: ModelOptions,
+    /// The model before pruning; without it, the bundled model.
+    #[arg(long = "ref", value_name = "DIR")]
+    pub reference: Option<PathBuf>,
+    #[command(flatten)]
+    pub device: DeviceOptions,
+    #[command(flatten)]
+    pub texts: TextOptions,
+    /// Where to write: a new directory.
+    #[arg(short, long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Size of shards. A killed run loses the shard that was being written.
+    #[arg(long, default_value_t = 1.0, value_name = "GB")]
+    pub shard_gb: f64,
+}
+
+#[derive(Debug, Args)]
 #[command(group(clap::ArgGroup::new("budget").required(true).args(["bpw", "size_gb", "token_gb"])))]
 pub struct PlanOptions {
     #[command(flatten)]
