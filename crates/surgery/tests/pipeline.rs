@@ -2,7 +2,6 @@
 
 use moellon_backend_cpu::{ActivationMode, CpuBackend, CpuOptions};
 use moellon_checkpoint::{Checkpoint, Projection};
-use moellon_model::config::Ffn;
 use moellon_model::{ModelConfig, arch};
 use moellon_ops::Backend;
 use moellon_surgery::allocate::Budget;
@@ -16,6 +15,7 @@ use moellon_surgery::recalibrate::{RecalibrateOptions, recalibrate};
 use moellon_surgery::stats::MomentsMode;
 use moellon_surgery::stream::Sequences;
 use moellon_surgery::{Plan, Progress, Source, Stats, formats, sensitivity};
+use moellon_tensor::ScaleDtype;
 use moellon_tensor::rng::SplitMix64;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -245,6 +245,26 @@ fn pruning_twice_keeps_the_first_numbers() {
     }
 }
 
+/// Makes every router's weights up to three quarters larger or smaller: between random experts there is nothing to learn
+/// but what the router was.
+fn blur_routers(path: &Path, suffix: &str) {
+    let mut file = std::fs::read(path).expect("one shard");
+    let header_len = u64::from_le_bytes(file[..8].try_into().expect("eight bytes")) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&file[8..8 + header_len]).expect("a header");
+    let mut rng = SplitMix64::new(21);
+    for (_, entry) in header.as_object().expect("tensors by name").iter().filter(|(name, _)| name.ends_with(suffix)) {
+        let dtype = if entry["dtype"] == "F32" { ScaleDtype::F32 } else { ScaleDtype::Bf16 };
+        let [begin, end] = [0, 1].map(|at| entry["data_offsets"][at].as_u64().expect("an offset") as usize);
+        let data = &mut file[8 + header_len..][begin..end];
+        let mut values = vec![0.0; data.len() / dtype.size_bytes()];
+        dtype.read_slice(data, 0, &mut values);
+        for (at, value) in values.iter().enumerate() {
+            dtype.write(value * (0.25 + 1.5 * rng.next_f64() as f32), data, at);
+        }
+    }
+    std::fs::write(path, file).expect("written");
+}
+
 /// Nothing but routers changes, those of MTP layers too; a block's output comes nearer; twice the same bytes.
 #[test]
 fn recalibrated_routers_come_nearer_and_nothing_else_changes() {
@@ -258,11 +278,12 @@ fn recalibrated_routers_come_nearer_and_nothing_else_changes() {
         let pruned_dir = dir.path().join("pruned");
         let options = PruneOptions { keep, score: Score::Random(3), mtp: MtpExperts::Pruned, max_shard_bytes: 1 << 30 };
         prune(model.source(), &stats, options, &pruned_dir, &mut |_| {}).unwrap_or_else(|e| panic!("{name}: {e}"));
+        blur_routers(&pruned_dir.join("model.safetensors"), &format!(".{}.weight", moe.router_name));
         let pruned = Opened::new(&pruned_dir);
         let options = RecalibrateOptions { texts: Vec::new(), max_shard_bytes: 1 << 30 };
         let run = |out: &Path, progress: &mut dyn FnMut(Progress<'_>)| {
             let (model, pruned) = (model.source(), pruned.source());
-            recalibrate(pruned, model, &sequences, &options, out, &mut backend, progress)
+            recalibrate(pruned, model, &sequences, &options, out, &mut backend, progress).map_err(|e| e.to_string())
         };
         let out = dir.path().join("out");
         run(&out, &mut |_| {}).unwrap_or_else(|e| panic!("{name}: {e}"));
@@ -278,13 +299,16 @@ fn recalibrated_routers_come_nearer_and_nothing_else_changes() {
         let receipt: serde_json::Value =
             serde_json::from_slice(&std::fs::read(out.join("surgery.json")).expect("a receipt")).expect("JSON");
         let routers = receipt["routers"].as_array().expect("a row for each router");
-        let layers = model.config.layers.len() + if name == "glm_moe_dsa" { 1 } else { 0 };
-        let dense = model.config.layers.iter().filter(|layer| layer.ffn != Ffn::Moe).count();
-        assert_eq!(routers.len(), layers - dense, "{name}");
+        let inventory = Inventory::take(&pruned.config, &pruned.checkpoint).expect("inventory");
+        let blocks = inventory.modules.iter().filter(|module| module.name.ends_with(".experts.gate_proj")).count();
+        assert_eq!(routers.len(), blocks, "{name}");
         let error = |key: &str| -> f64 {
             routers.iter().map(|r| r[key].as_str().and_then(|text| text.parse::<f64>().ok()).expect("a number")).sum()
         };
-        assert!(changed > 0 && error("relative_error") < error("relative_error_before"), "{name}: {routers:?}");
+        // A router that got no better stays as it was.
+        let better = routers.iter().filter(|r| r["relative_error"] != r["relative_error_before"]).count();
+        assert_eq!(changed, better, "{name}");
+        assert!(error("relative_error") < 0.97 * error("relative_error_before"), "{name}: {routers:?}");
         // A run that is cut off after its second layer: what was fitted is in the journal.
         let again = dir.path().join("again");
         let cut = catch_unwind(AssertUnwindSafe(|| {
