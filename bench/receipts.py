@@ -68,7 +68,7 @@ def write(name, commands, samples, tables, stolen, machine=None):
         "date": datetime.date.today().isoformat(),
         "commit": commit,
         "binary_sha256": hashlib.sha256(BINARY.read_bytes()).hexdigest(),
-        "machine": machine or {key: doctor[key] for key in ("cpu", "cores", "cpu_level", "memory_bytes", "read_gb_s", "read_gb_s_1_thread")},
+        "machine": machine or {key: doctor[key] for key in ("cpu", "cores", "cpu_level", "memory_bytes", "os", "gpus", "driver", "read_gb_s", "read_gb_s_1_thread")},
         "steal_pct": round(100 * (after[0] - stolen[0]) / max(1, after[1] - stolen[1]), 2),
         "load_average": os.getloadavg(),
         "commands": commands,

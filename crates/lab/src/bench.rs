@@ -37,6 +37,9 @@ type Result<T> = std::result::Result<T, Error>;
 
 pub use crate::disturbance::STEAL_LIMIT_PERCENT;
 
+/// Rows that unions of experts are stated for.
+const UNION_ROWS: [f64; 14] = [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0];
+
 /// Steps whose operations are timed and counted one by one.
 const PROFILED_STEPS: u64 = 8;
 
@@ -59,7 +62,7 @@ pub struct BenchPlan {
     pub seed: u64,
 }
 
-/// Everything that was measured.
+/// Everything that was measured. What older receipts lack is read as nothing.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct BenchReport {
     /// Where.
@@ -73,10 +76,13 @@ pub struct BenchReport {
     /// Median read bandwidth over the run.
     pub measured_read_gb_s: f64,
     /// Memory of the process at the end; absent where the system does not say.
+    #[serde(default)]
     pub memory: Option<ResidentMemory>,
     /// Bytes of the weights that were loaded, as a file has them.
+    #[serde(default)]
     pub weight_bytes: u64,
     /// Bytes of all cache rows that the decoder has room for.
+    #[serde(default)]
     pub cache_bytes: u64,
     /// One entry a batch size.
     pub results: Vec<DecodeResult>,
@@ -96,6 +102,7 @@ pub struct DecodeResult {
     /// Milliseconds of a step, median.
     pub step_ms: f64,
     /// First and third quartile of the windows.
+    #[serde(default)]
     pub step_ms_quartiles: [f64; 2],
     /// Bytes that a step must move: each distinct expert once.
     pub bytes_per_step: u64,
@@ -112,6 +119,7 @@ pub struct DecodeResult {
     /// CPU time stolen during the windows that counted, in percent.
     pub steal_pct: f64,
     /// Windows that were discarded for steal.
+    #[serde(default)]
     pub discarded_windows: usize,
     /// Where the time goes, from a separate profiled step.
     pub stages: Vec<StageResult>,
@@ -140,13 +148,18 @@ pub struct PrefillResult {
     /// Tokens a second, median.
     pub tok_s: f64,
     /// First and third quartile of the runs, in tokens a second.
+    #[serde(default)]
     pub tok_s_quartiles: [f64; 2],
     /// CPU time stolen during the runs that counted, in percent.
     pub steal_pct: f64,
     /// Runs that were discarded for steal.
+    #[serde(default)]
     pub discarded_windows: usize,
     /// Where the time goes, from a separate profiled run.
     pub stages: Vec<StageResult>,
+    /// Distinct experts of a layer by rows, for independent rows that choose as this prompt's did; empty without experts.
+    #[serde(default)]
+    pub unions: Vec<(f64, f64)>,
 }
 
 /// A model on a back end, and how its machine's bandwidth is measured.
@@ -299,6 +312,8 @@ impl Bench<'_> {
         let mut profiler = Profiler::new(self.backend);
         moellon_model::Session::new().extend(&prompt, self.decoder, &mut profiler)?;
         let stages = stage_results(profiler.profile(), 1);
+        let unions =
+            UNION_ROWS.into_iter().filter_map(|n| Some((n, profiler.profile().union_of_experts(n)?))).collect();
         Ok(PrefillResult {
             tokens,
             tok_s: median(&samples),
@@ -306,6 +321,7 @@ impl Bench<'_> {
             steal_pct: median(&steals),
             discarded_windows: discarded,
             stages,
+            unions,
         })
     }
 }

@@ -1,4 +1,7 @@
 //! Two arms of an experiment in turn: A B, B A, A B, .. until the rule has seen enough.
+//!
+//! Where an engine's weights and caches happen to lie in memory makes it faster or slower for as long as it lives, so arms are
+//! built anew every [`BLOCK_PAIRS`] pairs, and the interval allows for what such blocks differ.
 
 use crate::disturbance::{Taint, Windows, Witness};
 use crate::statistics::{Estimate, Outcome, Rule, median, quantile};
@@ -8,6 +11,12 @@ use std::time::Instant;
 
 /// Pairs that only warm up.
 const WARM_UP_PAIRS: usize = 2;
+
+/// Pairs that the same two arms run, at least.
+pub const BLOCK_PAIRS: usize = 40;
+
+/// Running takes at least that many times as long as building: a large model is not read again and again.
+const RUNNING_PER_BUILDING: f64 = 3.0;
 
 /// Discarded pairs at most, for each that may count.
 const DISCARDS_PER_PAIR: usize = 3;
@@ -31,6 +40,9 @@ pub trait Arm {
     /// What failed, in words.
     fn window(&mut self) -> Result<Sample, String>;
 }
+
+/// Both sides, A and B.
+pub type Arms = [Box<dyn Arm>; 2];
 
 /// What was measured of one arm.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -71,69 +83,55 @@ pub struct InTurn {
     pub same_output: bool,
     /// Windows and what disturbed them.
     pub windows: Windows,
+    /// How often both arms were built; 0 in receipts from before they were built more than once.
+    #[serde(default)]
+    pub builds: usize,
     /// Seconds that the comparison took.
     pub seconds: f64,
 }
 
-/// Runs `a` and `b` in turn until `rule` has seen enough, or too much was disturbed.
+/// Runs both arms that `fresh` builds in turn until `rule` has seen enough, or too much was disturbed.
 ///
 /// # Errors
-/// What an arm says.
-pub fn in_turn(a: &mut dyn Arm, b: &mut dyn Arm, rule: &Rule, witness: &mut dyn Witness) -> Result<InTurn, String> {
+/// What an arm says, or what keeps it from being built.
+pub fn in_turn(
+    fresh: &mut dyn FnMut() -> Result<Arms, String>,
+    rule: &Rule,
+    witness: &mut dyn Witness,
+) -> Result<InTurn, String> {
     let started = Instant::now();
-    for _ in 0..WARM_UP_PAIRS {
-        a.window()?;
-        b.window()?;
-    }
+    let mut bench = Workbench::new(fresh)?;
     let looks = rule.looks();
-    let mut seconds: [Vec<f64>; 2] = Default::default();
-    let mut extra: [BTreeMap<String, Vec<f64>>; 2] = Default::default();
-    let mut ratios = Vec::new();
-    let mut windows = Windows::default();
-    let mut same_output = true;
+    let mut seen = Seen { same_output: true, ..Seen::default() };
     let (mut estimate, mut outcome) = (None, Outcome::Undecided);
     for round in 0.. {
         let out_of_time = started.elapsed().as_secs_f64() > rule.max_seconds;
-        if out_of_time || windows.discarded > DISCARDS_PER_PAIR * rule.max_pairs {
+        if out_of_time || seen.windows.discarded > DISCARDS_PER_PAIR * rule.max_pairs {
             break;
         }
+        if bench.is_worn(seen.block()) {
+            bench.renew()?;
+            seen.blocks.push(0);
+        }
         witness.begin();
-        // Whoever is second finds the caches as the first left them: each is second as often.
-        let pair = if round % 2 == 0 {
-            let first = a.window()?;
-            [first, b.window()?]
-        } else {
-            let first = b.window()?;
-            [a.window()?, first]
-        };
-        // Arms of different batches have their first sequences in common.
-        same_output &= pair[0].output.iter().zip(&pair[1].output).all(|(a, b)| a == b);
-        if let Some(taint) = witness.end() {
-            windows.discarded += 1;
-            *windows.reasons.entry(taint).or_default() += 1;
+        let pair = bench.pair(round)?;
+        if !seen.add(pair, witness.end()) {
             continue;
         }
-        windows.kept += 1;
-        ratios.push((pair[1].seconds / pair[0].seconds).ln());
-        for (side, sample) in pair.into_iter().enumerate() {
-            seconds[side].push(sample.seconds);
-            for (name, value) in sample.extra {
-                extra[side].entry(name).or_default().push(value);
-            }
-        }
-        if looks.contains(&ratios.len()) {
-            estimate = rule.estimate(&ratios);
+        if looks.contains(&seen.ratios.len()) {
+            estimate = rule.estimate(&seen.ratios, &seen.blocks);
             outcome = estimate.as_ref().map_or(Outcome::Undecided, |e| rule.outcome(e));
-            if outcome != Outcome::Undecided || ratios.len() == rule.max_pairs {
+            if outcome != Outcome::Undecided || seen.ratios.len() == rule.max_pairs {
                 break;
             }
         }
     }
     if outcome == Outcome::Undecided {
         // Time ran out between two looks: what is there is looked at once more.
-        estimate = rule.estimate(&ratios).or(estimate);
+        estimate = rule.estimate(&seen.ratios, &seen.blocks).or(estimate);
         outcome = estimate.as_ref().map_or(Outcome::Undecided, |e| rule.outcome(e));
     }
+    let Seen { seconds, extra, mut windows, same_output, .. } = seen;
     windows.steal_pct = witness.steal_percent();
     let [a_seconds, b_seconds] = seconds;
     let invert = |e: Estimate| Estimate { mean: (-e.mean).exp(), low: (-e.high).exp(), high: (-e.low).exp(), ..e };
@@ -144,8 +142,102 @@ pub fn in_turn(a: &mut dyn Arm, b: &mut dyn Arm, rule: &Rule, witness: &mut dyn 
         outcome,
         same_output,
         windows,
+        builds: bench.builds,
         seconds: started.elapsed().as_secs_f64(),
     })
+}
+
+/// Two arms that run, and how to build others like them.
+struct Workbench<'a> {
+    fresh: &'a mut dyn FnMut() -> Result<Arms, String>,
+    arms: Option<Arms>,
+    builds: usize,
+    build_seconds: f64,
+    built: Instant,
+}
+
+impl<'a> Workbench<'a> {
+    fn new(fresh: &'a mut dyn FnMut() -> Result<Arms, String>) -> Result<Self, String> {
+        let mut bench = Workbench { fresh, arms: None, builds: 0, build_seconds: 0.0, built: Instant::now() };
+        bench.renew()?;
+        Ok(bench)
+    }
+
+    /// Builds both arms, and lets them warm up.
+    fn renew(&mut self) -> Result<(), String> {
+        // There may be no room for four.
+        self.arms = None;
+        let started = Instant::now();
+        let arms = self.arms.insert((self.fresh)()?);
+        for _ in 0..WARM_UP_PAIRS {
+            for arm in arms.iter_mut() {
+                arm.window()?;
+            }
+        }
+        self.builds += 1;
+        self.build_seconds = started.elapsed().as_secs_f64();
+        self.built = Instant::now();
+        Ok(())
+    }
+
+    fn is_worn(&self, pairs: usize) -> bool {
+        pairs >= BLOCK_PAIRS && self.built.elapsed().as_secs_f64() >= RUNNING_PER_BUILDING * self.build_seconds
+    }
+
+    /// A window of each. Whoever is second finds the caches as the first left them: each is second as often.
+    fn pair(&mut self, round: usize) -> Result<[Sample; 2], String> {
+        let [a, b] = self.arms.as_mut().expect("renew() built them");
+        if round.is_multiple_of(2) {
+            let first = a.window()?;
+            Ok([first, b.window()?])
+        } else {
+            let first = b.window()?;
+            Ok([a.window()?, first])
+        }
+    }
+}
+
+/// What pairs have shown.
+#[derive(Default)]
+struct Seen {
+    seconds: [Vec<f64>; 2],
+    extra: [BTreeMap<String, Vec<f64>>; 2],
+    ratios: Vec<f64>,
+    /// Pairs of each build.
+    blocks: Vec<usize>,
+    windows: Windows,
+    same_output: bool,
+}
+
+impl Seen {
+    /// Takes a pair; whether it counts.
+    fn add(&mut self, pair: [Sample; 2], taint: Option<Taint>) -> bool {
+        // Arms of different batches have their first sequences in common.
+        self.same_output &= pair[0].output.iter().zip(&pair[1].output).all(|(a, b)| a == b);
+        if let Some(taint) = taint {
+            self.windows.discarded += 1;
+            *self.windows.reasons.entry(taint).or_default() += 1;
+            return false;
+        }
+        self.windows.kept += 1;
+        self.ratios.push((pair[1].seconds / pair[0].seconds).ln());
+        if self.blocks.is_empty() {
+            self.blocks.push(0);
+        }
+        *self.blocks.last_mut().expect("there is one") += 1;
+        for (side, sample) in pair.into_iter().enumerate() {
+            self.seconds[side].push(sample.seconds);
+            for (name, value) in sample.extra {
+                self.extra[side].entry(name).or_default().push(value);
+            }
+        }
+        true
+    }
+
+    /// Pairs of the arms that run now.
+    fn block(&self) -> usize {
+        self.blocks.last().copied().unwrap_or(0)
+    }
 }
 
 /// The taint that spoiled most pairs, in words; `None` where none was spoiled.
@@ -202,10 +294,15 @@ mod tests {
         }
     }
 
+    /// Builds two arms with these times, seeds and tokens.
+    fn two(a: (f64, u32), b: (f64, u32)) -> impl FnMut() -> Result<Arms, String> {
+        move || Ok([Box::new(Simulated::new(a.0, 1, a.1)), Box::new(Simulated::new(b.0, 2, b.1))])
+    }
+
     #[test]
     fn a_gain_is_found_soon_and_disturbed_windows_do_not_count() {
-        let (mut a, mut b) = (Simulated::new(1.3e-3, 1, 7), Simulated::new(1.0e-3, 2, 7));
-        let result = in_turn(&mut a, &mut b, &Rule::default(), &mut Restless::default()).unwrap();
+        let mut arms = two((1.3e-3, 7), (1.0e-3, 7));
+        let result = in_turn(&mut arms, &Rule::default(), &mut Restless::default()).unwrap();
         assert_eq!(result.outcome, Outcome::Faster);
         let speedup = result.speedup.unwrap();
         assert!(speedup.low > 1.27 && speedup.high < 1.33 && speedup.low < speedup.high, "{speedup:?}");
@@ -217,9 +314,28 @@ mod tests {
 
     #[test]
     fn other_tokens_are_noticed() {
-        let (mut a, mut b) = (Simulated::new(1e-3, 1, 7), Simulated::new(1e-3, 2, 8));
-        let result = in_turn(&mut a, &mut b, &Rule::default(), &mut Restless::default()).unwrap();
+        let mut arms = two((1e-3, 7), (1e-3, 8));
+        let result = in_turn(&mut arms, &Rule::default(), &mut Restless::default()).unwrap();
         assert!(!result.same_output);
         assert_eq!(result.outcome, Outcome::Equal);
+    }
+
+    #[test]
+    fn what_an_engine_owes_to_its_place_in_memory_is_no_gain() {
+        let rule = Rule { min_pairs: 320, max_pairs: 320, ..Rule::default() };
+        let compare = |spread: f64| {
+            let mut builds = 0;
+            let mut fresh = || -> Result<Arms, String> {
+                builds += 1;
+                // B is faster by 1.5 %, and each build by something of its own.
+                let own = [0.0, spread, -spread, 1.1 * spread, 0.1 * spread, -0.8 * spread, 0.6 * spread, -spread];
+                let b = 1e-3 * (1.0 + own[builds % own.len()]) / 1.015;
+                Ok([Box::new(Simulated::new(1e-3, 1, 7)), Box::new(Simulated::new(b, builds as u64, 7))])
+            };
+            in_turn(&mut fresh, &rule, &mut Restless::default()).unwrap()
+        };
+        let (steady, scattered) = (compare(0.0), compare(0.03));
+        assert_eq!((steady.outcome, steady.builds), (Outcome::Faster, 320 / BLOCK_PAIRS));
+        assert_eq!((scattered.outcome, scattered.builds), (Outcome::Undecided, 320 / BLOCK_PAIRS));
     }
 }

@@ -297,6 +297,7 @@ macro_rules! built_in {
 const BUILT_IN: &[(&str, &str)] = built_in![
     "activations",
     "active-experts",
+    "batch-copies",
     "batch-distinct",
     "batch-identical",
     "cuda-graph",

@@ -24,4 +24,4 @@ pub mod statistics;
 
 pub use bench::{BenchPlan, BenchReport};
 pub use disturbance::STEAL_LIMIT_PERCENT;
-pub use machine::{Machine, ReadBandwidth, StealClock};
+pub use machine::{Machine, ReadBandwidth, StealClock, last_level_cache_bytes};

@@ -43,6 +43,22 @@ impl Machine {
     }
 }
 
+/// Bytes of the largest cache that a core has or shares; `None` where the system does not say.
+pub fn last_level_cache_bytes() -> Option<u64> {
+    let caches = std::fs::read_dir("/sys/devices/system/cpu/cpu0/cache").ok()?.flatten();
+    caches.filter_map(|cache| cache_bytes(&std::fs::read_to_string(cache.path().join("size")).ok()?)).max()
+}
+
+/// Bytes of `491520K` or `32M`.
+fn cache_bytes(text: &str) -> Option<u64> {
+    let text = text.trim();
+    let (digits, shift) = match text.strip_suffix('K') {
+        Some(digits) => (digits, 10),
+        None => (text.strip_suffix('M')?, 20),
+    };
+    digits.parse::<u64>().ok().map(|number| number << shift)
+}
+
 fn cpu_model() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = info.lines().find_map(|l| l.strip_prefix("model name").and_then(|l| l.split_once(':')));
@@ -129,4 +145,12 @@ fn cpu_times() -> (u64, u64) {
     // user nice system idle iowait irq softirq steal; guest times are counted in user already.
     let ticks: Vec<u64> = line.split_whitespace().skip(1).take(8).filter_map(|t| t.parse().ok()).collect();
     (ticks.get(7).copied().unwrap_or(0), ticks.iter().sum())
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn cache_sizes_are_read() {
+        assert_eq!(["491520K\n", "32M", "7"].map(super::cache_bytes), [Some(480 << 20), Some(32 << 20), None]);
+    }
 }

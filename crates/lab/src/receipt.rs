@@ -82,6 +82,19 @@ pub struct MeasuredMachine {
     pub read_gb_s: f64,
     /// The same with one thread.
     pub read_gb_s_1_thread: f64,
+    /// The back end and its device where that is no CPU: `cuda: NVIDIA H200, ..`.
+    #[serde(default)]
+    pub device: Option<String>,
+    /// Decimal gigabytes a second that the device reads from its own memory.
+    #[serde(default)]
+    pub device_read_gb_s: Option<f64>,
+}
+
+impl MeasuredMachine {
+    /// GB/s of the memory that models are computed from.
+    pub fn model_read_gb_s(&self) -> f64 {
+        self.device_read_gb_s.unwrap_or(self.read_gb_s)
+    }
 }
 
 /// The model that was measured.

@@ -1,9 +1,10 @@
 //! What a step costs by its bytes, and what it would cost if something were otherwise. One model of cost for the roofline,
 //! for every what-if and for the report, and it is held against measurements ([`CostModel::check`]).
 //!
-//! A step reads what all tokens share once, each *distinct* expert once (`U(B) = E (1 - (1 - k/E)^B)` for independent uniform
-//! choices) and each sequence's cache. Its time is those bytes over the bandwidth, longer by the share that the engine loses at
-//! batch 1. That share is the only thing that is fitted.
+//! A step reads what all tokens share once, each *distinct* expert once and each sequence's cache. How many experts independent
+//! tokens have together follows from how often each is chosen, which the profile of a prompt counts; before anything was counted
+//! all are equally likely (`U(B) = E (1 - (1 - k/E)^B)`). The time of a step is those bytes over the bandwidth, longer by the share
+//! that the engine loses at batch 1. That share is the only thing that is fitted.
 
 use moellon_model::ModelConfig;
 use moellon_model::account::{Account, Component, cache_bytes_read};
@@ -11,8 +12,12 @@ use moellon_ops::CacheDtype;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// A step that reaches this share of the bandwidth is bound by it; below, something else decides.
-pub const BOUND_SHARE: f64 = 0.65;
+/// A step is bound by bandwidth if reading takes three quarters of its time, could memory do nothing else; below, something else
+/// decides.
+pub const BOUND_SHARE: f64 = 0.75;
+
+/// Share of experts that neighbouring tokens have in common where nobody counted: what GLM-4.7-Flash's were seen to share.
+pub const OVERLAP: f64 = 0.26;
 
 /// Bytes of one component that a token at batch 1 reads.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -44,6 +49,9 @@ pub struct CostModel {
     pub efficiency: f64,
     /// Bytes that one draft of the MTP layer reads; 0 without one.
     pub draft_bytes: f64,
+    /// Distinct experts by rows, increasing, as counted choices say; empty before anything was counted.
+    #[serde(default)]
+    pub unions: Vec<(f64, f64)>,
 }
 
 impl CostModel {
@@ -68,6 +76,7 @@ impl CostModel {
             bandwidth,
             efficiency: 1.0,
             draft_bytes: account.mtp().bytes_per_token,
+            unions: Vec::new(),
         }
     }
 
@@ -78,10 +87,17 @@ impl CostModel {
         CostModel { efficiency, ..self }
     }
 
-    /// Distinct experts that `rows` independent tokens choose.
+    /// Distinct experts that `rows` independent tokens choose: as counted, or else with equal chances.
     pub fn distinct_experts(&self, rows: f64) -> f64 {
         if self.num_experts == 0.0 {
             return 0.0;
+        }
+        // Between two counts by their logarithms: the curve is nearly straight there.
+        let after = self.unions.partition_point(|(n, _)| *n < rows);
+        match (after.checked_sub(1).map(|before| self.unions[before]), self.unions.get(after)) {
+            (_, Some(&(n, union))) if n == rows => return union,
+            (Some((n0, u0)), Some(&(n1, u1))) => return u0 + (u1 - u0) * (rows / n0).ln() / (n1 / n0).ln(),
+            _ => {}
         }
         self.num_experts * (1.0 - (1.0 - self.active_experts / self.num_experts).powf(rows))
     }
@@ -95,6 +111,19 @@ impl CostModel {
     /// Bytes that a step of `batch` sequences reads.
     pub fn bytes(&self, batch: f64) -> f64 {
         self.bytes_of(self.distinct_experts(batch), batch)
+    }
+
+    /// Bytes that a step of `batch` copies of one text reads: they choose the experts of one token.
+    pub fn bytes_of_copies(&self, batch: f64) -> f64 {
+        self.bytes_of(self.active_experts, batch)
+    }
+
+    /// Bytes of a step that verifies `drafts` drafts of one sequence (a mean over steps, so it may be a fraction), which are made
+    /// for nothing; neighbouring tokens share `overlap` of their experts.
+    pub fn verify_bytes(&self, drafts: f64, overlap: f64) -> f64 {
+        let of = |drafts: f64| self.bytes_of(self.related_experts(drafts as usize + 1, overlap), 1.0);
+        let (low, high) = (of(drafts.floor()), of(drafts.ceil()));
+        low + (high - low) * drafts.fract()
     }
 
     fn bytes_of(&self, distinct: f64, sequences: f64) -> f64 {
@@ -120,7 +149,7 @@ impl CostModel {
     pub fn speculation(&self, drafts: usize, acceptance: f64, overlap: f64) -> f64 {
         let tokens: f64 = (0..=drafts).map(|i| acceptance.powi(i as i32)).sum();
         let plain = self.bytes(1.0);
-        let verify = self.bytes_of(self.related_experts(drafts + 1, overlap), 1.0) + drafts as f64 * self.draft_bytes;
+        let verify = self.verify_bytes(drafts as f64, overlap) + drafts as f64 * self.draft_bytes;
         // What is no reading (launches, small operations) is paid once a step, drafted or not.
         let other = plain * (1.0 / self.efficiency - 1.0);
         tokens * (plain + other) / (verify + other)
@@ -211,7 +240,7 @@ pub struct BatchPoint {
     pub bandwidth_bound: bool,
     /// Counted.
     pub distinct_experts: f64,
-    /// By independent uniform choices.
+    /// By [`CostModel::distinct_experts`].
     pub predicted_experts: f64,
 }
 
@@ -237,8 +266,7 @@ impl std::str::FromStr for WhatIf {
 
     /// `experts=3,attention=3.5,batch=8,k=3,p=0.8,overlap=0.26,bandwidth=819`, any of them.
     fn from_str(text: &str) -> Result<Self, String> {
-        // What GLM-4.7-Flash's neighbouring tokens were seen to share.
-        let mut what_if = WhatIf { overlap: 0.26, ..WhatIf::default() };
+        let mut what_if = WhatIf { overlap: OVERLAP, ..WhatIf::default() };
         for field in text.split(',').map(str::trim) {
             let form = || format!("{field}: expected NAME=NUMBER, e.g. experts=3, batch=8, k=3, p=0.8, bandwidth=819");
             let (name, value) = field.split_once('=').ok_or_else(form)?;
@@ -284,7 +312,19 @@ mod tests {
             bandwidth: 614e9,
             efficiency: 1.0,
             draft_bytes: 0.0,
+            unions: Vec::new(),
         }
+    }
+
+    #[test]
+    fn counted_choices_say_what_a_batch_reads() {
+        let counted = CostModel { unions: vec![(1.0, 8.0), (4.0, 20.0), (8.0, 30.0)], ..glm() };
+        assert_eq!([1.0, 4.0, 8.0].map(|rows| counted.distinct_experts(rows)), [8.0, 20.0, 30.0]);
+        assert!((counted.distinct_experts(2.0) - 14.0).abs() < 1e-12);
+        // Beyond what was counted all are equally likely.
+        assert_eq!(counted.distinct_experts(16.0), glm().distinct_experts(16.0));
+        assert!((counted.bytes_of_copies(8.0) - counted.bytes(1.0)).abs() < 1.0);
+        assert!(counted.verify_bytes(1.5, 0.26) > counted.verify_bytes(1.0, 0.26));
     }
 
     #[test]

@@ -58,6 +58,33 @@ pub fn trimmed_interval(values: &[f64], confidence: f64) -> Option<Estimate> {
     Some(Estimate { mean, low: mean - half, high: mean + half, confidence })
 }
 
+/// Blocks below which nothing can be said about how they differ.
+const LEAST_BLOCKS: usize = 4;
+
+/// How many times as wide an interval of `values` is, for their blocks differ by more than the values within a block explain:
+/// the root of the ratio of both mean squares (the F of an analysis of variance), 1 at least. Of winsorized values, as the
+/// interval itself.
+fn block_factor(values: &[f64], blocks: &[usize]) -> f64 {
+    if blocks.len() < LEAST_BLOCKS || values.len() <= blocks.len() {
+        return 1.0;
+    }
+    let (low, high) = (quantile(values, TRIM), quantile(values, 1.0 - TRIM));
+    let values: Vec<f64> = values.iter().map(|x| x.clamp(low, high)).collect();
+    let mean = |of: &[f64]| of.iter().sum::<f64>() / of.len().max(1) as f64;
+    let centre = mean(&values);
+    let (mut between, mut within, mut at) = (0.0, 0.0, 0);
+    for count in blocks {
+        let block = &values[at..at + count];
+        let own = mean(block);
+        between += *count as f64 * (own - centre).powi(2);
+        within += block.iter().map(|x| (x - own).powi(2)).sum::<f64>();
+        at += count;
+    }
+    between /= (blocks.len() - 1) as f64;
+    within /= (values.len() - blocks.len()) as f64;
+    if within > 0.0 { (between / within).sqrt().max(1.0) } else { 1.0 }
+}
+
 /// The value that Student's t with `freedom` degrees stays below with the chance `probability` (0.5 to 1): bisection over the
 /// angle `atan(t / sqrt(freedom))`, in which the density is a power of a cosine, integrated by Simpson's rule.
 pub fn t_quantile(probability: f64, freedom: f64) -> f64 {
@@ -95,7 +122,7 @@ pub struct Rule {
 
 impl Default for Rule {
     fn default() -> Self {
-        Rule { minimum_effect: 0.02, confidence: 0.95, min_pairs: 10, max_pairs: 160, max_seconds: 8.0 }
+        Rule { minimum_effect: 0.02, confidence: 0.95, min_pairs: 10, max_pairs: 320, max_seconds: 15.0 }
     }
 }
 
@@ -123,10 +150,14 @@ impl Rule {
         looks
     }
 
-    /// The interval of one look at `log_ratios` (logarithm of second over first).
-    pub fn estimate(&self, log_ratios: &[f64]) -> Option<Estimate> {
+    /// The interval of one look at `log_ratios` (logarithm of second over first), of which `blocks` gives how many each build of
+    /// the arms gave, in order.
+    pub fn estimate(&self, log_ratios: &[f64], blocks: &[usize]) -> Option<Estimate> {
         let each = 1.0 - (1.0 - self.confidence) / self.looks().len() as f64;
-        trimmed_interval(log_ratios, each)
+        let estimate = trimmed_interval(log_ratios, each)?;
+        let factor = block_factor(log_ratios, blocks);
+        let widened = |end: f64| estimate.mean + factor * (end - estimate.mean);
+        Some(Estimate { low: widened(estimate.low), high: widened(estimate.high), ..estimate })
     }
 
     /// What an interval of the logarithm of a ratio of times says.
@@ -174,6 +205,18 @@ mod tests {
         assert_eq!(trimmed_interval(&values[..4], 0.95), None);
     }
 
+    #[test]
+    fn blocks_that_differ_widen_the_interval() {
+        let own = [0.0, 1.0, 2.0, 1.0];
+        let values: Vec<f64> = (0..40).map(|i| own[i / 10] + [0.1, -0.1][i % 2]).collect();
+        // Winsorized to 0.1 .. 1.9 and 1 in between, by hand: means 0.1, 1, 1.9, 1, so 10 * 2 * 0.81 / 3 over 20 * 0.01 / 36.
+        let factor = super::block_factor(&values, &[10; 4]);
+        assert!((factor - (5.4f64 / (0.2 / 36.0)).sqrt()).abs() < 1e-6, "{factor}");
+        // Blocks that are alike, and too few of them, widen nothing.
+        let alike: Vec<f64> = (0..40).map(|i| [0.1, -0.1][i % 2]).collect();
+        assert_eq!([super::block_factor(&alike, &[10; 4]), super::block_factor(&values, &[20; 2])], [1.0, 1.0]);
+    }
+
     /// Windows of a noisy machine: a normal spread of 2 %, and one in ten with up to 40 % more.
     fn noisy(rng: &mut SplitMix64) -> f64 {
         let normal = (0..12).map(|_| rng.next_f64()).sum::<f64>() - 6.0;
@@ -188,7 +231,7 @@ mod tests {
             while ratios.len() < look {
                 ratios.push(factor.ln() + noisy(rng) - noisy(rng));
             }
-            let outcome = rule.outcome(&rule.estimate(&ratios).unwrap());
+            let outcome = rule.outcome(&rule.estimate(&ratios, &[ratios.len()]).unwrap());
             if outcome != Outcome::Undecided || look == rule.max_pairs {
                 return (outcome, look);
             }

@@ -147,6 +147,7 @@ mod tests {
             bandwidth: 20e9,
             efficiency: 1.0,
             draft_bytes: 0.0,
+            unions: Vec::new(),
         }
     }
 

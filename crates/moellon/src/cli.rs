@@ -605,6 +605,10 @@ pub struct LeverTestOptions {
     /// Write no receipt.
     #[arg(long, conflicts_with = "name")]
     pub no_receipt: bool,
+    /// Judge by this run alone. Otherwise a verdict of an earlier receipt in the folder, of the same program, model and machine,
+    /// stands where this run does not contradict it.
+    #[arg(long)]
+    pub fresh: bool,
 }
 
 #[derive(Debug, Args)]

@@ -4,7 +4,7 @@ use crate::advice::{self, Findings};
 use crate::cli::{BackendChoice, DeviceOptions, DoctorOptions};
 use crate::lever::{self, Tested};
 use crate::model_source::ModelSource;
-use crate::{backend, table};
+use crate::{backend, provenance, table};
 use anyhow::{Context, Result};
 use moellon_backend_cpu::CpuLevel;
 use moellon_backend_cpu::bandwidth::ReadProbe;
@@ -15,6 +15,7 @@ use moellon_lab::{Machine, ReadBandwidth, StealClock};
 use moellon_model::weights::Weights;
 use moellon_tensor::pool::{Pool, PoolOptions};
 use serde_json::{Value, json};
+use std::sync::Arc;
 
 /// Runs the command.
 pub fn run(options: &DoctorOptions) -> Result<()> {
@@ -30,16 +31,22 @@ pub fn run(options: &DoctorOptions) -> Result<()> {
 /// Threads and memory to measure read bandwidth with, again and again.
 pub struct BandwidthMeter {
     pool: Pool,
-    probe: ReadProbe,
+    probe: Arc<ReadProbe>,
 }
 
 impl BandwidthMeter {
     /// With that many threads, all cores without a number.
     pub fn new(threads: Option<usize>) -> Result<Self> {
-        /// Several times any last-level cache of a core, and still a fraction of a second.
-        const SIZE_BYTES: usize = 512 << 20;
-        let probe = ReadProbe::new(SIZE_BYTES).context("memory for the bandwidth measurement")?;
-        Ok(BandwidthMeter { pool: Pool::new(PoolOptions { threads, pin: false }), probe })
+        let size_bytes = probe_bytes(moellon_lab::last_level_cache_bytes(), Machine::this().free_bytes);
+        let probe = ReadProbe::new(size_bytes as usize).context("memory for the bandwidth measurement")?;
+        Ok(BandwidthMeter { pool: Pool::new(PoolOptions { threads, pin: false }), probe: Arc::new(probe) })
+    }
+
+    /// Another with the same memory and that many threads.
+    #[must_use]
+    pub fn with_threads(&self, threads: usize) -> Self {
+        let pool = Pool::new(PoolOptions { threads: Some(threads), pin: false });
+        BandwidthMeter { pool, probe: Arc::clone(&self.probe) }
     }
 
     /// The median of a few passes now.
@@ -49,6 +56,14 @@ impl BandwidthMeter {
         let measured = self.probe.measure(&self.pool, PASSES);
         ReadBandwidth { gb_per_s: measured.median_gb_per_s, steal_percent: steal.steal_percent() }
     }
+}
+
+/// Bytes to read: four times the largest cache, so that it holds little of them from one pass to the next; where a server's cache
+/// is that large, no more than an eighth of the memory that is free.
+fn probe_bytes(cache_bytes: Option<u64>, free_bytes: u64) -> u64 {
+    /// Still a fraction of a second on any machine.
+    const LEAST_BYTES: u64 = 512 << 20;
+    (4 * cache_bytes.unwrap_or(0)).min(free_bytes / 8).max(LEAST_BYTES)
 }
 
 /// Read bandwidth with that many threads, all cores without a number.
@@ -61,6 +76,8 @@ struct Report {
     model_bytes: u64,
     cost: CostModel,
     tests: Vec<(Tested, String)>,
+    /// Files of the folder that are no receipts, and why.
+    unread: Vec<String>,
     machine: Machine,
     levels: Vec<CpuLevel>,
     one_thread: ReadBandwidth,
@@ -76,10 +93,11 @@ impl Report {
         let source = ModelSource::open(options.model.model.as_deref())?;
         let weights = Weights::describe(&source.config, &source.checkpoint)?;
         let machine = Machine::this();
-        let (one_thread, all_threads) = (measure_bandwidth(Some(1))?, measure_bandwidth(None)?);
+        let meter = BandwidthMeter::new(None)?;
+        let (one_thread, all_threads) = (meter.with_threads(1).measure(), meter.measure());
         let context = source.config.max_position_embeddings.min(1024);
         let cost = CostModel::new(&weights.account, &source.config, context, all_threads.gb_per_s * 1e9);
-        let receipts = if options.receipts.is_dir() { lever::receipts(&options.receipts)? } else { Vec::new() };
+        let (receipts, unread) = lever::receipts_if_any(&options.receipts)?;
         let of_model: Vec<Receipt> = receipts
             .into_iter()
             .filter(|r| matches!(r.seal, Seal::Intact(_)) && r.value["model"]["name"] == source.name.as_str())
@@ -95,6 +113,7 @@ impl Report {
         Ok(Report {
             adapters: moellon_backend_wgpu::adapters().into_iter().enumerate().map(tested).collect(),
             auto,
+            unread,
             tests: lever::last_tests(&of_model, &machine.cpu),
             model_bytes: source.checkpoint.size_bytes(),
             model: source.name,
@@ -161,6 +180,9 @@ impl Report {
             println!("               {}", self_test.as_ref().map_or_else(Clone::clone, |test| self_test_text(*test)));
         }
         println!("auto runs on   {}, because {}", self.auto.0, self.auto.1);
+        for line in &self.unread {
+            println!("not a receipt  {line}");
+        }
         let [limits, levers] = self.words();
         println!("\nwhat limits");
         limits.iter().for_each(|line| println!("- {line}"));
@@ -174,6 +196,7 @@ impl Report {
             "model": self.model,
             "limits": limits,
             "levers": levers,
+            "unread_receipts": self.unread,
             "version": env!("CARGO_PKG_VERSION"),
             "cpu": self.machine.cpu,
             "cores": self.machine.cores,
@@ -184,7 +207,9 @@ impl Report {
             "read_gb_s_1_thread": self.one_thread.gb_per_s,
             "read_gb_s": self.all_threads.gb_per_s,
             "steal_pct": self.all_threads.steal_percent,
+            "os": self.machine.os,
             "gpus": self.machine.gpus,
+            "driver": provenance::driver(),
             "adapters": self.adapters.iter().map(adapter_json).collect::<Vec<_>>(),
             "backends": ["cpu", "cuda", "wgpu", "reference"],
             "auto": { "backend": self.auto.0, "reason": self.auto.1 },
@@ -226,4 +251,16 @@ fn adapter_json((adapter, self_test): &(AdapterReport, Result<SelfTest, String>)
         "max_binding_bytes": adapter.max_binding_bytes,
         "self_test": self_test,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_probe_is_larger_than_caches_and_fits_memory() {
+        let bytes = |cache: Option<u64>, free: u64| super::probe_bytes(cache, free) >> 20;
+        assert_eq!(bytes(None, 16 << 30), 512);
+        assert_eq!(bytes(Some(32 << 20), 16 << 30), 512);
+        assert_eq!(bytes(Some(480 << 20), 64 << 30), 1920);
+        assert_eq!(bytes(Some(480 << 20), 8 << 30), 1024);
+    }
 }

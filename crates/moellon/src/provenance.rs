@@ -7,16 +7,19 @@ use moellon_backend_cpu::CpuLevel;
 use moellon_lab::Machine;
 use moellon_lab::receipt::{MeasuredMachine, MeasuredModel, Provenance};
 use moellon_model::account::{Account, Component};
+use moellon_ops::Backend;
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Of this program on this machine, whose bandwidth is measured now.
-pub fn provenance() -> Result<Provenance> {
+/// Of this program on this machine, whose bandwidth is measured now: that of the host, and that of `backend`'s device where it is
+/// another.
+pub fn provenance(backend: &mut dyn Backend) -> Result<Provenance> {
     let executable = std::env::current_exe().context("the program's own path")?;
     let bytes = std::fs::read(&executable).with_context(|| executable.display().to_string())?;
     let machine = Machine::this();
+    let meter = BandwidthMeter::new(None)?;
     Ok(Provenance {
         commit: commit(&executable),
         binary_sha256: hex(&Sha256::digest(&bytes)),
@@ -29,8 +32,13 @@ pub fn provenance() -> Result<Provenance> {
             os: machine.os,
             gpus: machine.gpus,
             driver: driver(),
-            read_gb_s: BandwidthMeter::new(None)?.measure().gb_per_s,
-            read_gb_s_1_thread: BandwidthMeter::new(Some(1))?.measure().gb_per_s,
+            read_gb_s: meter.measure().gb_per_s,
+            read_gb_s_1_thread: meter.with_threads(1).measure().gb_per_s,
+            device: (backend.caps().name != "cpu").then(|| {
+                let caps = backend.caps();
+                format!("{}: {}", caps.name, caps.device)
+            }),
+            device_read_gb_s: backend.measure_read()?.map(|bytes_per_s| bytes_per_s / 1e9),
         },
     })
 }
@@ -77,7 +85,7 @@ fn commit(executable: &Path) -> Option<String> {
 }
 
 /// Version of the NVIDIA driver, as the kernel module says it.
-fn driver() -> Option<String> {
+pub fn driver() -> Option<String> {
     let text = std::fs::read_to_string("/proc/driver/nvidia/version").ok()?;
     let words = text.lines().next()?.split_whitespace();
     words.map(str::to_owned).find(|word| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.'))

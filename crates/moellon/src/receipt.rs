@@ -115,8 +115,17 @@ fn show(receipt: &Receipt) {
         machine["read_gb_s"].as_f64().unwrap_or(0.0),
         text(&value["steal_pct"])
     );
+    if let Some(gpus) = machine["gpus"].as_array().filter(|gpus| !gpus.is_empty()) {
+        let names: Vec<String> = gpus.iter().map(text).collect();
+        println!("gpu       {}, driver {}", names.join(", "), text(&machine["driver"]));
+    }
+    if let Some(gb_s) = machine["device_read_gb_s"].as_f64() {
+        println!("device    {}, {gb_s:.0} GB/s read", text(&machine["device"]));
+    }
+    println!("program   {}, sha256 {}", text(&value["version"]), text(&value["binary_sha256"]));
     if value["model"].is_object() {
-        println!("model     {}, {}", text(&value["model"]["name"]), text(&value["model"]["format"]));
+        let model = &value["model"];
+        println!("model     {}, {}, sha256 {}", text(&model["name"]), text(&model["format"]), text(&model["sha256"]));
     }
     for command in value["commands"].as_array().into_iter().flatten() {
         println!("command   {}", text(command));

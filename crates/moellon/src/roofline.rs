@@ -10,6 +10,7 @@ use moellon_lab::StealClock;
 use moellon_lab::bench::{Bench, BenchPlan, BenchReport};
 use moellon_lab::receipt::MeasuredModel;
 use moellon_lab::roofline::{BatchPoint, CostModel, WhatIf};
+use moellon_ops::Backend;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -41,7 +42,8 @@ pub fn run(options: &RooflineOptions) -> Result<()> {
     // A wrong flag should not be found out after the measurement.
     let what_if = parse(&options.what_if)?;
     let steal = StealClock::start();
-    let (roofline, model) = measure(&options.bench, &what_if)?;
+    let mut backend = backend::create(&options.bench.device, options.bench.activations)?;
+    let (roofline, model) = measure(&options.bench, backend.as_mut(), &what_if)?;
     if options.bench.json {
         println!("{}", serde_json::to_string_pretty(&roofline)?);
     } else {
@@ -52,11 +54,14 @@ pub fn run(options: &RooflineOptions) -> Result<()> {
         let record = Record {
             kind: "roofline",
             name: &name,
-            provenance: provenance::provenance()?,
+            provenance: provenance::provenance(backend.as_mut())?,
             steal_pct: steal.steal_percent(),
             note: json!({ "context": roofline.context, "batch_error": worst_bound_error(&roofline.batches) }),
             verdicts: Vec::new(),
-            rows: rows(&roofline, &model),
+            tables: vec![
+                ("roofline".to_owned(), rows(&roofline, &model)),
+                ("what-if".to_owned(), what_if_rows(&roofline, &model)),
+            ],
             samples: serde_json::to_value(&roofline)?,
             model: Some(model),
         };
@@ -71,9 +76,12 @@ fn parse(texts: &[String]) -> Result<Vec<(String, WhatIf)>> {
 }
 
 /// Measures a model's steps and holds the cost model against them.
-pub fn measure(options: &BenchOptions, what_if: &[(String, WhatIf)]) -> Result<(Roofline, MeasuredModel)> {
-    let mut backend = backend::create(&options.device, options.activations)?;
-    let (mut decoder, name, _, load) = bench::open(options, backend.as_mut())?;
+pub fn measure(
+    options: &BenchOptions,
+    backend: &mut dyn Backend,
+    what_if: &[(String, WhatIf)],
+) -> Result<(Roofline, MeasuredModel)> {
+    let (mut decoder, name, _, load) = bench::open(options, backend)?;
     let sha256 = match options.synthetic {
         Some(_) => None,
         None => Some(ModelSource::open(options.model.model.as_deref())?.checkpoint.identity()),
@@ -98,15 +106,15 @@ pub fn measure(options: &BenchOptions, what_if: &[(String, WhatIf)]) -> Result<(
     let mut threads: Vec<usize> = std::iter::successors(Some(1), |n| Some(n * 2)).take_while(|n| *n < cores).collect();
     threads.push(cores);
     let mut bandwidth_by_threads = Vec::new();
-    for count in threads {
-        bandwidth_by_threads.push((count, BandwidthMeter::new(Some(count))?.measure().gb_per_s));
-    }
     let meter = BandwidthMeter::new(options.device.threads)?;
+    for count in threads {
+        bandwidth_by_threads.push((count, meter.with_threads(count).measure().gb_per_s));
+    }
     let measure_read = || meter.measure();
     let mut progress = |line: &str| eprintln!("{line}");
     let mut bench = Bench {
         decoder: &mut decoder,
-        backend: backend.as_mut(),
+        backend,
         weight_bytes: load.bytes,
         measure_read: &measure_read,
         progress: &mut progress,
@@ -115,7 +123,8 @@ pub fn measure(options: &BenchOptions, what_if: &[(String, WhatIf)]) -> Result<(
     let one = report.results.iter().find(|r| r.batch == 1).context("batch 1 was measured")?;
     // The bandwidth of the same windows as batch 1: on a shared machine it changes within a minute.
     let cost = CostModel::new(&account, decoder.config(), options.context, one.measured_read_gb_s * 1e9);
-    let cost = cost.calibrated(one.step_ms / 1e3);
+    let unions = report.prefill.first().map_or_else(Vec::new, |prefill| prefill.unions.clone());
+    let cost = CostModel { unions, ..cost }.calibrated(one.step_ms / 1e3);
     let measured: Vec<(usize, f64, f64)> =
         report.results.iter().map(|r| (r.batch, r.step_ms / 1e3, r.distinct_experts)).collect();
     // Each batch size is compared under the bandwidth of its own windows.
@@ -202,7 +211,7 @@ fn print(roofline: &Roofline, model: &MeasuredModel) {
             ]
         })
         .collect();
-    table::print(&["batch", "ms a step", "predicted", "error", "share", "experts (uniform)", "bound by"], &rows);
+    table::print(&["batch", "ms a step", "predicted", "error", "share", "experts (predicted)", "bound by"], &rows);
     match worst_bound_error(&roofline.batches) {
         Some(error) => println!("predictions are within {:.0} % where bandwidth decides", (100.0 * error).ceil()),
         None => println!("bandwidth decides nowhere here: predictions by bytes do not hold on this machine"),
@@ -248,9 +257,21 @@ fn rows(roofline: &Roofline, model: &MeasuredModel) -> Vec<Value> {
             "predicted": format!("{:.2}", b.predicted_ms),
             "error": format!("{:+.0} %", 100.0 * b.error),
             "share of bandwidth": format!("{:.0} %", 100.0 * b.bandwidth_share),
-            "distinct experts (uniform)": format!("{:.1} ({:.1})", b.distinct_experts, b.predicted_experts),
+            "distinct experts (predicted)": format!("{:.1} ({:.1})", b.distinct_experts, b.predicted_experts),
             "bound by": if b.bandwidth_bound { "bandwidth" } else { "something else" },
         })
     };
     roofline.batches.iter().map(row).collect()
+}
+
+fn what_if_rows(roofline: &Roofline, model: &MeasuredModel) -> Vec<Value> {
+    let row = |(text, tok_s): &(String, f64)| {
+        json!({
+            "model": model.name,
+            "what if": text,
+            "tok/s": format!("{tok_s:.1}"),
+            "of what is reached at batch 1": format!("{:.2}x", tok_s / roofline.achieved_tok_s),
+        })
+    };
+    roofline.what_if.iter().map(row).collect()
 }

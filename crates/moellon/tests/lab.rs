@@ -60,6 +60,12 @@ fn a_lever_leaves_a_receipt_that_holds_and_a_report_shows_it() {
     assert!(stdout(&["receipt", "show", &receipts]).contains("moellon-tiny (bundled)"));
     assert!(stdout(&["lever", "verdicts", "--receipts", &receipts]).contains("quick"));
 
+    // Again: the same program, lever, model and machine.
+    let again = stdout(&["lever", "run", "quick", "--levers", &levers, "--receipts", &receipts, "--name", "u"]);
+    assert!(again.contains("1 of 1 verdicts as before"), "{again}");
+    let fresh = ["lever", "run", "quick", "--levers", &levers, "--receipts", &receipts, "--no-receipt", "--fresh"];
+    assert!(!stdout(&fresh).contains("as before"));
+
     let measure = ["roofline", "--batch", "1,2", "--prompt", "16", "--windows", "1", "--steps", "2", "--json"];
     let roofline: Value = serde_json::from_str(&stdout(
         &[
@@ -93,11 +99,18 @@ fn a_lever_leaves_a_receipt_that_holds_and_a_report_shows_it() {
     // One file: nothing is fetched, nothing runs.
     assert!(!html.contains("src=") && !html.contains("<script") && !html.contains("NaN") && !html.contains("{{"));
     let same: Value = serde_json::from_str(&stdout(&["report", "--receipts", &receipts, "--json"])).expect("JSON");
-    assert_eq!(same["receipts"].as_array().map(Vec::len), Some(2));
+    assert_eq!(same["receipts"].as_array().map(Vec::len), Some(3));
 
     let broken = std::fs::read_to_string(&file).expect("written").replacen("\"steal_pct\": ", "\"steal_pct\": 1", 1);
     std::fs::write(&file, broken).expect("written");
-    assert!(error(&["receipt", "verify", &receipts]).contains("1 of 2 receipts do not hold"));
+    assert!(error(&["receipt", "verify", &receipts]).contains("1 of 3 receipts do not hold"));
+    // What is no receipt at all is named, and hides nothing else.
+    std::fs::write(folder.path().join("receipts/half.json"), "{\"schema\": 2, ").expect("written");
+    let said = stdout(&["doctor", "--receipts", &receipts]);
+    assert!(said.contains("not a receipt") && said.contains("half.json: EOF while parsing"), "{said}");
+    assert!(said.contains("Measured here: two at once") || said.contains("No lever was tested"), "{said}");
+    let report: Value = serde_json::from_str(&stdout(&["report", "--receipts", &receipts, "--json"])).expect("JSON");
+    assert_eq!(report["unread_receipts"].as_array().map(Vec::len), Some(1));
 }
 
 fn only_file(folder: &Path) -> std::path::PathBuf {

@@ -8,6 +8,7 @@ use crate::backend::{Backend, Caps, Stage};
 use crate::buffer::{Buffer, Cache, CacheDtype, ElementType, Tensor};
 use crate::ops::*;
 use crate::weight::{Experts, ExpertsSource, Weight, WeightSource};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 /// Operations, bytes and time of one stage.
@@ -29,6 +30,10 @@ pub struct Profile {
     pub distinct_experts: u64,
     /// MoE layers run.
     pub moe_layers: u64,
+    /// How often each expert was chosen, by the layer's [`Experts::id`].
+    choices: BTreeMap<u32, Vec<u64>>,
+    /// Experts that a row chooses.
+    active_experts: usize,
 }
 
 impl Profile {
@@ -45,6 +50,17 @@ impl Profile {
     /// Seconds of all stages.
     pub fn total_seconds(&self) -> f64 {
         self.counts.iter().map(|c| c.seconds).sum()
+    }
+
+    /// Distinct experts that a layer reads for `rows` independent rows which choose as the rows so far did, a mean over layers:
+    /// the sum of `1 - (1 - p)^rows` over experts, each with the share `p` of rows that chose it. `None` if none chose any.
+    pub fn union_of_experts(&self, rows: f64) -> Option<f64> {
+        let of_layer = |counts: &Vec<u64>| -> f64 {
+            let seen = counts.iter().sum::<u64>() as f64 / self.active_experts.max(1) as f64;
+            counts.iter().map(|count| 1.0 - (1.0 - *count as f64 / seen).max(0.0).powf(rows)).sum()
+        };
+        let layers: Vec<f64> = self.choices.values().map(of_layer).collect();
+        (!layers.is_empty()).then(|| layers.iter().sum::<f64>() / layers.len() as f64)
     }
 
     fn index(stage: Stage) -> usize {
@@ -81,12 +97,10 @@ impl<'a> Profiler<'a> {
         Ok(())
     }
 
-    fn count_distinct(&mut self, ids: Tensor) -> Result<usize> {
+    fn chosen(&mut self, ids: Tensor) -> Result<Vec<u32>> {
         let mut chosen = vec![0; ids.rows * ids.cols];
         self.backend.read_u32(ids, &mut chosen)?;
-        chosen.sort_unstable();
-        chosen.dedup();
-        Ok(chosen.len())
+        Ok(chosen)
     }
 }
 
@@ -177,14 +191,48 @@ impl Backend for Profiler<'_> {
     }
 
     fn moe_gate_up(&mut self, op: &MoeGateUp) -> Result<()> {
-        let distinct = self.count_distinct(op.ids)?;
+        let chosen = self.chosen(op.ids)?;
+        let distinct = distinct(&chosen);
+        let counts = self.profile.choices.entry(op.experts.id).or_default();
+        counts.resize(op.experts.num_experts, 0);
+        chosen.iter().for_each(|expert| counts[*expert as usize] += 1);
+        self.profile.active_experts = op.ids.cols;
         self.profile.distinct_experts += distinct as u64;
         self.profile.moe_layers += 1;
         self.timed(op.bytes(distinct), |backend| backend.moe_gate_up(op))
     }
 
     fn moe_down(&mut self, op: &MoeDown) -> Result<()> {
-        let distinct = self.count_distinct(op.ids)?;
+        let distinct = distinct(&self.chosen(op.ids)?);
         self.timed(op.bytes(distinct), |backend| backend.moe_down(op))
+    }
+}
+
+fn distinct(chosen: &[u32]) -> usize {
+    chosen.iter().collect::<BTreeSet<_>>().len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_union_is_that_of_the_choices() {
+        let of = |choices: &[&[u64]]| Profile {
+            choices: choices.iter().enumerate().map(|(i, counts)| (i as u32, counts.to_vec())).collect(),
+            active_experts: 2,
+            ..Profile::default()
+        };
+        let even = of(&[&[10; 8]]);
+        // 8 (1 - (1 - 2/8)^n)
+        assert!((even.union_of_experts(1.0).unwrap() - 2.0).abs() < 1e-12);
+        assert!((even.union_of_experts(3.0).unwrap() - 8.0 * (1.0 - 0.75f64.powi(3))).abs() < 1e-12);
+        // A layer whose rows all choose the same two reads these alone; layers are a mean.
+        let fixed = of(&[&[40, 0, 40, 0]]);
+        assert!((fixed.union_of_experts(5.0).unwrap() - 2.0).abs() < 1e-12);
+        let both = of(&[&[10; 8], &[40, 0, 40, 0]]);
+        let mean = 0.5 * (2.0 + even.union_of_experts(5.0).unwrap());
+        assert!((both.union_of_experts(5.0).unwrap() - mean).abs() < 1e-12);
+        assert_eq!(Profile::default().union_of_experts(1.0), None);
     }
 }

@@ -8,6 +8,7 @@ use crate::model_source::ModelSource;
 use crate::{backend, speculation};
 use anyhow::Result;
 use clap::ValueEnum;
+use moellon_backend_wgpu::AdapterKind;
 use moellon_engine::{DiskCacheOptions, Engine, EngineOptions};
 use moellon_lab::Machine;
 use moellon_lab::lever::Setting;
@@ -45,23 +46,36 @@ pub struct Room {
     pub cached: usize,
 }
 
+/// Why the setting cannot be tried here, as far as that is known before anything is loaded.
+pub fn refusal(base: &Base, setting: &Setting) -> Option<String> {
+    if setting.threads.is_some_and(|threads| threads > base.machine.cores) {
+        return Some(format!("this machine has {} cores", base.machine.cores));
+    }
+    if setting.steps.as_deref() == Some("persistent") {
+        return Some("this build runs a step as a graph; it has no persistent kernel".to_owned());
+    }
+    match setting.backend.as_deref() {
+        Some("cuda") if !has_nvidia(&base.machine) => Some("needs an NVIDIA GPU".to_owned()),
+        // A CPU that plays a GPU would make every comparison with a GPU a matter of course.
+        Some("wgpu") => match moellon_backend_wgpu::adapters().get(base.device.gpu) {
+            None => Some("there is no adapter behind Vulkan, Metal or DX12".to_owned()),
+            Some(adapter) if adapter.kind == AdapterKind::Software => {
+                Some(format!("behind {} there is only {}, a CPU that plays a GPU", adapter.api, adapter.name))
+            }
+            Some(_) => None,
+        },
+        _ => None,
+    }
+}
+
 /// The back end that the setting asks for.
 fn back_end(base: &Base, setting: &Setting) -> Result<Applicable<Box<dyn Backend>>> {
     let mut device = DeviceOptions { threads: setting.threads.or(base.device.threads), ..base.device.clone() };
-    if setting.threads.is_some_and(|threads| threads > base.machine.cores) {
-        return Ok(Err(format!("this machine has {} cores", base.machine.cores)));
-    }
     if let Some(name) = &setting.backend {
         let Ok(choice) = BackendChoice::from_str(name, true) else {
             return Ok(Err(format!("this build has no {name} back end")));
         };
-        if choice == BackendChoice::Cuda && !has_nvidia(&base.machine) {
-            return Ok(Err("needs an NVIDIA GPU".to_owned()));
-        }
         device.backend = choice;
-    }
-    if setting.steps.as_deref() == Some("persistent") {
-        return Ok(Err("this build runs a step as a graph; it has no persistent kernel".to_owned()));
     }
     let activations = match setting.activations.as_deref() {
         Some("exact") => ActivationsChoice::Exact,
@@ -168,8 +182,11 @@ pub fn engine(
         Ok(loaded) => loaded,
         Err(reason) => return Ok(Err(reason)),
     };
+    let mut backend = backend;
     let account = &decoder.weights().account;
-    let cost = CostModel::new(account, &source.config, room.positions / 2, base.read_gb_s * 1e9);
+    // A GPU's own memory, where the arm runs on one.
+    let read = backend.measure_read()?.unwrap_or(base.read_gb_s * 1e9);
+    let cost = CostModel::new(account, &source.config, room.positions / 2, read);
     let identity = source.checkpoint.identity();
     let speculate = match setting.speculate.as_deref() {
         None | Some("off") => Speculate::Off,

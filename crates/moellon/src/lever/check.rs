@@ -15,7 +15,7 @@ const RIGHT_OF_20: usize = 19;
 /// The lever whose arms are the same, and that whose second arm waits.
 fn lever(name: &str, slowdown: Option<f64>) -> Result<Lever> {
     let text = "title = 'The lab itself'\nhypothesis = 'What was planted is found.'\nunit = 'x'\nworkload = 'decode'\n\
-                lossless = true\ntokens = 48\nprompt = 64\n[[b]]\n[rule]\nmax_pairs = 320\nmax_seconds = 12.0\n";
+                lossless = true\ntokens = 48\nprompt = 64\n[[b]]\n";
     let mut lever = Lever::parse(name, text)?;
     lever.b = vec![Setting { slowdown, ..Setting::default() }];
     Ok(lever)
@@ -75,7 +75,7 @@ pub fn run(test: &LeverTestOptions, runs: usize, slowdown_percent: f64) -> Resul
             note: json!({ "runs": runs, "slowdown_percent": slowdown_percent, "rule": levers[0].rule }),
             samples: json!(samples),
             verdicts: vec![verdict],
-            rows: vec![row],
+            tables: vec![(name.clone(), vec![row])],
         };
         println!("{}", record.write(&test.receipts)?.display());
     }

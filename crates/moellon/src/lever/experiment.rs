@@ -6,10 +6,10 @@ use super::workload::{Answer, Decode, FirstToken, Prefix, Serve, Stepper, questi
 use super::{Applicable, Base};
 use anyhow::{Result, anyhow};
 use moellon_lab::disturbance::Witness;
-use moellon_lab::in_turn::{Arm, InTurn, Side, in_turn, main_taint};
+use moellon_lab::in_turn::{Arm, Arms, InTurn, Side, in_turn, main_taint};
 use moellon_lab::lever::{Lever, Setting, Verdict, Workload};
-use moellon_lab::roofline::CostModel;
-use moellon_lab::statistics::Outcome;
+use moellon_lab::roofline::{CostModel, OVERLAP};
+use moellon_lab::statistics::{Outcome, Rule};
 use moellon_surgery::distance::Quality;
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +25,13 @@ pub struct Tested {
     pub points: Vec<Point>,
     /// Of the lever: keep if any of its points is to be kept.
     pub verdict: Verdict,
+}
+
+impl Tested {
+    /// The verdict of this run by itself, whatever earlier ones said.
+    pub fn verdict_alone(&self) -> Verdict {
+        overall(self.points.iter().map(|point| point.alone.unwrap_or(point.verdict)))
+    }
 }
 
 /// A against one B.
@@ -44,6 +51,9 @@ pub struct Point {
     pub bytes: Option<[ArmBytes; 2]>,
     /// Predictions of A and B against those of the model as it is, where they may differ.
     pub quality: Option<[Quality; 2]>,
+    /// What this run says by itself, where the verdict of an earlier one stands instead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alone: Option<Verdict>,
 }
 
 /// What an arm reads.
@@ -53,15 +63,42 @@ pub struct ArmBytes {
     pub bytes_per_token: f64,
     /// Bytes over time.
     pub gb_s: f64,
-    /// Of the bandwidth measured before the run.
+    /// Of the bandwidth below.
     pub bandwidth_share: f64,
+    /// Read bandwidth of the memory that the arm computes from, measured before it ran; 0 in receipts from before it stood here.
+    #[serde(default)]
+    pub read_gb_s: f64,
 }
 
-/// An arm and what its steps read.
-struct Built {
-    arm: Box<dyn Arm>,
+/// What an arm's steps read.
+struct Reads {
     cost: CostModel,
-    batch: usize,
+    setting: Setting,
+}
+
+impl Reads {
+    /// Bytes of a token, all of its step's sequences together; `None` where a drafter reads bytes that nobody counts.
+    fn bytes_per_token(&self, side: &Side) -> Option<f64> {
+        let batch = self.setting.batch.unwrap_or(1) as f64;
+        let extra = |name: &str| side.extra.get(name).copied();
+        let of_drafts = match self.setting.speculate.as_deref() {
+            None | Some("off") if self.setting.identical_prompts == Some(true) => {
+                return Some(self.cost.bytes_of_copies(batch) / batch);
+            }
+            None | Some("off") => return Some(self.cost.bytes(batch) / batch),
+            Some("ngram") => 0.0,
+            Some("mtp") => self.cost.draft_bytes,
+            Some(_) => return None,
+        };
+        let (drafts, tokens) = (extra("drafts a step")?, extra("tokens a step")?);
+        Some((self.cost.verify_bytes(drafts, OVERLAP) + drafts * of_drafts) / tokens.max(1.0))
+    }
+
+    fn bytes(&self, side: &Side) -> Option<ArmBytes> {
+        let (bytes_per_token, read_gb_s) = (self.bytes_per_token(side)?, self.cost.bandwidth / 1e9);
+        let gb_s = bytes_per_token / side.median_s / 1e9;
+        Some(ArmBytes { bytes_per_token, gb_s, bandwidth_share: gb_s / read_gb_s, read_gb_s })
+    }
 }
 
 /// Runs a lever.
@@ -82,6 +119,7 @@ pub fn run(base: &Base, lever: &Lever, witness: &mut dyn Witness) -> Result<Test
                 measured: None,
                 bytes: None,
                 quality: None,
+                alone: None,
             },
         });
     }
@@ -114,29 +152,9 @@ fn point(
     quality_of_a: &mut Option<Quality>,
     witness: &mut dyn Witness,
 ) -> Result<Applicable<Point>> {
-    let folder = tempfile::tempdir()?;
-    let mut built = Vec::new();
-    for (side, setting) in settings.into_iter().enumerate() {
-        match build(base, lever, setting, &folder.path().join(format!("{side}")))? {
-            Ok(arm) => built.push(arm),
-            Err(reason) => return Ok(Err(reason)),
-        }
+    if let Some(reason) = settings.into_iter().find_map(|setting| arm::refusal(base, setting)) {
+        return Ok(Err(reason));
     }
-    let [a, b] = &mut built[..] else { unreachable!("two settings were built") };
-    let measured = in_turn(a.arm.as_mut(), b.arm.as_mut(), &lever.rule, witness).map_err(|error| anyhow!(error))?;
-    let thought = |side: &Side| side.extra.get("of them thought").copied().unwrap_or(0.0);
-    if lever.workload == Workload::Answer && thought(&measured.a) == 0.0 {
-        return Ok(Err("the model does not think: there is no thought to skip".to_owned()));
-    }
-    let bytes = (lever.workload == Workload::Decode && lever.common.backend.is_none()).then(|| {
-        let of = |built: &Built, side: &Side| {
-            let bytes_per_token = built.cost.bytes(built.batch as f64) / built.batch as f64;
-            let gb_s = bytes_per_token / side.median_s / 1e9;
-            ArmBytes { bytes_per_token, gb_s, bandwidth_share: gb_s / base.read_gb_s }
-        };
-        [of(a, &measured.a), of(b, &measured.b)]
-    });
-    drop(built);
     let quality = if lever.lossless || lever.workload != Workload::Decode {
         None
     } else {
@@ -152,6 +170,42 @@ fn point(
             Err(reason) => return Ok(Err(reason)),
         }
     };
+    // What costs too much is dropped whatever time it saves: a short look at its time is enough.
+    let rule = match &quality {
+        Some([a, b]) if too_far(lever, a, b).is_some() => {
+            Rule { max_pairs: lever.rule.max_pairs.min(2 * lever.rule.min_pairs), ..lever.rule }
+        }
+        _ => lever.rule,
+    };
+    let folder = tempfile::tempdir()?;
+    let both = || -> Result<Applicable<(Arms, [Reads; 2])>> {
+        let side = |i: usize| build(base, lever, settings[i], &folder.path().join(format!("{i}")));
+        Ok(match (side(0)?, side(1)?) {
+            (Ok(a), Ok(b)) => Ok(([a.0, b.0], [a.1, b.1])),
+            (Err(reason), _) | (_, Err(reason)) => Err(reason),
+        })
+    };
+    let (built, [a, b]) = match both()? {
+        Ok(built) => built,
+        Err(reason) => return Ok(Err(reason)),
+    };
+    let mut first = Some(built);
+    let mut fresh = || match first.take() {
+        Some(arms) => Ok(arms),
+        None => match both() {
+            Ok(built) => built.map(|(arms, _)| arms),
+            Err(error) => Err(format!("{error:#}")),
+        },
+    };
+    let measured = in_turn(&mut fresh, &rule, witness).map_err(|error| anyhow!(error))?;
+    let thought = |side: &Side| side.extra.get("of them thought").copied().unwrap_or(0.0);
+    if lever.workload == Workload::Answer && thought(&measured.a) == 0.0 {
+        return Ok(Err("the model does not think: there is no thought to skip".to_owned()));
+    }
+    let bytes = match lever.workload {
+        Workload::Decode => a.bytes(&measured.a).zip(b.bytes(&measured.b)).map(|(a, b)| [a, b]),
+        Workload::FirstToken | Workload::Answer | Workload::Serve => None,
+    };
     let (verdict, reason) = judge(lever, &measured, quality.as_ref());
     Ok(Ok(Point {
         arms: arms.clone(),
@@ -161,6 +215,7 @@ fn point(
         measured: Some(measured),
         bytes,
         quality,
+        alone: None,
     }))
 }
 
@@ -196,6 +251,39 @@ fn judge(lever: &Lever, measured: &InTurn, quality: Option<&[Quality; 2]>) -> (V
                 None => (Verdict::Keep, "faster, and near enough".to_owned()),
             },
         },
+    }
+}
+
+/// Lets the verdicts of an earlier run of the same program, lever, model and machine stand where this run does not contradict
+/// them: what lies near a rule's edge would otherwise be kept one day and dropped the next.
+pub fn stand(tested: &mut Tested, before: &Tested, receipt: &str) {
+    for point in &mut tested.points {
+        let Some(earlier) = before.points.iter().find(|earlier| earlier.arms == point.arms) else { continue };
+        let Some(measured) = &point.measured else { continue };
+        // What time has not decided, this run knows as well as any other.
+        let by_time = earlier.measured.is_some()
+            && (!tested.lever.lossless || measured.same_output)
+            && point.quality.as_ref().is_none_or(|[a, b]| too_far(&tested.lever, a, b).is_none());
+        if by_time && earlier.verdict != point.verdict && !contradicts(measured, &tested.lever, earlier.verdict) {
+            let own = format!("{} by itself ({})", point.verdict.name(), point.reason);
+            point.reason = format!("as in {receipt}, which this run does not contradict; {own}");
+            point.alone = Some(std::mem::replace(&mut point.verdict, earlier.verdict));
+        }
+    }
+    tested.verdict = overall(tested.points.iter().map(|point| point.verdict));
+}
+
+/// Whether what was measured is clear of the doubtful zone, between half the minimum effect and the whole, on the other side of
+/// `verdict`.
+fn contradicts(measured: &InTurn, lever: &Lever, verdict: Verdict) -> bool {
+    let effect = lever.rule.minimum_effect;
+    let Some(gain) = measured.speedup.map(|s| [s.low - 1.0, s.high - 1.0]) else { return false };
+    let (is_gain, is_none) = (gain[0] >= effect, gain[1] < effect / 2.0);
+    match verdict {
+        Verdict::Keep => is_none,
+        Verdict::Drop => is_gain,
+        Verdict::Undecided => is_none || is_gain,
+        Verdict::NotApplicable => true,
     }
 }
 
@@ -243,7 +331,12 @@ fn prompts(text: &[u32], count: usize, tokens: usize, identical: bool) -> Vec<Ve
     (0..count).map(|i| if identical { 0 } else { i * stride }).map(|at| text[at..at + tokens].to_vec()).collect()
 }
 
-fn build(base: &Base, lever: &Lever, setting: &Setting, disk: &std::path::Path) -> Result<Applicable<Built>> {
+fn build(
+    base: &Base,
+    lever: &Lever,
+    setting: &Setting,
+    disk: &std::path::Path,
+) -> Result<Applicable<(Box<dyn Arm>, Reads)>> {
     let sequences = setting.batch.unwrap_or(1);
     let concurrent = setting.concurrent.unwrap_or(1);
     let own = 16;
@@ -297,7 +390,7 @@ fn build(base: &Base, lever: &Lever, setting: &Setting, disk: &std::path::Path) 
             }
         }
     };
-    Ok(Ok(Built { arm, cost, batch: sequences }))
+    Ok(Ok((arm, Reads { cost, setting: setting.clone() })))
 }
 
 #[cfg(test)]
@@ -315,7 +408,7 @@ mod tests {
 
     fn measured(outcome: Outcome, same_output: bool) -> InTurn {
         let (a, b) = (Side::default(), Side::default());
-        InTurn { a, b, speedup: None, outcome, same_output, windows: Windows::default(), seconds: 0.0 }
+        InTurn { a, b, speedup: None, outcome, same_output, windows: Windows::default(), builds: 1, seconds: 0.0 }
     }
 
     #[test]
@@ -352,6 +445,50 @@ mod tests {
         assert_eq!(overall([Drop, NotApplicable, Undecided].into_iter()), Undecided);
         assert_eq!(overall([NotApplicable, Drop].into_iter()), Drop);
         assert_eq!(overall([NotApplicable].into_iter()), NotApplicable);
+    }
+
+    /// A test of a lever with one point, whose gain lies between `low` and `high`.
+    fn tested(lossless: bool, verdict: Verdict, low: f64, high: f64) -> Tested {
+        let speedup = Estimate { mean: 1.0 + 0.5 * (low + high), low: 1.0 + low, high: 1.0 + high, confidence: 0.95 };
+        let measured = InTurn { speedup: Some(speedup), ..measured(Outcome::Undecided, true) };
+        let point = Point {
+            arms: ["a".to_owned(), "b".to_owned()],
+            verdict,
+            reason: "r".to_owned(),
+            in_unit: String::new(),
+            measured: Some(measured),
+            bytes: None,
+            quality: None,
+            alone: None,
+        };
+        Tested { lever: lever(lossless), points: vec![point], verdict }
+    }
+
+    #[test]
+    fn a_verdict_stands_until_it_is_contradicted() {
+        use Verdict::{Drop, Keep, Undecided};
+        let after = |before: Verdict, (own, low, high): (Verdict, f64, f64)| {
+            let mut now = tested(true, own, low, high);
+            stand(&mut now, &tested(true, before, 0.0, 0.0), "receipt");
+            assert_eq!(now.verdict, now.points[0].verdict);
+            (now.verdict, now.points[0].alone)
+        };
+        // The minimum effect is 2 %: what reaches into 1 to 2 % contradicts nothing.
+        assert_eq!(after(Keep, (Drop, 0.004, 0.016)), (Keep, Some(Drop)));
+        assert_eq!(after(Keep, (Drop, 0.001, 0.009)), (Drop, None));
+        assert_eq!(after(Drop, (Keep, 0.012, 0.03)), (Drop, Some(Keep)));
+        assert_eq!(after(Drop, (Keep, 0.021, 0.03)), (Keep, None));
+        assert_eq!(after(Undecided, (Keep, 0.012, 0.03)), (Undecided, Some(Keep)));
+        assert_eq!(after(Undecided, (Drop, -0.01, 0.002)), (Drop, None));
+        assert_eq!(after(Keep, (Keep, 0.012, 0.03)), (Keep, None));
+    }
+
+    #[test]
+    fn another_output_is_no_matter_of_time() {
+        let mut now = tested(true, Verdict::Drop, 0.012, 0.03);
+        now.points[0].measured.as_mut().unwrap().same_output = false;
+        stand(&mut now, &tested(true, Verdict::Keep, 0.0, 0.0), "receipt");
+        assert_eq!((now.verdict, now.points[0].alone), (Verdict::Drop, None));
     }
 
     #[test]

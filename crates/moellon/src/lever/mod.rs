@@ -9,9 +9,9 @@ mod workload;
 
 pub use experiment::{Point, Tested};
 
-use crate::cli::{DeviceOptions, LeverCommand, LeverOptions, LeverTestOptions};
+use crate::cli::{ActivationsChoice, DeviceOptions, LeverCommand, LeverOptions, LeverTestOptions};
 use crate::model_source::ModelSource;
-use crate::{provenance, table};
+use crate::{backend, provenance, table};
 use anyhow::{Context, Result, ensure};
 use moellon_lab::disturbance::SystemWitness;
 use moellon_lab::lever::{Lever, Setting, Verdict, all};
@@ -19,9 +19,10 @@ use moellon_lab::receipt::{self, MeasuredModel, Provenance, Receipt};
 use moellon_lab::{Machine, StealClock};
 use moellon_model::weights::Weights;
 use moellon_text::Tokenizer;
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -133,7 +134,7 @@ pub struct Base {
 
 /// A base, and what a receipt says about where it was measured.
 pub fn base(test: &LeverTestOptions) -> Result<(Base, Provenance, MeasuredModel)> {
-    let provenance = provenance::provenance()?;
+    let provenance = provenance::provenance(backend::create(&test.device, ActivationsChoice::Int8)?.as_mut())?;
     let directory = test.model.model.clone();
     let source = ModelSource::open(directory.as_deref())?;
     let tokenizer = source.tokenizer(directory.as_deref())?;
@@ -154,7 +155,7 @@ pub fn base(test: &LeverTestOptions) -> Result<(Base, Provenance, MeasuredModel)
         held: tokenizer.encode_ordinary(&held)?,
         tokenizer,
         variants,
-        read_gb_s: provenance.machine.read_gb_s,
+        read_gb_s: provenance.machine.model_read_gb_s(),
     };
     ensure!(base.held.len() >= 2, "--held-text has {} tokens, expected 2 or more", base.held.len());
     Ok((base, provenance, provenance::model(&source, &weights.account)))
@@ -166,9 +167,14 @@ fn run_levers(levers: &[&Lever], test: &LeverTestOptions, command: &str) -> Resu
     let steal = StealClock::start();
     let started = Instant::now();
     let mut tested = Vec::new();
+    let before = if test.fresh { BTreeMap::new() } else { earlier(&test.receipts, &provenance, &model)? };
     for (i, lever) in levers.iter().enumerate() {
         let from = Instant::now();
-        let result = experiment::run(&base, lever, &mut witness).with_context(|| format!("lever {}", lever.name))?;
+        let mut result =
+            experiment::run(&base, lever, &mut witness).with_context(|| format!("lever {}", lever.name))?;
+        if let Some((earlier, receipt)) = before.get(&lever.name).filter(|(earlier, _)| earlier.lever == **lever) {
+            experiment::stand(&mut result, earlier, receipt);
+        }
         let seconds = from.elapsed().as_secs_f64();
         eprintln!("{}/{} {}: {} ({seconds:.1} s)", i + 1, levers.len(), lever.name, result.verdict.name());
         tested.push(result);
@@ -181,7 +187,16 @@ fn run_levers(levers: &[&Lever], test: &LeverTestOptions, command: &str) -> Resu
     }
     let name = test.name.clone().unwrap_or_else(|| format!("{command}-{}", short_name(&model.name)));
     let rows: Vec<Value> = tested.iter().flat_map(|t| t.points.iter().map(|p| table_row(t, p))).collect();
-    let note = json!({ "levers": tested.len(), "seconds": seconds });
+    let mut tables = vec![(name.clone(), rows)];
+    let repeat = repeat(&tested, &before);
+    if repeat.levers > 0 {
+        println!(
+            "{} of {} verdicts as before, {} of them by this run alone",
+            repeat.same, repeat.levers, repeat.same_alone
+        );
+        tables.push(("levers-again".to_owned(), vec![repeat.row(&name, seconds)]));
+    }
+    let note = json!({ "levers": tested.len(), "seconds": seconds, "again": repeat });
     let verdicts = tested.iter().map(|t| json!({ "lever": t.lever.name, "verdict": t.verdict })).collect();
     let samples = serde_json::to_value(&tested)?;
     let record = Record {
@@ -193,11 +208,88 @@ fn run_levers(levers: &[&Lever], test: &LeverTestOptions, command: &str) -> Resu
         note,
         samples,
         verdicts,
-        rows,
+        tables,
     };
     let path = record.write(&test.receipts)?;
     println!("{}", path.display());
     Ok(())
+}
+
+/// How a run compares with the one before it, of the same program, model and machine.
+#[derive(Debug, Default, Serialize)]
+struct Repeat {
+    /// Receipts of the earlier verdicts.
+    before: BTreeSet<String>,
+    /// Levers that were tested before.
+    levers: usize,
+    /// Of these, verdicts that are the same.
+    same: usize,
+    /// The same if earlier verdicts had not been known.
+    same_alone: usize,
+    /// The same for points: A against one B.
+    points: usize,
+    points_same: usize,
+    points_same_alone: usize,
+}
+
+fn repeat(tested: &[Tested], before: &BTreeMap<String, (Tested, String)>) -> Repeat {
+    let mut repeat = Repeat::default();
+    for test in tested {
+        let Some((earlier, receipt)) = before.get(&test.lever.name).filter(|(b, _)| b.lever == test.lever) else {
+            continue;
+        };
+        repeat.before.insert(receipt.clone());
+        repeat.levers += 1;
+        repeat.same += usize::from(test.verdict == earlier.verdict);
+        repeat.same_alone += usize::from(test.verdict_alone() == earlier.verdict);
+        for (now, then) in test.points.iter().zip(&earlier.points) {
+            repeat.points += 1;
+            repeat.points_same += usize::from(now.verdict == then.verdict);
+            repeat.points_same_alone += usize::from(now.alone.unwrap_or(now.verdict) == then.verdict);
+        }
+    }
+    repeat
+}
+
+impl Repeat {
+    fn row(&self, name: &str, seconds: f64) -> Value {
+        let of = |same: usize, all: usize| format!("{same} of {all}");
+        json!({
+            "run": name,
+            "after": self.before.iter().cloned().collect::<Vec<_>>().join(", "),
+            "seconds": format!("{seconds:.0}"),
+            "verdicts as before": of(self.same, self.levers),
+            "by this run alone": of(self.same_alone, self.levers),
+            "points as before": of(self.points_same, self.points),
+            "points by this run alone": of(self.points_same_alone, self.points),
+        })
+    }
+}
+
+/// The last test of each lever by this very program with this model on this machine, and its receipt.
+fn earlier(
+    folder: &Path,
+    provenance: &Provenance,
+    model: &MeasuredModel,
+) -> Result<BTreeMap<String, (Tested, String)>> {
+    let mut last = BTreeMap::new();
+    for receipt in receipts_if_any(folder)?.0 {
+        let value = &receipt.value;
+        let is_same = value["kind"] == "levers"
+            && matches!(receipt.seal, receipt::Seal::Intact(_))
+            && value["binary_sha256"] == provenance.binary_sha256.as_str()
+            && value["machine"]["cpu"] == provenance.machine.cpu.as_str()
+            && value["machine"]["cores"] == provenance.machine.cores
+            && value["machine"]["device"] == json!(provenance.machine.device)
+            && value["model"]["sha256"] == json!(model.sha256);
+        if !is_same {
+            continue;
+        }
+        let tested: Vec<Tested> =
+            serde_json::from_value(value["samples"].clone()).with_context(|| receipt.name.clone())?;
+        last.extend(tested.into_iter().map(|test| (test.lever.name.clone(), (test, receipt.name.clone()))));
+    }
+    Ok(last)
 }
 
 /// `moellon-tiny` of `moellon-tiny (bundled)` or of a path.
@@ -217,8 +309,8 @@ pub struct Record<'a> {
     pub note: Value,
     pub samples: Value,
     pub verdicts: Vec<Value>,
-    /// Rows of the table that has the receipt's name.
-    pub rows: Vec<Value>,
+    /// Tables for documents, by name.
+    pub tables: Vec<(String, Vec<Value>)>,
 }
 
 impl Record<'_> {
@@ -240,7 +332,10 @@ impl Record<'_> {
         put("commands", json!([provenance::command_line()]));
         put("note", self.note);
         put("verdicts", Value::Array(self.verdicts));
-        put("tables", json!({ (self.name): self.rows }));
+        put(
+            "tables",
+            self.tables.into_iter().map(|(name, rows)| (name, Value::Array(rows))).collect::<Map<_, _>>().into(),
+        );
         put("samples", shortened(self.samples));
         receipt::write(&path, &receipt::seal(&Value::Object(value)))?;
         Ok(path)
@@ -334,8 +429,8 @@ fn print(tested: &[Tested]) {
     );
 }
 
-/// Receipts of a folder that hold, by name.
-pub fn receipts(folder: &Path) -> Result<Vec<Receipt>> {
+/// Receipts of a folder, by name, and why others of its files are none: one of them must not hide the rest.
+pub fn receipts(folder: &Path) -> Result<(Vec<Receipt>, Vec<String>)> {
     let mut paths: Vec<PathBuf> = std::fs::read_dir(folder)
         .with_context(|| folder.display().to_string())?
         .flatten()
@@ -343,12 +438,26 @@ pub fn receipts(folder: &Path) -> Result<Vec<Receipt>> {
         .filter(|path| path.extension().is_some_and(|ending| ending == "json"))
         .collect();
     paths.sort();
-    paths.iter().map(|path| Ok(Receipt::read(path)?)).collect()
+    let (mut receipts, mut unread) = (Vec::new(), Vec::new());
+    for path in &paths {
+        match Receipt::read(path) {
+            Ok(receipt) => receipts.push(receipt),
+            Err(error) => unread.push(error.to_string()),
+        }
+    }
+    Ok((receipts, unread))
+}
+
+/// The same of a folder that need not be there.
+pub fn receipts_if_any(folder: &Path) -> Result<(Vec<Receipt>, Vec<String>)> {
+    if folder.is_dir() { receipts(folder) } else { Ok((Vec::new(), Vec::new())) }
 }
 
 fn verdicts(folder: &Path) -> Result<()> {
     let mut last: BTreeMap<[String; 3], Vec<String>> = BTreeMap::new();
-    for receipt in receipts(folder)? {
+    let (receipts, unread) = receipts(folder)?;
+    unread.iter().for_each(|line| eprintln!("not a receipt: {line}"));
+    for receipt in receipts {
         if receipt.value["kind"] != "levers" {
             continue;
         }

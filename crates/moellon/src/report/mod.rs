@@ -7,11 +7,13 @@ mod page;
 use crate::advice::{self, Findings};
 use crate::cli::{ActivationsChoice, BenchOptions, CacheChoice, DraftVocab, ModelOptions, ReportOptions};
 use crate::lever::{self, Tested};
-use crate::{provenance, roofline};
+use crate::{backend, provenance, roofline};
 use anyhow::{Context, Result};
 use moellon_lab::receipt::{MeasuredMachine, MeasuredModel, Receipt, Seal};
+use moellon_lab::roofline::{BatchPoint, CostModel, OVERLAP};
 use moellon_model::draft_precision::DraftVocabulary;
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::Path;
 
@@ -25,6 +27,8 @@ pub struct Report {
     pub roofline: roofline::Roofline,
     /// Name and hash of the receipt that the roofline is from; none where it was measured for this report.
     pub roofline_receipt: Option<[String; 2]>,
+    /// Batch curves of other models on this processor, from receipts.
+    pub other_curves: Vec<Curve>,
     /// What limits, in words.
     pub limits: Vec<String>,
     /// What would pay, in words.
@@ -39,6 +43,18 @@ pub struct Report {
     pub levers: Vec<(Tested, String)>,
     /// All receipts of the folder: name, kind, hash in full or what is wrong.
     pub receipts: Vec<[String; 3]>,
+    /// Files of the folder that are no receipts, and why.
+    pub unread_receipts: Vec<String>,
+}
+
+/// Steps by batch size, measured and predicted.
+#[derive(Debug, Serialize)]
+pub struct Curve {
+    pub model: MeasuredModel,
+    pub cost: CostModel,
+    pub batches: Vec<BatchPoint>,
+    /// Name and hash of the receipt.
+    pub receipt: [String; 2],
 }
 
 /// A variant's distance from the model over its size.
@@ -70,19 +86,27 @@ pub fn run(options: &ReportOptions) -> Result<()> {
 }
 
 fn collect(options: &ReportOptions) -> Result<Report> {
-    let receipts = if options.receipts.is_dir() { lever::receipts(&options.receipts)? } else { Vec::new() };
-    let provenance = provenance::provenance()?;
+    let (receipts, unread) = lever::receipts_if_any(&options.receipts)?;
+    unread.iter().for_each(|line| eprintln!("not a receipt: {line}"));
+    let mut backend = backend::create(&options.device, ActivationsChoice::Int8)?;
+    let provenance = provenance::provenance(backend.as_mut())?;
     let (machine, cpu) = (provenance.machine, moellon_lab::Machine::this().cpu);
     let name = match &options.model.model {
         Some(directory) => directory.display().to_string(),
         None => crate::model_source::BUNDLED_NAME.to_owned(),
     };
     let intact: Vec<Receipt> = receipts.iter().filter(|r| matches!(r.seal, Seal::Intact(_))).cloned().collect();
-    let (roofline, model, roofline_receipt) = match stored_roofline(&intact, &name, &cpu) {
+    let (of_model, others): (Vec<Stored>, Vec<Stored>) =
+        stored_rooflines(&intact, &cpu).into_iter().partition(|(_, model, _)| model.name == name);
+    let other_curves = others.into_iter().map(|(roofline, model, receipt)| {
+        let roofline::Roofline { cost, batches, .. } = roofline;
+        Curve { model, cost, batches, receipt }
+    });
+    let (roofline, model, roofline_receipt) = match of_model.into_iter().next_back() {
         Some((roofline, model, receipt)) => (roofline, model, Some(receipt)),
         None => {
             eprintln!("no roofline of {name} on this processor in {}: measuring", options.receipts.display());
-            let (roofline, model) = roofline::measure(&bench_options(options), &[])?;
+            let (roofline, model) = roofline::measure(&bench_options(options), backend.as_mut(), &[])?;
             (roofline, model, None)
         }
     };
@@ -105,7 +129,7 @@ fn collect(options: &ReportOptions) -> Result<Report> {
     };
     let (limits, advice) = (advice::limits(&findings), advice::levers(&findings));
     let acceptances = || (0..=20).map(|i| f64::from(i) / 20.0);
-    let gain = |drafts: usize| acceptances().map(|p| (p, roofline.cost.speculation(drafts, p, 0.26))).collect();
+    let gain = |drafts: usize| acceptances().map(|p| (p, roofline.cost.speculation(drafts, p, OVERLAP))).collect();
     let speculation = [1, 2, 3, 5].map(|drafts| (drafts, gain(drafts))).into();
     let speculation_measured = speculation_measured(&levers);
     let quality = quality(&levers, &intact_or_scripted(&receipts, &name));
@@ -113,10 +137,12 @@ fn collect(options: &ReportOptions) -> Result<Report> {
         date: provenance::today(),
         version: provenance.version,
         receipts: receipts.iter().map(receipt_row).collect(),
+        unread_receipts: unread,
         machine,
         model,
         roofline,
         roofline_receipt,
+        other_curves: other_curves.collect(),
         limits,
         advice,
         speculation,
@@ -149,20 +175,29 @@ fn bench_options(options: &ReportOptions) -> BenchOptions {
     }
 }
 
-/// The last roofline of that model on this processor.
-fn stored_roofline(
-    receipts: &[Receipt],
-    model: &str,
-    cpu: &str,
-) -> Option<(roofline::Roofline, MeasuredModel, [String; 2])> {
-    let fits = |r: &&Receipt| {
-        let value = &r.value;
-        value["kind"] == "roofline" && value["model"]["name"] == model && value["machine"]["cpu"] == cpu
+/// A roofline that a receipt holds.
+type Stored = (roofline::Roofline, MeasuredModel, [String; 2]);
+
+/// The rooflines of this processor, the last of each model and format.
+fn stored_rooflines(receipts: &[Receipt], cpu: &str) -> Vec<Stored> {
+    let fits = |r: &&Receipt| r.value["kind"] == "roofline" && r.value["machine"]["cpu"] == cpu;
+    // One that another version wrote in another form is passed over, and said to be.
+    let read = |r: &Receipt| -> Option<Stored> {
+        let roofline = serde_json::from_value(r.value["samples"].clone());
+        let model = serde_json::from_value::<MeasuredModel>(r.value["model"].clone());
+        match roofline.and_then(|roofline| Ok((roofline, model?))) {
+            Ok((roofline, model)) => Some((roofline, model, [r.name.clone(), r.short_hash().to_owned()])),
+            Err(error) => {
+                eprintln!("{}: not a roofline that this version reads: {error}", r.name);
+                None
+            }
+        }
     };
-    let receipt = receipts.iter().rfind(fits)?;
-    let roofline = serde_json::from_value(receipt.value["samples"].clone()).ok()?;
-    let model = serde_json::from_value(receipt.value["model"].clone()).ok()?;
-    Some((roofline, model, [receipt.name.clone(), receipt.short_hash().to_owned()]))
+    let mut last: BTreeMap<[String; 2], Stored> = BTreeMap::new();
+    for stored in receipts.iter().filter(fits).filter_map(read) {
+        last.insert([stored.1.name.clone(), stored.1.format.clone()], stored);
+    }
+    last.into_values().collect()
 }
 
 fn receipt_row(receipt: &Receipt) -> [String; 3] {

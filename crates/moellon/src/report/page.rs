@@ -1,11 +1,11 @@
 //! The report as one HTML page: no script, no request, light or dark as the reader's system is, one column on a phone.
 
-use super::Report;
 use super::chart::{Axis, Bar, Chart, bars, escape, interval, number};
+use super::{Curve, Report};
 use crate::roofline::worst_bound_error;
 use crate::table;
 use moellon_lab::lever::Verdict;
-use moellon_lab::roofline::CostModel;
+use moellon_lab::roofline::{BatchPoint, CostModel};
 use std::fmt::Write as _;
 
 const PAGE: &str = include_str!("page.html");
@@ -24,9 +24,10 @@ pub fn html(report: &Report) -> String {
         roofline(report),
         stages(report),
         components(report),
-        batches(report),
+        batches("Sequences at once", "", &report.roofline.cost, &report.roofline.batches),
         speculation(report),
         quality(report),
+        report.other_curves.iter().map(other_curve).collect(),
         levers(report),
         receipts(report),
         "</div>".to_owned(),
@@ -183,36 +184,42 @@ fn components(report: &Report) -> String {
     card("", "What a token reads", &lead, &bars(&parts, "Bytes of a token by component"))
 }
 
-fn batches(report: &Report) -> String {
-    let r = &report.roofline;
+fn other_curve(curve: &Curve) -> String {
+    let [receipt, hash] = &curve.receipt;
+    let lead = format!("{}; receipt {receipt} ({hash}). ", curve.model.format);
+    batches(&format!("Sequences at once: {}", curve.model.name), &lead, &curve.cost, &curve.batches)
+}
+
+fn batches(title: &str, lead: &str, cost: &CostModel, points: &[BatchPoint]) -> String {
     let measured: Vec<(f64, f64)> =
-        r.batches.iter().map(|b| (b.batch as f64, 1e3 * b.batch as f64 / b.measured_ms)).collect();
+        points.iter().map(|b| (b.batch as f64, 1e3 * b.batch as f64 / b.measured_ms)).collect();
     let most = measured.iter().map(|m| m.0).fold(1.0, f64::max);
     let steps = (0..=40).map(|i| most.powf(f64::from(i) / 40.0));
     // Each point was measured under its own bandwidth; the curve is drawn for that of batch 1.
-    let predicted: Vec<(f64, f64)> = steps.map(|b| (b, b / r.cost.seconds(b))).collect();
+    let predicted: Vec<(f64, f64)> = steps.map(|b| (b, b / cost.seconds(b))).collect();
     let x = Axis::log("sequences", 2.0, [1.0, most.max(2.0)].into_iter());
     let y = Axis::linear("tokens a second, all together", 0.0, measured.iter().chain(&predicted).map(|m| m.1));
     let mut chart = Chart::new(x, y, "Tokens a second by batch size, measured and predicted");
     chart.line(&predicted, "main");
-    for (point, (x, y)) in r.batches.iter().zip(&measured) {
+    for (point, (x, y)) in points.iter().zip(&measured) {
         let bound = if point.bandwidth_bound { "bandwidth decides" } else { "bandwidth does not decide" };
         let title = format!("{}: {:.0} tok/s, predicted {:+.0} %, {bound}", point.batch, y, 100.0 * point.error);
         chart.dot(*x, *y, if point.bandwidth_bound { "second" } else { "third" }, &title);
     }
-    let said = match worst_bound_error(&r.batches) {
+    let said = match worst_bound_error(points) {
         Some(error) => format!("Where bandwidth decides, prediction and measurement agree within {:.0} %.", (100.0 * error).ceil()),
+        None if points.len() == 1 => String::new(),
         None => "Bandwidth decides nowhere here, so bytes do not predict these steps: the model is small, or something else is slow.".to_owned(),
     };
-    let others = r.batches.iter().any(|b| !b.bandwidth_bound);
-    let mut names = vec![
-        ("main", "by bytes: the union of experts, fitted at 1".to_owned()),
-        ("second", "measured, bandwidth decides".to_owned()),
-    ];
-    if others {
-        names.push(("third", "measured, something else decides".to_owned()));
+    let mut names = vec![("main", "by bytes: the union of experts, fitted at 1".to_owned())];
+    for (colour, bound, words) in
+        [("second", true, "measured, bandwidth decides"), ("third", false, "measured, something else decides")]
+    {
+        if points.iter().any(|b| b.bandwidth_bound == bound) {
+            names.push((colour, words.to_owned()));
+        }
     }
-    card("", "Sequences at once", &said, &(chart.svg() + &legend(&names)))
+    card("", title, &format!("{lead}{said}"), &(chart.svg() + &legend(&names)))
 }
 
 fn speculation(report: &Report) -> String {
@@ -302,7 +309,8 @@ fn levers(report: &Report) -> String {
                 escape(&tested.lever.name),
                 escape(&format!("{} against {}", point.arms[1], point.arms[0])),
                 point.verdict.name(),
-                escape(&point.in_unit),
+                // A factor stands beside its interval already.
+                if tested.lever.unit == "x" { String::new() } else { escape(&point.in_unit) },
                 escape(&point.reason),
                 escape(hash)
             );
@@ -329,6 +337,14 @@ fn receipts(report: &Report) -> String {
     let content = format!(
         "<div class=\"scroll\"><table><thead><tr><th>receipt</th><th>kind</th><th>SHA-256 of the content</th></tr></thead><tbody>{rows}</tbody></table></div>"
     );
+    let content = if report.unread_receipts.is_empty() {
+        content
+    } else {
+        format!(
+            "{content}<p class=\"soft\">Files beside them that are no receipts:</p>{}",
+            list(&report.unread_receipts)
+        )
+    };
     card("wide", "Receipts", "What all this rests on; moellon receipt verify checks the hashes.", &content)
 }
 
