@@ -26,7 +26,7 @@ fn error(arguments: &[&str]) -> String {
 }
 
 /// A lever that is over after five pairs, and one that this machine cannot try.
-const QUICK: &str = "title = 'Two at once'\nhypothesis = 'h'\nunit = 'tok/s'\nworkload = 'decode'\nlossless = true\ntokens = 8\nprompt = 16\n\
+const QUICK: &str = "title = 'Two at once'\nhypothesis = 'h'\nnotes = '1.7x'\nunit = 'tok/s'\nworkload = 'decode'\nlossless = true\ntokens = 8\nprompt = 16\n\
                      [[b]]\nbatch = 2\n[rule]\nmin_pairs = 5\nmax_pairs = 5\nmax_seconds = 60.0\n";
 const IMPOSSIBLE: &str = "title = 'Long'\nhypothesis = 'h'\nunit = 'x'\nworkload = 'decode'\nlossless = true\ntokens = 8\nprompt = 4000\n\
                           [[b]]\nbatch = 2\n";
@@ -55,6 +55,9 @@ fn a_lever_leaves_a_receipt_that_holds_and_a_report_shows_it() {
     assert!(point["measured"]["a"]["samples_s"].as_array().is_some_and(|samples| !samples.is_empty()), "{point}");
     assert!(point["bytes"][1]["bytes_per_token"].as_f64() < point["bytes"][0]["bytes_per_token"].as_f64());
     assert_eq!(receipt["verdicts"][1]["verdict"], "not_applicable");
+    // What was claimed before stands beside what was found, in the same unit.
+    assert_eq!(receipt["tables"]["t-notes"][0]["the notes"], "1.7x");
+    assert!(receipt["tables"]["t-notes"][0]["here"].as_str().is_some_and(|here| here.ends_with("tok/s")));
 
     assert!(stdout(&["receipt", "verify", &receipts]).contains("ok, schema 2, sha256 "));
     assert!(stdout(&["receipt", "show", &receipts]).contains("moellon-tiny (bundled)"));

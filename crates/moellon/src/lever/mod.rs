@@ -187,7 +187,11 @@ fn run_levers(levers: &[&Lever], test: &LeverTestOptions, command: &str) -> Resu
     }
     let name = test.name.clone().unwrap_or_else(|| format!("{command}-{}", short_name(&model.name)));
     let rows: Vec<Value> = tested.iter().flat_map(|t| t.points.iter().map(|p| table_row(t, p))).collect();
+    let claims: Vec<Value> = tested.iter().filter_map(claim_row).collect();
     let mut tables = vec![(name.clone(), rows)];
+    if !claims.is_empty() {
+        tables.push((format!("{name}-notes"), claims));
+    }
     let repeat = repeat(&tested, &before);
     if repeat.levers > 0 {
         println!(
@@ -406,6 +410,22 @@ fn table_row(tested: &Tested, point: &Point) -> Value {
         "pairs (discarded)": pairs(point),
         "why": point.reason,
     })
+}
+
+/// What the notes claimed of a lever, and what its best point (or else its first) gave here, in the same unit.
+fn claim_row(tested: &Tested) -> Option<Value> {
+    let notes = tested.lever.notes.as_ref()?;
+    let points = tested.points.iter().filter(|p| p.verdict == tested.verdict);
+    let gain = |p: &&Point| p.measured.as_ref().and_then(|m| m.speedup).map_or(0.0, |s| s.mean);
+    let best = points.max_by(|a, b| gain(a).total_cmp(&gain(b)))?;
+    Some(json!({
+        "lever": tested.lever.name,
+        "the notes": notes,
+        "here": format!("{}: {}", best.arms[1], best.in_unit),
+        "times as fast (95 %)": speedup(best),
+        "verdict": tested.verdict.name(),
+        "why": best.reason,
+    }))
 }
 
 fn print(tested: &[Tested]) {
