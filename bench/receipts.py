@@ -10,6 +10,7 @@
     python3 bench/receipts.py resident DIRECTORY # memory of a large checkpoint, loaded and decoding
     python3 bench/receipts.py kernels           # one linear layer by format and rows (examples/kernel_speed)
     python3 bench/receipts.py cuda              # the same on an NVIDIA GPU, up to the whole GLM-5.2-77; text against the CPU's
+    python3 bench/receipts.py wgpu              # a slice on the portable GPU back end, stages by the adapter's clock; text against the CPU's
     python3 bench/receipts.py cuda-kernels      # each kernel of a step under Nsight Compute: microseconds, bytes (needs ncu)
     python3 bench/receipts.py cuda-sanitizer CONFORMANCE RECORDED  # the test binaries of backend-cuda under compute-sanitizer
     cargo xtask docs --write
@@ -276,6 +277,41 @@ def cuda(stolen):
     write("cuda", commands, {"bench": reports, "text": texts}, {"decode-cuda": rows, "text-cuda": [text_row]}, stolen)
 
 
+def wgpu(stolen):
+    shape = "glm-5.2-77:layers=12"
+    more = ["--backend", "wgpu", "--context", "128", "--windows", "7", "--steps", "20"]
+    reports, rows, commands = bench([(shape, "affine-4", "1,2,4,8", *more)], "512")
+    one, stages = reports[0]["results"][0], []
+    for row, result in zip(rows, reports[0]["results"], strict=True):
+        row["against batch 1"] = f"{result['decode_tok_s'] / one['decode_tok_s']:.2f}"
+        if result.get("device_ms"):
+            row["of a step outside the adapter's clock"] = f"{100 * (1 - result['device_ms'] / result['step_ms']):.1f} %"
+        for stage in result["stages"]:
+            stages.append({
+                "shape": shape, "batch": result["batch"], "stage": stage["stage"], "us": f"{stage['microseconds']:.1f}",
+                "MB": f"{stage['bytes'] / 1e6:.1f}", "GB/s": f"{stage['gb_s']:.0f}",
+            })
+    prompts = ["def quicksort(items):", "fn main() {\n    let mut", "class Stack:\n    def __init__(self):"]
+    texts, same = [], 0
+    for prompt in prompts:
+        found = []
+        for where in (["--backend", "cpu", "--activations", "exact"], ["--backend", "wgpu"]):
+            for speculate in ("off", "auto"):
+                command = ["run", *where, "--speculate", speculate, "--temp", "0", "-n", "200", "--raw", "--json", "-p", prompt]
+                found.append(json.loads(run(*command)[0]))
+                commands.append(f"{NAME} {' '.join(command)}")
+        same += len({tuple(text["token_ids"]) for text in found}) == 1
+        texts += found
+    text_row = {
+        "model": "moellon-tiny (bundled)", "adapter": reports[0]["backend"], "prompts": len(prompts),
+        "tokens each": min(text["completion_tokens"] for text in texts),
+        "CPU exact, wgpu, speculation off and on: all the same": f"{same} of {len(prompts)}",
+    }
+    doctor = json.loads(run("doctor", "--json")[0])
+    samples = {"bench": reports, "text": texts, "adapters": doctor["adapters"]}
+    write("wgpu", commands, samples, {"decode-wgpu": rows, "stages-wgpu": stages, "text-wgpu": [text_row]}, stolen)
+
+
 def cuda_kernels(stolen):
     """Kernels of recorded steps of one row, each alone on the device: their times add up to more than a step."""
     names = "line|heads|up_|experts_down|router|attend|rms|route|linear|gate|down|write|rope|kv|plain|gather|layer|add|argmax|embed"
@@ -326,7 +362,7 @@ def cuda_sanitizer(stolen, conformance, recorded):
 
 
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "cuda", "cuda-kernels", "cuda-sanitizer"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "cuda", "wgpu", "cuda-kernels", "cuda-sanitizer"):
         raise SystemExit(__doc__)
     stolen = steal_ticks()
     match sys.argv[1]:
@@ -348,6 +384,8 @@ def main():
             kernels(stolen)
         case "cuda":
             cuda(stolen)
+        case "wgpu":
+            wgpu(stolen)
         case "cuda-kernels":
             cuda_kernels(stolen)
         case "cuda-sanitizer":

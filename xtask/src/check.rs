@@ -26,7 +26,7 @@ enum Outcome {
 
 type Stage = (&'static str, fn() -> Result<Outcome>);
 
-const STAGES: [Stage; 15] = [
+const STAGES: [Stage; 16] = [
     ("fmt", || cargo(&["fmt", "--all", "--check"])),
     ("tidy", || passed(tidy::run())),
     ("fixtures", || passed(fixtures::run(fixtures::Mode::Verify))),
@@ -45,6 +45,7 @@ const STAGES: [Stage; 15] = [
     ("doc", || run_command(cargo_command(&["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))),
     ("deny", deny),
     ("advisories", advisories),
+    ("apple", apple),
     // A core without dot products: run-time detection, and all cases once at the level that it finds.
     ("neon, cortex-a72", || {
         let one_pass = ["--skip", "exact_activations", "--skip", "int8_activations", "--skip", "more_threads"];
@@ -245,17 +246,32 @@ const NEON_EMULATOR: &str = "qemu-aarch64-static";
 /// portable reference against itself, which takes minutes in the emulator, and the back end's test uses it anyway.
 const NEON_PACKAGES: [&str; 2] = ["moellon-tensor", "moellon-backend-cpu"];
 
+/// A skip where the standard library for `target` is not installed.
+fn missing_target(target: &str) -> Result<Option<Outcome>> {
+    let rustc = Command::new("rustc").args(["--print", "target-libdir", "--target", target]).output()?;
+    let libraries = PathBuf::from(String::from_utf8_lossy(&rustc.stdout).trim());
+    let missing = || Outcome::Skipped(format!("no standard library for {target} (rustup target add {target})"));
+    Ok((!libraries.is_dir()).then(missing))
+}
+
+/// M-series Macs. Type-checking needs neither a Mac nor its frameworks.
+const APPLE_TARGET: &str = "aarch64-apple-darwin";
+
+/// Type-checks the whole workspace as a Mac would, the Metal back end of wgpu included.
+fn apple() -> Result<Outcome> {
+    match missing_target(APPLE_TARGET)? {
+        Some(missing) => Ok(missing),
+        None => cargo(&["check", "--workspace", "--all-targets", "--target", APPLE_TARGET]),
+    }
+}
+
 /// Runs tests on an emulated `cpu`; `which` selects test programs, `filter` tests.
 fn neon(cpu: &str, which: &[&str], filter: &[&str]) -> Result<Outcome> {
     if Command::new(NEON_EMULATOR).arg("--version").output().is_err() {
         return Ok(Outcome::Skipped(format!("{NEON_EMULATOR} is not installed (apt install qemu-user-static)")));
     }
-    let rustc = Command::new("rustc").args(["--print", "target-libdir", "--target", NEON_TARGET]).output()?;
-    let libraries = PathBuf::from(String::from_utf8_lossy(&rustc.stdout).trim());
-    if !libraries.is_dir() {
-        return Ok(Outcome::Skipped(format!(
-            "no standard library for {NEON_TARGET} (rustup target add {NEON_TARGET})"
-        )));
+    if let Some(missing) = missing_target(NEON_TARGET)? {
+        return Ok(missing);
     }
     let mut command = cargo_command(&["test", "--target", NEON_TARGET]);
     command.args(NEON_PACKAGES.iter().flat_map(|package| ["-p", package])).args(which).arg("--").args(filter);

@@ -2,6 +2,7 @@
 struct Args {
   out_offset: u32, out_stride: u32, num_heads: u32, value_dim: u32, num_parts: u32, window: u32, positions_offset: u32,
   counts_offset: u32, has_index: u32, sinks_offset: u32, has_sinks: u32,
+  forms: u32, part_count: u32, part_stride: u32, part_cols: u32, part_chunks: u32, per_byte: u32,   // of out: forms.wgsl
 }
 var<immediate> args: Args;
 @group(0) @binding(0) var<storage, read_write> parts: array<f32>;
@@ -9,8 +10,9 @@ var<immediate> args: Args;
 @group(0) @binding(2) var<storage, read_write> index_counts: array<u32>;
 @group(0) @binding(3) var<storage, read_write> sinks: array<f32>;
 @group(0) @binding(4) var<storage, read_write> out: array<f32>;
+@group(0) @binding(5) var<storage, read_write> form: array<u32>;
 
-@compute @workgroup_size(128)
+@compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
   let head = group.x;
   let token = group.y;
@@ -29,11 +31,16 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   for (var part = 0u; part < num_parts; part++) {
     sum = fma(exp(parts[start + part * width] - largest), parts[start + part * width + 1u], sum);
   }
-  for (var column = local; column < args.value_dim; column += 128u) {
+  for (var start_column = 0u; start_column < args.value_dim; start_column += 256u) {
+    let column = start_column + local;
     var value = 0.0;
-    for (var part = 0u; part < num_parts; part++) {
-      value = fma(exp(parts[start + part * width] - largest), parts[start + part * width + 2u + column], value);
+    if (column < args.value_dim) {
+      for (var part = 0u; part < num_parts; part++) {
+        value = fma(exp(parts[start + part * width] - largest), parts[start + part * width + 2u + column], value);
+      }
+      value = value / sum;
+      put(token, head * args.value_dim + column, value);
     }
-    out[args.out_offset + token * args.out_stride + head * args.value_dim + column] = value / sum;
+    put_integers(token, head * args.value_dim + start_column, args.value_dim - start_column, value, local);
   }
 }

@@ -4,8 +4,8 @@
 // - A kernel's arguments are `var<immediate> args: Args`, 4-byte fields only, at most 128 bytes; src/backend.rs writes them in the
 //   same order. A view of activations is two of them: its first element and the elements between two rows.
 // - Bindings: first the buffers of activations, all read_write (one buffer may stand at several), then weights, read.
-// - What is written to a row depends on that row alone: reductions have an order that is a function of the shape of one row, and never
-//   use subgroups, whose size an adapter may choose anew for each pipeline. Products that are added are `fma`, so that no compiler is
+// - What is written to a row depends on that row alone: reductions have an order that is a function of the shape of one row. Shuffles
+//   reach at most 32 invocations, and kernels with them are used only where the self-test (subgroup_test.wgsl) found them to. Products that are added are `fma`, so that no compiler is
 //   free to fuse them in one kernel and not in another.
 
 const LOWEST: f32 = -3.4028234e38;

@@ -1,25 +1,30 @@
 //! The operations: which kernel, which grid, which scratch memory.
 
 mod attention;
+mod forms;
+mod fused;
+mod operations;
 mod products;
 
 use crate::device::{AdapterChoice, Device, Memory, NAME, SelfTest, device_error};
-use crate::kernels::Kernel;
+use crate::kernels::{Company, Kernel, PAIRS};
+use crate::program::Op;
 use crate::stream::Stream;
-use crate::weights::{Company, DeviceWeight};
+use crate::weights::DeviceWeight;
 use moellon_ops::backend::WeightFormatSet;
 use moellon_ops::{
     ActivationPrecision, Add, Argmax, AttendGqa, AttendMla, Backend, Buffer, Cache, CacheDtype, Caps, ElementType,
     Embed, Error, Experts, ExpertsSource, GateUp, GatherRows, IndexScore, IndexTopk, KvStore, LayerNorm, Linear,
-    LinearHeads, MoeDown, MoeGateUp, Result, RmsNorm, Rope, RopePairs, RopeTable, Route, Scoring, Stage, Tensor,
-    Weight, WeightSource,
+    LinearHeads, MoeDown, MoeGateUp, Result, RmsNorm, Rope, RopeTable, Route, Stage, StepTimes, Tensor, Weight,
+    WeightSource,
 };
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use self::products::{Spreads, WorkListKey};
+use self::forms::Spreads;
+use self::products::WorkListKey;
 
 /// How to open the back end.
 #[derive(Clone)]
@@ -30,6 +35,8 @@ pub struct WgpuOptions {
     pub cache_folder: Option<PathBuf>,
     /// Decode small codes with integers even where the adapter keeps binary16 subnormals: for tests.
     pub without_half_subnormals: bool,
+    /// Multiply floats even where the adapter multiplies integers: for tests.
+    pub without_integer_products: bool,
     /// Told how many kernels are compiled while weights are loaded.
     pub progress: Option<Arc<dyn Fn(usize) + Send + Sync>>,
 }
@@ -40,6 +47,7 @@ impl Default for WgpuOptions {
             adapter: AdapterChoice { ordinal: 0, allow_software: true },
             cache_folder: None,
             without_half_subnormals: false,
+            without_integer_products: false,
             progress: None,
         }
     }
@@ -101,6 +109,10 @@ pub struct WgpuBackend {
     scratch: [Scratch; 2],
     parts: Scratch,
     list: Scratch,
+    /// The step that is recorded: its key, its operations with the stages they belong to.
+    recording: Option<(u64, Vec<(Stage, Op)>)>,
+    /// The part of a step that operations belong to now.
+    stage: Stage,
     /// What `list` holds.
     listed: Option<WorkListKey>,
     /// Bound where a kernel's optional argument is not given.
@@ -124,6 +136,9 @@ impl WgpuBackend {
         if options.without_half_subnormals {
             device.self_test.half_subnormals = false;
         }
+        if options.without_integer_products {
+            device.self_test.integer_products = false;
+        }
         let nothing = device.alloc("an argument that is not given", 16)?;
         let report = &device.report;
         let caps = Caps {
@@ -145,12 +160,17 @@ impl WgpuBackend {
             scratch: Default::default(),
             parts: Scratch::default(),
             list: Scratch::default(),
+            recording: None,
+            stage: Stage::Embed,
             listed: None,
             nothing,
             staging: None,
             progress: options.progress.clone(),
         };
         backend.compile(Kernel::fixed())?;
+        if backend.device.self_test.subgroups {
+            backend.compile(PAIRS.map(Kernel::AttendPairs))?;
+        }
         Ok(backend)
     }
 
@@ -162,6 +182,17 @@ impl WgpuBackend {
     /// How many kernels were compiled so far, and how long that took.
     pub fn compiled(&self) -> (usize, Duration) {
         self.device.compiled()
+    }
+
+    /// The kernels of the recorded step that ran last: name, workgroups, and seconds by the adapter's clock. Each has a pass of its own,
+    /// whose start is part of its time. Nothing where there is no such clock.
+    ///
+    /// # Errors
+    /// A failing device.
+    pub fn time_kernels(&mut self) -> Result<Vec<(Arc<str>, [u32; 3], f64)>> {
+        let times = self.stream.time_kernels(&self.device)?;
+        self.forget_forms();
+        Ok(times)
     }
 
     /// Compiles kernels now, so that no step has to.
@@ -190,10 +221,11 @@ impl WgpuBackend {
         Ok(self.buffer(tensor)?.memory.clone())
     }
 
-    fn optional(&self, tensor: Option<Tensor>) -> Result<(Memory, [u32; 2])> {
+    /// An argument that may be absent. `instead` is bound then: memory that the kernel has anyway, so that it waits for nobody else.
+    fn optional(&self, tensor: Option<Tensor>, instead: &Memory) -> Result<(Memory, [u32; 2])> {
         match tensor {
             Some(tensor) => Ok((self.memory(tensor)?, place(tensor))),
-            None => Ok((self.nothing.clone(), [0, 0])),
+            None => Ok((instead.clone(), [0, 0])),
         }
     }
 
@@ -209,6 +241,17 @@ impl WgpuBackend {
         Ok(buffer.memory.clone())
     }
 
+    /// Launches an operation, or keeps it until its step is complete.
+    fn issue(&mut self, op: Op) -> Result<()> {
+        match &mut self.recording {
+            Some((_, ops)) => {
+                ops.push((self.stage, op));
+                Ok(())
+            }
+            None => self.execute(&op),
+        }
+    }
+
     /// Appends a kernel to the stream.
     fn run(&mut self, kernel: Kernel, memories: &[&Memory], arguments: &[u32], grid: [usize; 3]) -> Result<()> {
         const MOST: usize = 65535;
@@ -219,7 +262,7 @@ impl WgpuBackend {
         }
         let pipeline = self.device.pipeline(kernel)?;
         let group = self.device.bind(&pipeline, memories);
-        self.stream.push(&pipeline, group, arguments, grid.map(|n| n as u32), &self.device);
+        self.stream.push(&pipeline, group, arguments, grid.map(|n| n as u32), self.stage, &self.device);
         Ok(())
     }
 
@@ -231,7 +274,7 @@ impl WgpuBackend {
         company: Company,
     ) -> Result<DeviceWeight> {
         let weight = DeviceWeight::load(name, matrices, bias, company, &mut self.device)?;
-        self.compile(Kernel::of_code(weight.code, self.device.tokens()))?;
+        self.compile(Kernel::of_code(weight.code, company, self.device.tokens()))?;
         Ok(weight)
     }
 
@@ -282,10 +325,8 @@ impl WgpuBackend {
             Some(staging) => staging,
             None => self.device.staging(bytes.next_power_of_two())?,
         };
-        self.stream.flush(&self.device);
-        let mut encoder = self.device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        encoder.copy_buffer_to_buffer(&from.buffer, at, &staging, 0, bytes);
-        self.device.queue.submit([encoder.finish()]);
+        self.stream
+            .flush_with(&self.device, |encoder| encoder.copy_buffer_to_buffer(&from.buffer, at, &staging, 0, bytes));
         self.device.map_read(&staging, dst)?;
         self.staging = Some(staging);
         Ok(())
@@ -297,6 +338,16 @@ impl Drop for WgpuBackend {
         // Nothing of ours may be in use when memory is given back.
         let _ = self.stream.wait(&self.device);
     }
+}
+
+/// Operations that are checked, then launched or recorded as they are.
+macro_rules! operations {
+    ($($method:ident: $op:ident),* $(,)?) => {
+        $(fn $method(&mut self, op: &$op) -> Result<()> {
+            op.validate()?;
+            self.issue(Op::$op(*op))
+        })*
+    };
 }
 
 impl Backend for WgpuBackend {
@@ -378,14 +429,23 @@ impl Backend for WgpuBackend {
     }
 
     fn begin_recording(&mut self, key: u64) -> Result<()> {
-        self.forget_forms();
-        self.stream.begin(key);
+        self.recording = Some((key, Vec::new()));
         Ok(())
     }
 
     fn end_recording(&mut self, complete: bool) -> Result<()> {
-        self.stream.end(complete, &self.device);
-        Ok(())
+        let Some((key, ops)) = self.recording.take().filter(|_| complete) else { return Ok(()) };
+        self.forget_forms();
+        self.stream.begin(key);
+        let launched = self.launch_step(&ops);
+        self.stream.end(launched.is_ok(), &self.device);
+        launched
+    }
+
+    fn time_replay(&mut self, key: u64) -> Result<Option<StepTimes>> {
+        let times = self.stream.time_replay(key, &self.device)?;
+        self.forget_forms();
+        Ok(times)
     }
 
     fn alloc_cache(&mut self, what: &str, dtype: CacheDtype, num_slots: usize, width: usize) -> Result<Cache> {
@@ -425,7 +485,7 @@ impl Backend for WgpuBackend {
 
     fn load_weight(&mut self, source: &WeightSource<'_>) -> Result<Weight> {
         let weight = source.describe(self.weights.len() as u32)?;
-        let company = if weight.count == 1 { Company::Alone } else { Company::All };
+        let company = if weight.count == 1 { Company::Alone } else { Company::Heads };
         let loaded = self.load(source.name, source.matrices, source.bias, company)?;
         self.weights.push(loaded);
         Ok(weight)
@@ -434,252 +494,46 @@ impl Backend for WgpuBackend {
     fn load_experts(&mut self, source: &ExpertsSource<'_>) -> Result<Experts> {
         let experts = source.describe(self.experts.len() as u32)?;
         let bias = |i: usize| source.biases.map(|b| b[i]);
-        let gate = self.load(source.name, source.gate, bias(0), Company::Few)?;
-        let up = self.load(source.name, source.up, bias(1), Company::Few)?;
-        let down = self.load(source.name, source.down, bias(2), Company::Few)?;
+        let gate = self.load(source.name, source.gate, bias(0), Company::Experts)?;
+        let up = self.load(source.name, source.up, bias(1), Company::Experts)?;
+        let down = self.load(source.name, source.down, bias(2), Company::Experts)?;
         self.experts.push(DeviceExperts { gate, up, down });
         Ok(experts)
     }
 
-    fn embed(&mut self, op: &Embed) -> Result<()> {
-        op.validate()?;
-        let (ids, out) = (self.memory(op.token_ids)?, self.output(op.out)?);
-        let table = &self.weights[op.table.id as usize];
-        let (code, chunks, extra) = (table.code, table.chunks, table.extra.clone());
-        let rest = [table.block_columns as u32, table.scale_words as u32, u32::from(table.has_global)];
-        let shards: Vec<_> = table
-            .shards
-            .iter()
-            .map(|s| (s.codes.clone(), s.scales.clone(), [s.first_row as u32, s.num_rows as u32]))
-            .collect();
-        for (codes, scales, [first_row, num_rows]) in shards {
-            let [out_offset, out_stride] = place(op.out);
-            let head = [op.token_ids.offset as u32, out_offset, out_stride, op.out.cols as u32, chunks as u32];
-            let arguments = [&head[..], &[first_row, num_rows], &rest[..]].concat();
-            let grid = [chunks.div_ceil(64), op.token_ids.cols, 1];
-            self.run(Kernel::Embed(code), &[&out, &ids, &codes, &scales, &extra], &arguments, grid)?;
-        }
-        Ok(())
-    }
-
-    fn rope_table(&mut self, op: &RopeTable) -> Result<()> {
-        op.validate()?;
-        let (positions, inverse) = (self.memory(op.positions)?, self.memory(op.inverse_frequencies)?);
-        let table = self.output(op.table)?;
-        let [offset, stride] = place(op.table);
-        let arguments = [
-            op.positions.offset as u32,
-            op.inverse_frequencies.offset as u32,
-            offset,
-            stride,
-            (op.table.cols / 2) as u32,
-            op.scale.to_bits(),
-        ];
-        self.run(Kernel::RopeTable, &[&positions, &inverse, &table], &arguments, [op.table.rows, 1, 1])
-    }
-
-    fn rms_norm(&mut self, op: &RmsNorm) -> Result<()> {
-        op.validate()?;
-        let (delta, [delta_offset, delta_stride]) = self.optional(op.delta)?;
-        let x = if op.delta.is_some() { self.output(op.x)? } else { self.memory(op.x)? };
-        let (weight, out) = (self.memory(op.weight)?, self.output(op.out)?);
-        let ([x_offset, x_stride], [out_offset, out_stride]) = (place(op.x), place(op.out));
-        let arguments = [
-            x_offset,
-            x_stride,
-            delta_offset,
-            delta_stride,
-            out_offset,
-            out_stride,
-            op.weight.offset as u32,
-            op.x.cols as u32,
-            u32::from(op.delta.is_some()),
-            op.eps.to_bits(),
-        ];
-        self.run(Kernel::RmsNorm, &[&x, &delta, &out, &weight], &arguments, [op.x.rows, 1, 1])
-    }
-
-    fn layer_norm(&mut self, op: &LayerNorm) -> Result<()> {
-        op.validate()?;
-        let (x, weight, bias) = (self.memory(op.x)?, self.memory(op.weight)?, self.memory(op.bias)?);
-        let out = self.output(op.out)?;
-        let ([x_offset, x_stride], [out_offset, out_stride]) = (place(op.x), place(op.out));
-        let arguments = [
-            x_offset,
-            x_stride,
-            out_offset,
-            out_stride,
-            op.weight.offset as u32,
-            op.bias.offset as u32,
-            op.x.cols as u32,
-            op.eps.to_bits(),
-        ];
-        self.run(Kernel::LayerNorm, &[&x, &out, &weight, &bias], &arguments, [op.x.rows, 1, 1])
+    operations! {
+        embed: Embed,
+        rope_table: RopeTable,
+        rms_norm: RmsNorm,
+        layer_norm: LayerNorm,
+        linear_heads: LinearHeads,
+        rope: Rope,
+        attend_gqa: AttendGqa,
+        attend_mla: AttendMla,
+        index_score: IndexScore,
+        index_topk: IndexTopk,
+        route: Route,
+        moe_gate_up: MoeGateUp,
+        moe_down: MoeDown,
+        gate_up: GateUp,
+        add: Add,
+        gather_rows: GatherRows,
+        argmax: Argmax,
     }
 
     fn linear(&mut self, op: &Linear<'_>) -> Result<()> {
         op.validate()?;
-        self.linear_parts(op)
-    }
-
-    fn linear_heads(&mut self, op: &LinearHeads) -> Result<()> {
-        op.validate()?;
-        self.product_of_heads(op)
-    }
-
-    fn rope(&mut self, op: &Rope) -> Result<()> {
-        op.validate()?;
-        let (table, x) = (self.memory(op.table)?, self.output(op.x)?);
-        let ([x_offset, x_stride], [table_offset, table_stride]) = (place(op.x), place(op.table));
-        let half = op.table.cols / 2;
-        let arguments = [
-            x_offset,
-            x_stride,
-            table_offset,
-            table_stride,
-            op.num_heads as u32,
-            op.head_stride as u32,
-            half as u32,
-            u32::from(op.pairs == RopePairs::Interleaved),
-        ];
-        self.run(Kernel::Rope, &[&x, &table], &arguments, [(op.num_heads * half).div_ceil(128), op.x.rows, 1])
+        self.issue(Op::Linear { x: op.x, parts: op.parts.to_vec() })
     }
 
     fn kv_store(&mut self, op: &KvStore<'_>) -> Result<()> {
         op.validate()?;
-        if op.parts.len() > 4 {
-            return Err(device_error(format!("{} parts of a cache row, expected at most 4", op.parts.len())));
-        }
-        let slots = self.memory(op.slots)?;
-        let DeviceCache { memory: cache, row_words } = &self.caches[op.cache.id as usize];
-        let (cache, row_words) = (cache.clone(), *row_words);
-        let mut memories = Vec::new();
-        let mut arguments = Vec::new();
-        let mut end = 0;
-        for i in 0..4 {
-            let (memory, view) = self.optional(op.parts.get(i).copied())?;
-            memories.push(memory);
-            end += op.parts.get(i).map_or(0, |part| part.cols);
-            arguments.extend(view);
-            if i < 3 {
-                arguments.push(end as u32);
-            }
-        }
-        let is_bf16 = u32::from(op.cache.dtype == CacheDtype::Bf16);
-        arguments.extend([op.slots.offset as u32, op.cache.width as u32, row_words as u32, is_bf16]);
-        let [a, b, c, d] = &memories[..] else { unreachable!("four parts were pushed") };
-        let grid = [row_words.div_ceil(128), op.slots.cols, 1];
-        self.run(Kernel::KvStore, &[a, b, c, d, &slots, &cache], &arguments, grid)
+        self.issue(Op::KvStore { parts: op.parts.to_vec(), slots: op.slots, cache: op.cache })
     }
 
-    fn attend_gqa(&mut self, op: &AttendGqa) -> Result<()> {
-        op.validate()?;
-        self.attend_heads(op)
+    fn stage(&mut self, stage: Stage) {
+        self.stage = stage;
     }
-
-    fn attend_mla(&mut self, op: &AttendMla) -> Result<()> {
-        op.validate()?;
-        self.attend_latent(op)
-    }
-
-    fn index_score(&mut self, op: &IndexScore) -> Result<()> {
-        op.validate()?;
-        self.score_positions(op)
-    }
-
-    fn index_topk(&mut self, op: &IndexTopk) -> Result<()> {
-        op.validate()?;
-        let (scores, positions) = (self.memory(op.scores)?, self.memory(op.positions)?);
-        let (ids, counts) = (self.output(op.ids)?, self.output(op.counts)?);
-        let ([scores_offset, scores_stride], [ids_offset, ids_stride]) = (place(op.scores), place(op.ids));
-        let arguments = [
-            scores_offset,
-            scores_stride,
-            op.positions.offset as u32,
-            ids_offset,
-            ids_stride,
-            op.counts.offset as u32,
-            op.ids.cols as u32,
-        ];
-        self.run(Kernel::IndexTopk, &[&scores, &positions, &ids, &counts], &arguments, [op.scores.rows, 1, 1])
-    }
-
-    fn route(&mut self, op: &Route) -> Result<()> {
-        op.validate()?;
-        let (num_experts, top_k) = (op.logits.cols, op.ids.cols);
-        if num_experts > 1024 || top_k > 64 || op.n_group > 256 {
-            return Err(device_error(format!(
-                "{num_experts} experts in {} groups, {top_k} of them a token: expected at most 1024, 256 and 64",
-                op.n_group
-            )));
-        }
-        let (logits, (bias, [bias_offset, _])) = (self.memory(op.logits)?, self.optional(op.correction_bias)?);
-        let (ids, weights) = (self.output(op.ids)?, self.output(op.weights)?);
-        let ([logits_offset, logits_stride], [ids_offset, ids_stride]) = (place(op.logits), place(op.ids));
-        let [weights_offset, weights_stride] = place(op.weights);
-        let arguments = [
-            logits_offset,
-            logits_stride,
-            bias_offset,
-            ids_offset,
-            ids_stride,
-            weights_offset,
-            weights_stride,
-            num_experts as u32,
-            top_k as u32,
-            match op.scoring {
-                Scoring::Sigmoid => 0,
-                Scoring::SoftmaxThenTopk => 1,
-                Scoring::TopkThenSoftmax => 2,
-            },
-            op.n_group as u32,
-            op.topk_group as u32,
-            u32::from(op.correction_bias.is_some()),
-            u32::from(op.norm_topk_prob),
-            op.routed_scaling_factor.to_bits(),
-        ];
-        self.run(Kernel::Route, &[&logits, &bias, &ids, &weights], &arguments, [op.logits.rows, 1, 1])
-    }
-
-    fn moe_gate_up(&mut self, op: &MoeGateUp) -> Result<()> {
-        op.validate()?;
-        self.experts_gate_up(op)
-    }
-
-    fn moe_down(&mut self, op: &MoeDown) -> Result<()> {
-        op.validate()?;
-        self.experts_down(op)
-    }
-
-    fn gate_up(&mut self, op: &GateUp) -> Result<()> {
-        op.validate()?;
-        self.dense_gate_up(op)
-    }
-
-    fn add(&mut self, op: &Add) -> Result<()> {
-        op.validate()?;
-        let (y, x) = (self.memory(op.y)?, self.output(op.x)?);
-        let arguments = [place(op.x), place(op.y)].concat();
-        let arguments = [&arguments[..], &[op.x.cols as u32]].concat();
-        self.run(Kernel::Add, &[&x, &y], &arguments, [op.x.cols.div_ceil(256), op.x.rows, 1])
-    }
-
-    fn gather_rows(&mut self, op: &GatherRows) -> Result<()> {
-        op.validate()?;
-        let (x, rows, out) = (self.memory(op.x)?, self.memory(op.rows)?, self.output(op.out)?);
-        let ([x_offset, x_stride], [out_offset, out_stride]) = (place(op.x), place(op.out));
-        let arguments = [x_offset, x_stride, op.rows.offset as u32, out_offset, out_stride, op.x.cols as u32];
-        self.run(Kernel::GatherRows, &[&x, &rows, &out], &arguments, [op.x.cols.div_ceil(256), op.rows.cols, 1])
-    }
-
-    fn argmax(&mut self, op: &Argmax) -> Result<()> {
-        op.validate()?;
-        let (logits, out) = (self.memory(op.logits)?, self.output(op.out)?);
-        let arguments = [&place(op.logits)[..], &place(op.out), &[op.logits.cols as u32]].concat();
-        self.run(Kernel::Argmax, &[&logits, &out], &arguments, [op.logits.rows, 1, 1])
-    }
-
-    fn stage(&mut self, _stage: Stage) {}
 }
 
 /// Checks that a copy has the view's size and stays inside its buffer.

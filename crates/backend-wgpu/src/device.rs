@@ -5,7 +5,7 @@
 //! loading checks weights, and conformance runs every kernel.
 #![allow(unsafe_code)]
 
-use crate::kernels::{Kernel, Source, TOKENS};
+use crate::kernels::{Kernel, Source, TOKENS, Target};
 use moellon_ops::{Error, Result};
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -18,7 +18,7 @@ pub(crate) const NAME: &str = "wgpu";
 /// Bytes of immediates that every kernel may use; Vulkan guarantees as many.
 const IMMEDIATES_BYTES: u32 = 128;
 /// Bindings of the kernel that has most.
-const STORAGE_BUFFERS: u32 = 9;
+const STORAGE_BUFFERS: u32 = 10;
 
 pub(crate) fn device_error(message: impl Into<String>) -> Error {
     Error::Device { backend: NAME, message: message.into() }
@@ -83,8 +83,13 @@ pub struct SelfTest {
     pub single_subnormals: bool,
     /// `fma` rounds once.
     pub fused: bool,
-    /// Smallest and largest subgroup. Nothing depends on them.
+    /// Smallest and largest subgroup.
     pub subgroup_sizes: [u32; 2],
+    /// Any 32 invocations in a row from a multiple of 32 can exchange values: sums of teams go through registers, else through workgroup
+    /// memory.
+    pub subgroups: bool,
+    /// Activations become integers for products with integer codes: where shaders are compiled to an instruction that multiplies four bytes.
+    pub integer_products: bool,
     /// Whether the adapter has f16 arithmetic.
     pub shader_f16: bool,
     /// Whether the adapter has cooperative matrices.
@@ -169,6 +174,7 @@ pub(crate) struct Memory {
 /// A compiled kernel.
 #[derive(Debug, Clone)]
 pub(crate) struct Pipeline {
+    pub(crate) name: Arc<str>,
     pub(crate) pipeline: wgpu::ComputePipeline,
     pub(crate) read_write: u32,
     pub(crate) read: u32,
@@ -221,7 +227,11 @@ impl Device {
             return Err(device_error(format!("adapter {} lacks {}", report.name, report.lacks.join("; "))));
         }
         let features = adapter.features();
-        let required_features = wgpu::Features::IMMEDIATES | (features & wgpu::Features::PIPELINE_CACHE);
+        let wanted = wgpu::Features::PIPELINE_CACHE
+            | wgpu::Features::TIMESTAMP_QUERY
+            | wgpu::Features::SUBGROUP
+            | wgpu::Features::MAPPABLE_PRIMARY_BUFFERS;
+        let required_features = wgpu::Features::IMMEDIATES | (features & wanted);
         let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("moellon"),
             required_features,
@@ -242,6 +252,9 @@ impl Device {
             single_subnormals: false,
             fused: false,
             subgroup_sizes: [info.subgroup_min_size, info.subgroup_max_size],
+            subgroups: false,
+            // Metal has no such instruction: there it would be a dozen others.
+            integer_products: info.backend != wgpu::Backend::Metal,
             shader_f16: features.contains(wgpu::Features::SHADER_F16),
             cooperative_matrix: features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX),
         };
@@ -295,6 +308,23 @@ impl Device {
 
     /// Memory of at least `bytes`, zeroed.
     pub(crate) fn alloc(&mut self, what: &str, bytes: u64) -> Result<Memory> {
+        self.alloc_for(what, bytes, wgpu::BufferUsages::empty())
+    }
+
+    /// Memory of at least `bytes` that is filled once. Where host and device share memory the host writes it through the view, and has to
+    /// unmap it then: no other memory is used on the way.
+    pub(crate) fn alloc_to_fill(&mut self, what: &str, bytes: u64) -> Result<(Memory, Option<wgpu::BufferViewMut>)> {
+        let is_shared = matches!(self.report.kind, AdapterKind::Integrated | AdapterKind::Software);
+        if !is_shared || !self.device.features().contains(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS) {
+            return Ok((self.alloc(what, bytes)?, None));
+        }
+        let memory = self.alloc_for(what, bytes, wgpu::BufferUsages::MAP_WRITE)?;
+        let view = memory.buffer.get_mapped_range_mut(..);
+        let view = view.map_err(|e| device_error(format!("mapping memory for {what}: {}", one_line(&e))))?;
+        Ok((memory, Some(view)))
+    }
+
+    fn alloc_for(&mut self, what: &str, bytes: u64, more: wgpu::BufferUsages) -> Result<Memory> {
         // Kernels bind whole buffers; an empty one cannot be bound.
         let bytes = bytes.max(16).next_multiple_of(16);
         if bytes > self.max_binding_bytes() {
@@ -305,9 +335,10 @@ impl Device {
                 free_bytes: self.max_binding_bytes(),
             });
         }
-        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+        let usage = more | wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+        let mapped_at_creation = more.contains(wgpu::BufferUsages::MAP_WRITE);
         let buffer = self.scoped(&format!("{bytes} bytes for {what}"), |device| {
-            device.create_buffer(&wgpu::BufferDescriptor { label: None, size: bytes, usage, mapped_at_creation: false })
+            device.create_buffer(&wgpu::BufferDescriptor { label: None, size: bytes, usage, mapped_at_creation })
         })?;
         self.next_memory += 1;
         Ok(Memory { buffer, id: self.next_memory, bytes })
@@ -341,7 +372,12 @@ impl Device {
             return Ok(pipeline.clone());
         }
         let started = Instant::now();
-        let source = kernel.source(self.self_test.half_subnormals);
+        let target = Target {
+            half_subnormals: self.self_test.half_subnormals,
+            subgroups: self.self_test.subgroups,
+            integers: self.self_test.integer_products,
+        };
+        let source = kernel.source(target);
         let compiled = self.compile(&source)?;
         self.compile_time += started.elapsed();
         self.pipelines.insert(kernel, compiled.clone());
@@ -383,7 +419,7 @@ impl Device {
                 cache,
             })
         })?;
-        Ok(Pipeline { pipeline, read_write: source.read_write, read: source.read })
+        Ok(Pipeline { name: source.name.as_str().into(), pipeline, read_write: source.read_write, read: source.read })
     }
 
     fn make_layout(&self, source: &Source) -> Result<Layout> {
@@ -413,9 +449,7 @@ impl Device {
 
     /// Waits until everything submitted has run.
     pub(crate) fn wait(&self) -> Result<()> {
-        self.device
-            .poll(wgpu::PollType::wait_indefinitely())
-            .map_err(|e| device_error(format!("waiting for the adapter: {}", one_line(&e))))?;
+        wait(&self.device)?;
         self.check()
     }
 
@@ -463,20 +497,8 @@ impl Device {
             0,
         ];
         self.queue.write_buffer(&memory.buffer, 0, bytemuck::cast_slice(&inputs));
-        let pipeline = self.pipeline(Kernel::SelfTest)?;
-        let group = self.bind(&pipeline, &[&memory]);
-        let staging = self.staging(16)?;
-        let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        {
-            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            pass.set_pipeline(&pipeline.pipeline);
-            pass.set_bind_group(0, &group, &[]);
-            pass.dispatch_workgroups(1, 1, 1);
-        }
-        encoder.copy_buffer_to_buffer(&memory.buffer, 0, &staging, 0, 16);
-        self.queue.submit([encoder.finish()]);
         let mut words = [0u32; 4];
-        self.map_read(&staging, bytemuck::cast_slice_mut(&mut words))?;
+        self.run_alone(Kernel::SelfTest, &memory, &mut words)?;
         let half = f32::from_bits(words[0]);
         if half != 0.0 && half != 2f32.powi(-15) {
             return Err(device_error(format!(
@@ -488,7 +510,32 @@ impl Device {
         self.self_test.single_subnormals = words[1] == 0x0040_0000 && words[2] == 1;
         self.self_test.fused = f32::from_bits(words[3]) == f32::EPSILON * f32::EPSILON;
         self.forget(&memory);
+        if self.device.features().contains(wgpu::Features::SUBGROUP) && self.self_test.subgroup_sizes[0] >= 32 {
+            let memory = self.alloc("the self-test", 1024)?;
+            let mut holds = [0u32; 256];
+            self.run_alone(Kernel::SubgroupTest, &memory, &mut holds)?;
+            self.self_test.subgroups = holds.iter().all(|holds| *holds == 1);
+            self.forget(&memory);
+        }
         Ok(())
+    }
+
+    /// Runs a workgroup of a kernel that has one binding, and reads what it wrote there.
+    fn run_alone(&mut self, kernel: Kernel, memory: &Memory, words: &mut [u32]) -> Result<()> {
+        let pipeline = self.pipeline(kernel)?;
+        let group = self.bind(&pipeline, &[memory]);
+        let bytes = 4 * words.len() as u64;
+        let staging = self.staging(bytes)?;
+        let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        {
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            pass.set_pipeline(&pipeline.pipeline);
+            pass.set_bind_group(0, &group, &[]);
+            pass.dispatch_workgroups(1, 1, 1);
+        }
+        encoder.copy_buffer_to_buffer(&memory.buffer, 0, &staging, 0, bytes);
+        self.queue.submit([encoder.finish()]);
+        self.map_read(&staging, bytemuck::cast_slice_mut(words))
     }
 
     /// Memory that the host can read.
@@ -539,6 +586,14 @@ impl Device {
             let _ = std::fs::remove_file(&temporary);
         }
     }
+}
+
+/// Waits until everything submitted to a device has run.
+pub(crate) fn wait(device: &wgpu::Device) -> Result<()> {
+    device
+        .poll(wgpu::PollType::wait_indefinitely())
+        .map(|_| ())
+        .map_err(|e| device_error(format!("waiting for the adapter: {}", one_line(&e))))
 }
 
 /// An error's text in one line, its causes behind colons.

@@ -4,8 +4,15 @@
 //! apart: their loops over the words of a chunk (32 columns) are written out here, because shifts and masks are constants then and no
 //! array is indexed by a variable.
 
-use moellon_tensor::{ScaleDtype, WeightFormat};
-use std::fmt::Write as _;
+mod attention;
+mod code;
+mod product;
+
+pub(crate) use self::attention::{PAIRS, Pairs};
+use self::attention::{attend_holes, attend_pairs_holes};
+pub(crate) use self::code::{Code, ScaleKind};
+use self::product::{Shape, code_name, embed_holes};
+pub(crate) use self::product::{Weights, team_rows};
 
 /// Rows of weights that an invocation of a product has at a time: one `vec4` of sums.
 pub(crate) const ROWS: usize = 4;
@@ -14,205 +21,31 @@ pub(crate) const TOKENS: [usize; 4] = [1, 2, 4, 8];
 /// Value columns an invocation of attention may have (times 32 is the largest value head).
 pub(crate) const VALUE_COLUMNS: [usize; 4] = [2, 4, 8, 16];
 
-/// How the codes of a weight become numbers: a format as far as kernels tell formats apart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Code {
-    Affine { bits: u32, group: u32, scale: ScaleKind },
-    Nvfp4,
-    Mxfp4,
-    Mxfp8,
-    Fp8,
-    F32,
-    F16,
-    Bf16,
+/// What runs side by side with a weight: how many rows at a time, and in which kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Company {
+    /// One matrix at a time, or two that meet in an activation.
+    Alone,
+    /// All matrices of the weight.
+    Heads,
+    /// A few matrices of the weight, gate and up together.
+    Experts,
 }
 
-/// What a scale and its offset are stored as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum ScaleKind {
-    Bf16,
-    F16,
-    F32,
+/// What kernels may expect of an adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Target {
+    /// It keeps binary16 subnormals.
+    pub(crate) half_subnormals: bool,
+    /// Any 32 invocations in a row from a multiple of 32 can exchange values.
+    pub(crate) subgroups: bool,
+    /// It multiplies four bytes in an instruction: activations become integers where codes are.
+    pub(crate) integers: bool,
 }
 
-impl Code {
-    /// The kernels' view of a format; `None` where they have none.
-    pub(crate) fn of(format: WeightFormat) -> Option<Code> {
-        Some(match format {
-            WeightFormat::F32 => Code::F32,
-            WeightFormat::F16 => Code::F16,
-            WeightFormat::Bf16 => Code::Bf16,
-            WeightFormat::Fp8Block { block_cols, .. } if block_cols.is_multiple_of(32) => Code::Fp8,
-            WeightFormat::Fp8Block { .. } => return None,
-            WeightFormat::Mxfp4 => Code::Mxfp4,
-            WeightFormat::Mxfp8 => Code::Mxfp8,
-            WeightFormat::Nvfp4 => Code::Nvfp4,
-            WeightFormat::Affine { bits, group, scale } => {
-                let known = matches!(bits, 1..=6 | 8) && matches!(group, 32 | 64 | 128);
-                let scale = match scale {
-                    ScaleDtype::Bf16 => ScaleKind::Bf16,
-                    ScaleDtype::F16 => ScaleKind::F16,
-                    ScaleDtype::F32 => ScaleKind::F32,
-                };
-                return known.then_some(Code::Affine { bits: u32::from(bits), group, scale });
-            }
-        })
-    }
-
-    /// 32-bit words of a chunk.
-    pub(crate) fn chunk_words(self) -> usize {
-        match self {
-            Code::Affine { bits, .. } => bits as usize,
-            Code::Nvfp4 | Code::Mxfp4 => 4,
-            Code::Mxfp8 | Code::Fp8 => 8,
-            Code::F16 | Code::Bf16 => 16,
-            Code::F32 => 32,
-        }
-    }
-
-    /// Words that one load takes: 4, 2 or 1.
-    fn load_words(self) -> usize {
-        [4, 2, 1].into_iter().find(|n| self.chunk_words().is_multiple_of(*n)).unwrap_or(1)
-    }
-
-    /// Quads of columns that are multiplied between two loads, so that few words wait in registers.
-    fn piece_quads(self) -> usize {
-        match self.chunk_words() {
-            32 => 1,
-            16 => 2,
-            8 => 4,
-            _ => 8,
-        }
-    }
-
-    /// Four columns of a chunk as a `vec4<f32>` out of the words `w{row}_{word}` of a piece that starts at quad `first`.
-    /// Affine codes `c` come as `1 + c / 2^bits`: the code put into the upper bits of a mantissa, one instruction a weight.
-    fn quad(self, row: usize, first: usize, quad: usize) -> String {
-        let word = |k: usize| format!("w{row}_{k}");
-        let here = quad - first;
-        match self {
-            Code::Affine { bits, .. } => {
-                let bits = bits as usize;
-                let place = |i: usize| {
-                    let at = (4 * here + i) * bits;
-                    let (index, offset) = (at / 32, at % 32);
-                    // The code's lowest bit goes to bit `to` of the mantissa.
-                    let to = 23 - bits;
-                    let shifted = |word: String, from: i64| match from {
-                        0 => word,
-                        from if from > 0 => format!("({word} >> {from}u)"),
-                        from => format!("({word} << {}u)", -from),
-                    };
-                    let low = shifted(word(index), offset as i64 - to as i64);
-                    if offset + bits <= 32 {
-                        return low;
-                    }
-                    // The rest of the code is in the next word.
-                    let high = shifted(word(index + 1), offset as i64 - 32 - to as i64);
-                    format!("({low} & {:#x}u) | {high}", ((1u32 << (32 - offset)) - 1) << to)
-                };
-                let places: Vec<String> = (0..4).map(place).collect();
-                let mask = ((1u32 << bits) - 1) << (23 - bits);
-                format!(
-                    "bitcast<vec4<f32>>((vec4<u32>({}) & vec4<u32>({mask:#x}u)) | vec4<u32>(0x3f800000u))",
-                    places.join(", ")
-                )
-            }
-            Code::Nvfp4 | Code::Mxfp4 => match here % 2 {
-                0 => format!("e2m1_quad({})", word(here / 2)),
-                _ => format!("e2m1_quad({} >> 16u)", word(here / 2)),
-            },
-            Code::Mxfp8 | Code::Fp8 => format!("e4m3_quad({})", word(here)),
-            Code::F16 => {
-                format!("vec4<f32>(unpack2x16float({}), unpack2x16float({}))", word(2 * here), word(2 * here + 1))
-            }
-            Code::Bf16 => {
-                let (a, b) = (word(2 * here), word(2 * here + 1));
-                format!("bitcast<vec4<f32>>(vec4<u32>({a} << 16u, {a} & 0xffff0000u, {b} << 16u, {b} & 0xffff0000u))")
-            }
-            Code::F32 => {
-                let words: Vec<String> = (0..4).map(|i| word(4 * here + i)).collect();
-                format!("bitcast<vec4<f32>>(vec4<u32>({}))", words.join(", "))
-            }
-        }
-    }
-
-    /// Lines that load the words `w{row}_{word}` of the piece from quad `first` on; rows start at element `row{row}`.
-    fn loads(self, row: usize, first: usize) -> String {
-        let (words, load) = (self.chunk_words(), self.load_words());
-        let piece_words = words * self.piece_quads() / 8;
-        let mut lines = String::new();
-        for j in 0..piece_words / load {
-            let at = first * words / 8 / load + j;
-            let element = format!("codes[row{row} + chunk * {}u + {at}u]", words / load);
-            if load == 1 {
-                let _ = writeln!(lines, "    let w{row}_{j} = {element};");
-                continue;
-            }
-            let _ = writeln!(lines, "    let v{row}_{first}_{j} = {element};");
-            for (i, part) in ["x", "y", "z", "w"].iter().take(load).enumerate() {
-                let _ = writeln!(lines, "    let w{row}_{} = v{row}_{first}_{j}.{part};", j * load + i);
-            }
-        }
-        lines
-    }
-
-    /// Lines that load the scales `s{row}` (and `o{row}`, or `s{row}_1` of the second half) of a chunk; those of the row start at
-    /// `scale_row{row}`.
-    fn scales(self, row: usize) -> String {
-        match self {
-            Code::Affine { bits, group, scale } => {
-                let factor = format!("{}.0", 1u32 << bits);
-                let at = format!("scale_row{row} + (chunk >> {}u)", (group / 32).ilog2());
-                match scale {
-                    ScaleKind::Bf16 => format!(
-                        "    let p{row} = scales[{at}];\n    let s{row} = bitcast<f32>(p{row} << 16u) * {factor};\n    \
-                         let o{row} = bitcast<f32>(p{row} & 0xffff0000u);\n"
-                    ),
-                    ScaleKind::F16 => format!(
-                        "    let p{row} = unpack2x16float(scales[{at}]);\n    let s{row} = p{row}.x * {factor};\n    \
-                         let o{row} = p{row}.y;\n"
-                    ),
-                    ScaleKind::F32 => format!(
-                        "    let p{row} = scale_row{row} + 2u * (chunk >> {}u);\n    \
-                         let s{row} = bitcast<f32>(scales[p{row}]) * {factor};\n    \
-                         let o{row} = bitcast<f32>(scales[p{row} + 1u]);\n",
-                        (group / 32).ilog2()
-                    ),
-                }
-            }
-            Code::Nvfp4 => format!(
-                "    let p{row} = scales[scale_row{row} + (chunk >> 1u)] >> ((chunk & 1u) * 16u);\n    \
-                 let s{row} = e4m3(p{row} & 0xffu) * E2M1_FACTOR;\n    \
-                 let s{row}_1 = e4m3((p{row} >> 8u) & 0xffu) * E2M1_FACTOR;\n"
-            ),
-            Code::Mxfp4 | Code::Mxfp8 => {
-                let factor = if self == Code::Mxfp4 { "E2M1_FACTOR" } else { "E4M3_FACTOR" };
-                format!(
-                    "    let p{row} = scales[scale_row{row} + (chunk >> 2u)] >> ((chunk & 3u) * 8u);\n    \
-                     let s{row} = e8m0(p{row} & 0xffu) * {factor};\n"
-                )
-            }
-            Code::Fp8 => format!(
-                "    let s{row} = bitcast<f32>(scales[scale_row{row} + 32u * chunk / args.block_columns]) * E4M3_FACTOR;\n"
-            ),
-            Code::F32 | Code::F16 | Code::Bf16 => String::new(),
-        }
-    }
-
-    /// Lines that add a chunk's sum `d{row}_{token}` to `a{row}_{token}`. `half` is the half of the chunk that was just finished.
-    fn accumulate(self, row: usize, token: usize, half: usize) -> String {
-        let (a, d) = (format!("a{row}_{token}"), format!("d{row}_{token}"));
-        match (self, half) {
-            (Code::Nvfp4, 0) => format!("    {a} = fma(s{row}, {d}, {a});\n    {d} = 0.0;\n"),
-            (Code::Nvfp4, _) => format!("    {a} = fma(s{row}_1, {d}, {a});\n"),
-            (_, 0) => String::new(),
-            (Code::Affine { .. }, _) => {
-                format!("    {a} = fma(o{row}, n{token}, fma(s{row}, {d} - n{token}, {a}));\n")
-            }
-            (Code::Mxfp4 | Code::Mxfp8 | Code::Fp8, _) => format!("    {a} = fma(s{row}, {d}, {a});\n"),
-            (Code::F32 | Code::F16 | Code::Bf16, _) => format!("    {a} = {a} + {d};\n"),
-        }
+impl Target {
+    fn shape(self, code: Code, weights: Weights, tokens: usize) -> Shape {
+        Shape { code, weights, tokens, integers: self.integers, subgroups: self.subgroups }
     }
 }
 
@@ -222,18 +55,23 @@ pub(crate) enum Kernel {
     Activate,
     Add,
     Argmax,
+    ArgmaxPart,
     /// With so many value columns an invocation.
     Attend(usize),
     AttendJoin,
+    /// Where subgroups are as they should be.
+    AttendPairs(Pairs),
     Combine,
     Embed(Code),
+    ExpertsDown(Code),
     GatherRows,
     IndexScore,
     IndexTopk,
     KvStore,
+    Latent,
     LayerNorm,
     /// For so many rows of activations.
-    Product(Code, usize),
+    Product(Code, Weights, usize),
     ReadAll,
     RmsNorm,
     Rope,
@@ -241,7 +79,9 @@ pub(crate) enum Kernel {
     Route,
     SelfTest,
     Spread,
+    SubgroupTest,
     WorkList,
+    WriteDigits,
 }
 
 /// A kernel's text and bindings.
@@ -264,60 +104,120 @@ macro_rules! file {
 }
 
 impl Kernel {
-    /// Every kernel that does not depend on a weight format.
+    /// Every kernel that does not depend on a weight format and runs anywhere.
     pub(crate) fn fixed() -> Vec<Kernel> {
         use Kernel::*;
         let mut all = vec![
-            Activate, Add, Argmax, AttendJoin, Combine, GatherRows, IndexScore, IndexTopk, KvStore, LayerNorm, ReadAll,
-            RmsNorm, Rope, RopeTable, Route, Spread, WorkList,
+            Activate,
+            Add,
+            Argmax,
+            ArgmaxPart,
+            AttendJoin,
+            Combine,
+            GatherRows,
+            IndexScore,
+            IndexTopk,
+            KvStore,
+            Latent,
+            LayerNorm,
+            ReadAll,
+            RmsNorm,
+            Rope,
+            RopeTable,
+            Route,
+            Spread,
+            WorkList,
+            WriteDigits,
         ];
         all.extend(VALUE_COLUMNS.map(Attend));
         all
     }
 
-    /// The kernels of one weight format, for so many rows of activations.
-    pub(crate) fn of_code(code: Code, tokens: &[usize]) -> Vec<Kernel> {
-        tokens.iter().map(|tokens| Kernel::Product(code, *tokens)).chain([Kernel::Embed(code)]).collect()
+    /// The kernels of one weight format, for so many rows of activations: those that `company` may meet.
+    pub(crate) fn of_code(code: Code, company: Company, tokens: &[usize]) -> Vec<Kernel> {
+        let product = |weights| tokens.iter().map(move |tokens| Kernel::Product(code, weights, *tokens));
+        let one = product(Weights::One);
+        match company {
+            Company::Heads => one.collect(),
+            Company::Alone => one.chain(product(Weights::Pair)).chain([Kernel::Embed(code)]).collect(),
+            Company::Experts => one.chain(product(Weights::Pair)).chain([Kernel::ExpertsDown(code)]).collect(),
+        }
     }
 
-    /// The source for an adapter that keeps binary16 subnormals, or one that does not.
-    pub(crate) fn source(self, half_subnormals: bool) -> Source {
+    /// The source for an adapter.
+    pub(crate) fn source(self, target: Target) -> Source {
         let (name, text, read_write, read) = match self {
             Kernel::Activate => with(file!("activate"), 3, 0),
             Kernel::Add => with(file!("add"), 2, 0),
-            Kernel::Argmax => with(file!("argmax"), 2, 0),
+            Kernel::Argmax => with(file!("argmax"), 1, 1),
+            Kernel::ArgmaxPart => with(file!("argmax_part"), 1, 1),
             Kernel::Attend(_) => with(file!("attend"), 9, 0),
-            Kernel::AttendJoin => with(file!("attend_join"), 5, 0),
+            Kernel::AttendPairs(_) => with(file!("attend_pairs"), 9, 0),
+            Kernel::AttendJoin => with(file!("attend_join"), 6, 0),
             Kernel::Combine => with(file!("combine"), 4, 0),
             Kernel::Embed(_) => with(file!("embed"), 2, 3),
+            Kernel::ExpertsDown(_) => with(file!("experts_down"), 2, 6),
             Kernel::GatherRows => with(file!("gather_rows"), 3, 0),
             Kernel::IndexScore => with(file!("index_score"), 7, 0),
             Kernel::IndexTopk => with(file!("index_topk"), 4, 0),
             Kernel::KvStore => with(file!("kv_store"), 6, 0),
+            Kernel::Latent => with(file!("latent"), 4, 3),
             Kernel::LayerNorm => with(file!("layer_norm"), 4, 0),
-            Kernel::Product(..) => with(file!("product"), 1, 5),
+            Kernel::Product(_, Weights::One, _) => with(file!("product"), 2, 5),
+            Kernel::Product(_, Weights::Pair, _) => with(file!("product"), 2, 8),
             Kernel::ReadAll => with(file!("read_all"), 1, 1),
-            Kernel::RmsNorm => with(file!("rms_norm"), 4, 0),
+            Kernel::RmsNorm => with(file!("rms_norm"), 5, 1),
             Kernel::Rope => with(file!("rope"), 2, 0),
             Kernel::RopeTable => with(file!("rope_table"), 3, 0),
             Kernel::Route => with(file!("route"), 4, 0),
             Kernel::SelfTest => with(file!("self_test"), 1, 0),
             Kernel::Spread => with(file!("spread"), 2, 0),
+            Kernel::SubgroupTest => with(file!("subgroup_test"), 1, 0),
             Kernel::WorkList => with(file!("work_list"), 2, 0),
+            Kernel::WriteDigits => with(file!("write_digits"), 1, 1),
         };
         let mut wgsl = String::from(include_str!("../kernels/common.wgsl"));
-        if matches!(self, Kernel::Attend(_) | Kernel::IndexScore) {
+        if matches!(self, Kernel::Attend(_) | Kernel::AttendPairs(_) | Kernel::IndexScore) {
             wgsl.push_str(include_str!("../kernels/paging.wgsl"));
+        }
+        if matches!(self, Kernel::Argmax | Kernel::ArgmaxPart) {
+            wgsl.push_str(include_str!("../kernels/best.wgsl"));
+        }
+        let writes_forms = matches!(self, Kernel::Product(..) | Kernel::RmsNorm | Kernel::AttendJoin);
+        if writes_forms || self == Kernel::WriteDigits {
+            let lanes = match target.subgroups {
+                true => include_str!("../kernels/lanes_in_subgroups.wgsl"),
+                false => include_str!("../kernels/lanes_in_memory.wgsl"),
+            };
+            wgsl.push_str(&include_str!("../kernels/digits.wgsl").replace("{{LANES}}", lanes));
+        }
+        if writes_forms {
+            let forms = include_str!("../kernels/forms.wgsl");
+            // Where only one of both forms is written they share a binding.
+            let both = self == Kernel::RmsNorm;
+            wgsl.push_str(&if both { forms.to_owned() } else { forms.replace("floats[", "form[") });
+        }
+        if matches!(self, Kernel::Product(_, Weights::Pair, _) | Kernel::Activate) {
+            wgsl.push_str(include_str!("../kernels/activation.wgsl"));
         }
         let (mut label, mut holes) = (name.to_owned(), Vec::new());
         match self {
-            Kernel::Product(code, tokens) => {
-                label = format!("{name}_{}_{tokens}", code_name(code));
-                holes = product_holes(code, tokens);
+            Kernel::Product(code, weights, tokens) => {
+                let pair = if weights == Weights::Pair { "pair_" } else { "" };
+                label = format!("{name}_{pair}{}_{tokens}", code_name(code));
+                holes = target.shape(code, weights, tokens).product_holes();
+            }
+            Kernel::ExpertsDown(code) => {
+                label = format!("{name}_{}", code_name(code));
+                holes = target.shape(code, Weights::One, 1).experts_down_holes();
             }
             Kernel::Embed(code) => {
                 label = format!("{name}_{}", code_name(code));
                 holes = embed_holes(code);
+            }
+            Kernel::AttendPairs(pairs) => {
+                label = format!("{name}_{}_{}", pairs.keys, pairs.values);
+                holes = attend_pairs_holes(pairs);
             }
             Kernel::Attend(columns) => {
                 label = format!("{name}_{columns}");
@@ -325,11 +225,11 @@ impl Kernel {
             }
             _ => {}
         }
-        if matches!(self, Kernel::Product(..) | Kernel::Embed(_)) {
+        if matches!(self, Kernel::Product(..) | Kernel::Embed(_) | Kernel::ExpertsDown(_)) {
             wgsl.push_str(include_str!("../kernels/decode.wgsl"));
-            holes.push(("HALF_SUBNORMALS", half_subnormals.to_string()));
-            holes.push(("E4M3_FACTOR", if half_subnormals { "256.0" } else { "1.0" }.to_owned()));
-            holes.push(("E2M1_FACTOR", if half_subnormals { "16384.0" } else { "1.0" }.to_owned()));
+            holes.push(("HALF_SUBNORMALS", target.half_subnormals.to_string()));
+            holes.push(("E4M3_FACTOR", if target.half_subnormals { "256.0" } else { "1.0" }.to_owned()));
+            holes.push(("E2M1_FACTOR", if target.half_subnormals { "16384.0" } else { "1.0" }.to_owned()));
         }
         wgsl.push_str(text);
         for (hole, filling) in holes {
@@ -343,161 +243,11 @@ fn with((name, text): (&'static str, &'static str), rw: u32, ro: u32) -> (&'stat
     (name, text, rw, ro)
 }
 
-fn code_name(code: Code) -> String {
-    match code {
-        Code::Affine { bits, group, scale } => format!("affine{bits}_{group}_{scale:?}").to_lowercase(),
-        other => format!("{other:?}").to_lowercase(),
-    }
-}
-
-fn word_type(code: Code) -> String {
-    match code.load_words() {
-        1 => "u32".to_owned(),
-        n => format!("vec{n}<u32>"),
-    }
-}
-
-fn product_holes(code: Code, tokens: usize) -> Vec<(&'static str, String)> {
-    let (mut start, mut body, mut finish) = (String::new(), String::new(), String::new());
-    let elements = code.chunk_words() / code.load_words();
-    for row in 0..ROWS {
-        // The last rows again where the matrix ends inside a team's rows.
-        let _ = writeln!(start, "  let r{row} = local_matrix * args.rows + min(team * ROWS + {row}u, args.rows - 1u);");
-        let _ = writeln!(start, "  let row{row} = r{row} * args.chunks * {elements}u;");
-        let _ = writeln!(start, "  let scale_row{row} = r{row} * args.scale_words;");
-        for token in 0..tokens {
-            let _ = writeln!(start, "  var a{row}_{token} = 0.0;");
-        }
-    }
-    for token in 0..tokens {
-        let _ = writeln!(start, "  let x_row{token} = x_rows[{token}];");
-    }
-    let affine = matches!(code, Code::Affine { .. });
-    for row in 0..ROWS {
-        body.push_str(&code.scales(row));
-        for token in 0..tokens {
-            let _ = writeln!(body, "    var d{row}_{token} = 0.0;");
-        }
-    }
-    for token in (0..tokens).filter(|_| affine) {
-        let _ = writeln!(body, "    var n{token} = 0.0;");
-    }
-    for first in (0..8).step_by(code.piece_quads()) {
-        body.push_str("    {\n");
-        for row in 0..ROWS {
-            body.push_str(&code.loads(row, first));
-        }
-        for quad in first..first + code.piece_quads() {
-            body.push_str("    {\n");
-            for token in 0..tokens {
-                let _ = writeln!(body, "    let x{token} = x[x_row{token} + {quad}u * args.chunks + chunk];");
-                if affine {
-                    let _ = writeln!(
-                        body,
-                        "    n{token} = n{token} + ((x{token}.x + x{token}.y) + (x{token}.z + x{token}.w));"
-                    );
-                }
-            }
-            for row in 0..ROWS {
-                let _ = writeln!(body, "    let q{row} = {};", code.quad(row, first, quad));
-                for token in 0..tokens {
-                    let d = format!("d{row}_{token}");
-                    for part in ["x", "y", "z", "w"] {
-                        let _ = writeln!(body, "    {d} = fma(q{row}.{part}, x{token}.{part}, {d});");
-                    }
-                }
-            }
-            body.push_str("    }\n");
-            if quad == 3 || quad == 7 {
-                for row in 0..ROWS {
-                    (0..tokens).for_each(|token| body.push_str(&code.accumulate(row, token, quad / 4)));
-                }
-            }
-        }
-        body.push_str("    }\n");
-    }
-    // Four rows of x at a time go through workgroup memory.
-    let together = tokens.min(4);
-    for base in (0..tokens).step_by(together) {
-        if base > 0 {
-            finish.push_str("  workgroupBarrier();\n");
-        }
-        for t in 0..together {
-            let sums: Vec<String> = (0..ROWS).map(|row| format!("a{row}_{}", base + t)).collect();
-            let _ = writeln!(finish, "  partial[{}u + local] = vec4<f32>({});", 256 * t, sums.join(", "));
-        }
-        finish.push_str("  workgroupBarrier();\n");
-        finish.push_str("  for (var step = args.lanes >> 1u; step > 0u; step >>= 1u) {\n    if (lane < step) {\n");
-        for t in 0..together {
-            let at = format!("partial[{}u + local", 256 * t);
-            let _ = writeln!(finish, "      {at}] = {at}] + {at} + step];");
-        }
-        finish.push_str("    }\n    workgroupBarrier();\n  }\n");
-        for t in 0..together {
-            let _ = writeln!(
-                finish,
-                "  store(partial[{}u + local - lane], {}u, out_rows[{}], team, lane, count, matrix);",
-                256 * t,
-                base + t,
-                base + t
-            );
-        }
-    }
-    vec![
-        ("TOKENS", tokens.to_string()),
-        ("ROWS", ROWS.to_string()),
-        ("WORD", word_type(code)),
-        ("PARTIAL", (256 * together).to_string()),
-        ("START", start),
-        ("BODY", body),
-        ("FINISH", finish),
-    ]
-}
-
-fn embed_holes(code: Code) -> Vec<(&'static str, String)> {
-    let elements = code.chunk_words() / code.load_words();
-    let mut body = format!("  let row_words = args.chunks * {elements}u;\n");
-    body.push_str("  let scale_row0 = row0 * args.scale_words;\n  let table_row = row0 * row_words;\n");
-    body.push_str(&code.scales(0));
-    for first in (0..8).step_by(code.piece_quads()) {
-        body.push_str("    {\n");
-        body.push_str(&code.loads(0, first).replace("codes[row0 ", "codes[table_row "));
-        for quad in first..first + code.piece_quads() {
-            let _ = writeln!(body, "    let q{quad} = {};", code.quad(0, first, quad));
-            for (i, part) in ["x", "y", "z", "w"].iter().enumerate() {
-                let value = format!("q{quad}.{part}");
-                let value = match code {
-                    Code::Affine { .. } => format!("fma({value} - 1.0, s0, o0)"),
-                    Code::Nvfp4 if quad >= 4 => format!("{value} * s0_1"),
-                    Code::Nvfp4 | Code::Mxfp4 | Code::Mxfp8 | Code::Fp8 => format!("{value} * s0"),
-                    Code::F32 | Code::F16 | Code::Bf16 => value,
-                };
-                let _ = writeln!(body, "    values[{}] = {value};", 4 * quad + i);
-            }
-        }
-        body.push_str("    }\n");
-    }
-    vec![("WORD", word_type(code)), ("BODY", body)]
-}
-
-fn attend_holes(columns: usize) -> Vec<(&'static str, String)> {
-    let (mut values, mut stores) = (String::new(), String::new());
-    for i in 0..columns {
-        let guard = format!("if (lane + {}u < args.value_dim)", 32 * i);
-        let _ = writeln!(
-            values,
-            "    {guard} {{ values[{i}] = fma(share, cached(slot, column + {}u), values[{i}]); }}",
-            32 * i
-        );
-        let _ = writeln!(stores, "  {guard} {{ parts[at + 2u + lane + {}u] = values[{i}]; }}", 32 * i);
-    }
-    vec![("COLUMNS", columns.to_string()), ("VALUES", values), ("STORES", stores)]
-}
-
-/// Names and WGSL of all kernels, both with and without binary16 subnormals where they differ: for checks and translations.
+/// Names and WGSL of all kernels, and of what they are on adapters that lack something: for checks and translations.
 pub fn kernel_sources() -> Vec<(String, String)> {
     let mut kernels = Kernel::fixed();
-    kernels.push(Kernel::SelfTest);
+    kernels.extend([Kernel::SelfTest, Kernel::SubgroupTest]);
+    kernels.extend(PAIRS.map(Kernel::AttendPairs));
     let mut codes = vec![Code::Nvfp4, Code::Mxfp4, Code::Mxfp8, Code::Fp8, Code::F32, Code::F16, Code::Bf16];
     for bits in [2, 3, 4, 5, 6, 8] {
         codes.push(Code::Affine { bits, group: 64, scale: ScaleKind::Bf16 });
@@ -506,15 +256,27 @@ pub fn kernel_sources() -> Vec<(String, String)> {
         codes.push(Code::Affine { bits: 4, group: 32, scale });
     }
     for code in &codes {
-        kernels.extend(Kernel::of_code(*code, &TOKENS));
+        kernels.extend(Kernel::of_code(*code, Company::Alone, &TOKENS));
+        kernels.push(Kernel::ExpertsDown(*code));
     }
     let mut sources: Vec<(String, String)> = Vec::new();
     for kernel in kernels {
-        let (with, without) = (kernel.source(true), kernel.source(false));
-        if with.wgsl != without.wgsl && matches!(kernel, Kernel::Product(_, 1) | Kernel::Embed(_)) {
-            sources.push((format!("{}_no_subnormals", without.name), without.wgsl));
+        let target = Target { half_subnormals: true, subgroups: true, integers: true };
+        let best = kernel.source(target);
+        let one_row = matches!(kernel, Kernel::Product(_, _, 1) | Kernel::Embed(_) | Kernel::ExpertsDown(_));
+        let is_fixed = !matches!(kernel, Kernel::Product(..) | Kernel::Embed(_) | Kernel::ExpertsDown(_));
+        let variants = [
+            ("no_subgroups", Target { subgroups: false, ..target }),
+            ("no_subnormals", Target { half_subnormals: false, ..target }),
+            ("no_integers", Target { integers: false, ..target }),
+        ];
+        for (name, target) in variants.into_iter().filter(|_| one_row || is_fixed) {
+            let source = kernel.source(target);
+            if source.wgsl != best.wgsl {
+                sources.push((format!("{}_{name}", source.name), source.wgsl));
+            }
         }
-        sources.push((with.name, with.wgsl));
+        sources.push((best.name, best.wgsl));
     }
     sources
 }

@@ -7,15 +7,19 @@
 //! | `kernels` | which files of `kernels/` make which kernel, and the parts that are written out for a weight format |
 //! | `weights` | weights on the device: as they lie in the checkpoint, in buffers that the adapter can bind |
 //! | `translate` | kernels as Metal sees them, for CI |
-//! | `backend` | the operations: which kernel, which grid |
+//! | `program` | the operations of a step as values |
+//! | `backend` | the operations: which kernel, which grid; what a step's operations write for each other |
 //!
-//! Activations are f32 and so are all products and sums: the results are those of the CPU's exact mode but for the order of summation.
-//! Nothing depends on the size of a subgroup. `kernels/common.wgsl` has the conventions, `kernels/product.wgsl` says how weights are
+//! Activations are f32. Products are sums of f32, or, where codes of weights are integers and the adapter multiplies four bytes in an
+//! instruction, of integers of 22 bits and a power of two for 32 columns: either way the results are those of the CPU's exact mode but
+//! for rounding. Nothing depends on the size of a subgroup: where any 32 invocations in a row can exchange values, which the self-test
+//! finds out, sums go through registers, else through workgroup memory. `kernels/common.wgsl` has the conventions, `kernels/product.wgsl` says how weights are
 //! streamed.
 
 mod backend;
 mod device;
 mod kernels;
+mod program;
 mod stream;
 mod translate;
 mod weights;

@@ -1,8 +1,12 @@
 //! Dispatches in order: those that wait for the next submission, those of a step that is recorded, and steps that are replayed.
 
+mod clock;
+
+use self::clock::Clock;
 use crate::device::{Device, Pipeline};
-use moellon_ops::Result;
+use moellon_ops::{Result, Stage, StepTimes};
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// Dispatches that wait at most: the adapter starts while the host encodes on.
 const MAX_PENDING: usize = 64;
@@ -10,11 +14,14 @@ const MAX_PENDING: usize = 64;
 /// A kernel with everything that it is given.
 #[derive(Debug, Clone)]
 pub(crate) struct Dispatch {
+    pub(crate) name: Arc<str>,
     pub(crate) pipeline: wgpu::ComputePipeline,
     pub(crate) bind_group: wgpu::BindGroup,
     /// Arguments, one word each.
     pub(crate) arguments: Vec<u32>,
     pub(crate) grid: [u32; 3],
+    /// The part of the step that it belongs to, for the clock.
+    pub(crate) stage: Stage,
 }
 
 /// A step that can run again.
@@ -32,6 +39,7 @@ pub(crate) struct Stream {
     recording: Option<(u64, Vec<Dispatch>)>,
     /// Whose command buffer is encoded ahead.
     ahead: Option<u64>,
+    clock: Option<Clock>,
 }
 
 impl Stream {
@@ -42,13 +50,20 @@ impl Stream {
         bind_group: wgpu::BindGroup,
         arguments: &[u32],
         grid: [u32; 3],
+        stage: Stage,
         device: &Device,
     ) {
         if grid.contains(&0) {
             return;
         }
-        let dispatch =
-            Dispatch { pipeline: pipeline.pipeline.clone(), bind_group, arguments: arguments.to_vec(), grid };
+        let dispatch = Dispatch {
+            name: Arc::clone(&pipeline.name),
+            pipeline: pipeline.pipeline.clone(),
+            bind_group,
+            arguments: arguments.to_vec(),
+            grid,
+            stage,
+        };
         if let Some((_, dispatches)) = &mut self.recording {
             dispatches.push(dispatch.clone());
         }
@@ -60,12 +75,21 @@ impl Stream {
 
     /// Submits what waits.
     pub(crate) fn flush(&mut self, device: &Device) {
-        if self.pending.is_empty() {
-            return;
+        if !self.pending.is_empty() {
+            self.flush_with(device, |_| {});
         }
-        let commands = encode(&self.pending, device);
+    }
+
+    /// Submits what waits, and more commands behind it, at once.
+    pub(crate) fn flush_with(&mut self, device: &Device, more: impl FnOnce(&mut wgpu::CommandEncoder)) {
+        let mut encoder = device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        if !self.pending.is_empty() {
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            encode_pass(&self.pending, &mut pass);
+        }
+        more(&mut encoder);
         self.pending.clear();
-        device.queue.submit([commands]);
+        device.queue.submit([encoder.finish()]);
     }
 
     /// Submits what waits and waits for it.
@@ -100,6 +124,41 @@ impl Stream {
         true
     }
 
+    /// Runs a recorded step by the adapter's clock, if there are both: once as always, once a stage at a time.
+    pub(crate) fn time_replay(&mut self, key: u64, device: &Device) -> Result<Option<StepTimes>> {
+        self.flush(device);
+        let Some(recording) = self.recordings.get(&key) else { return Ok(None) };
+        if self.clock.is_none() {
+            self.clock = Clock::new(device)?;
+        }
+        let Some(clock) = &self.clock else { return Ok(None) };
+        let whole = clock.run(&[&recording.dispatches], device)?;
+        let parts: Vec<&[Dispatch]> = recording.dispatches.chunk_by(|a, b| a.stage == b.stage).collect();
+        let mut times = StepTimes { step: whole[0], ..StepTimes::default() };
+        for (part, seconds) in parts.iter().zip(clock.run(&parts, device)?) {
+            let index = Stage::ALL.iter().position(|stage| *stage == part[0].stage).expect("ALL names every stage");
+            times.stages[index] += seconds;
+        }
+        Ok(Some(times))
+    }
+
+    /// The kernels of the step that ran last, each with its grid and the seconds that it took alone, the start of a pass included.
+    pub(crate) fn time_kernels(&mut self, device: &Device) -> Result<Vec<(Arc<str>, [u32; 3], f64)>> {
+        self.flush(device);
+        let Some(recording) = self.ahead.and_then(|key| self.recordings.get(&key)) else { return Ok(Vec::new()) };
+        if self.clock.is_none() {
+            self.clock = Clock::new(device)?;
+        }
+        let Some(clock) = &self.clock else { return Ok(Vec::new()) };
+        let parts: Vec<&[Dispatch]> = recording.dispatches.chunks(1).collect();
+        let seconds = clock.run(&parts, device)?;
+        Ok(parts
+            .iter()
+            .zip(seconds)
+            .map(|(part, seconds)| (Arc::clone(&part[0].name), part[0].grid, seconds))
+            .collect())
+    }
+
     /// Forgets all recordings: some of their memory is no longer what it was.
     pub(crate) fn forget_recordings(&mut self) {
         self.recordings.clear();
@@ -123,13 +182,17 @@ fn encode(dispatches: &[Dispatch], device: &Device) -> wgpu::CommandBuffer {
     let mut encoder = device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
     {
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-        for dispatch in dispatches {
-            pass.set_pipeline(&dispatch.pipeline);
-            pass.set_bind_group(0, &dispatch.bind_group, &[]);
-            pass.set_immediates(0, bytemuck::cast_slice(&dispatch.arguments));
-            let [x, y, z] = dispatch.grid;
-            pass.dispatch_workgroups(x, y, z);
-        }
+        encode_pass(dispatches, &mut pass);
     }
     encoder.finish()
+}
+
+fn encode_pass(dispatches: &[Dispatch], pass: &mut wgpu::ComputePass<'_>) {
+    for dispatch in dispatches {
+        pass.set_pipeline(&dispatch.pipeline);
+        pass.set_bind_group(0, &dispatch.bind_group, &[]);
+        pass.set_immediates(0, bytemuck::cast_slice(&dispatch.arguments));
+        let [x, y, z] = dispatch.grid;
+        pass.dispatch_workgroups(x, y, z);
+    }
 }

@@ -10,10 +10,12 @@ use naga::valid::{Capabilities, ValidationFlags, Validator};
 /// What naga says about the kernel, in one text: it does not parse, is not valid, or has no translation.
 pub fn metal(wgsl: &str) -> Result<String, String> {
     let module = naga::front::wgsl::parse_str(wgsl).map_err(|e| e.emit_to_string(wgsl))?;
-    let info =
-        Validator::new(ValidationFlags::all(), Capabilities::IMMEDIATES | Capabilities::SHADER_FLOAT16_IN_FLOAT32)
-            .validate(&module)
-            .map_err(|e| e.emit_to_string(wgsl))?;
+    let info = Validator::new(
+        ValidationFlags::all(),
+        Capabilities::IMMEDIATES | Capabilities::SHADER_FLOAT16_IN_FLOAT32 | Capabilities::SUBGROUP,
+    )
+    .validate(&module)
+    .map_err(|e| e.emit_to_string(wgsl))?;
     let mut resources = msl::EntryPointResources::default();
     let mut slot = 0;
     for (_, variable) in module.global_variables.iter() {

@@ -4,8 +4,8 @@
 //!
 //! A weight that is larger than one binding of the adapter is cut into shards: ranges of matrices, or of rows of one matrix.
 
-use crate::device::{Device, Memory, NAME};
-use crate::kernels::{Code, ROWS, ScaleKind};
+use crate::device::{Device, Memory, NAME, wait};
+use crate::kernels::{Code, Company, ROWS, ScaleKind};
 use moellon_ops::{Error, Result};
 use moellon_tensor::{MatrixView, WeightFormat};
 
@@ -41,17 +41,6 @@ pub(crate) struct DeviceWeight {
     pub(crate) extra: Memory,
     pub(crate) has_global: bool,
     pub(crate) has_bias: bool,
-}
-
-/// What runs side by side, for the choice of lanes.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Company {
-    /// One matrix at a time.
-    Alone,
-    /// All matrices of the weight (heads).
-    All,
-    /// A few matrices of the weight (experts).
-    Few,
 }
 
 impl DeviceWeight {
@@ -102,15 +91,14 @@ impl DeviceWeight {
             .into_iter()
             .map(|(first_matrix, num_matrices, first_row, num_rows)| {
                 let total_rows = (num_matrices * num_rows) as u64;
-                let codes = device.alloc(name, total_rows * row_bytes as u64)?;
-                let scales = device.alloc(name, total_rows * 4 * scale_words as u64)?;
-                let mut upload = Upload::new(device);
+                let mut codes = Upload::new(name, total_rows * row_bytes as u64, device)?;
+                let mut scales = Upload::new(name, total_rows * 4 * scale_words as u64, device)?;
                 for (i, matrix) in matrices[first_matrix..first_matrix + num_matrices].iter().enumerate() {
                     let part = matrix.row_range(first_row..first_row + num_rows);
-                    upload.codes(&codes, i * num_rows * row_bytes, row_bytes, &part)?;
-                    upload.scales(&scales, i * num_rows * scale_words * 4, code, scale_words, &part)?;
+                    codes.codes(i * num_rows * row_bytes, row_bytes, &part)?;
+                    scales.scales(i * num_rows * scale_words * 4, code, scale_words, &part)?;
                 }
-                upload.finish()?;
+                let (codes, scales) = (codes.finish()?, scales.finish()?);
                 Ok(Shard { codes, scales, first_matrix, num_matrices, first_row, num_rows })
             })
             .collect::<Result<Vec<Shard>>>()?;
@@ -122,8 +110,8 @@ impl DeviceWeight {
         device.queue.write_buffer(&extra.buffer, 0, bytemuck::cast_slice(&floats));
         let beside = match company {
             Company::Alone => 1,
-            Company::All => count,
-            Company::Few => count.min(8),
+            Company::Heads => count,
+            Company::Experts => count.min(8),
         };
         Ok(DeviceWeight {
             code,
@@ -165,52 +153,79 @@ fn scale_words(code: Code, cols: usize, block_columns: usize) -> usize {
     }
 }
 
-/// Bytes on their way to the device, a piece at a time.
-struct Upload<'a> {
-    device: &'a Device,
+/// Memory that is being filled: by the host itself where it is the host's memory too, else by copies, a piece at a time.
+struct Upload {
+    /// Its own handles: the device is free to make more memory.
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    to: Memory,
+    mapped: Option<wgpu::BufferViewMut>,
     in_flight: usize,
     row: Vec<u8>,
 }
 
-impl<'a> Upload<'a> {
-    fn new(device: &'a Device) -> Self {
-        Upload { device, in_flight: 0, row: Vec::new() }
+impl Upload {
+    fn new(what: &str, bytes: u64, device: &mut Device) -> Result<Self> {
+        let (to, mapped) = device.alloc_to_fill(what, bytes)?;
+        Ok(Upload {
+            device: device.device.clone(),
+            queue: device.queue.clone(),
+            to,
+            mapped,
+            in_flight: 0,
+            row: Vec::new(),
+        })
     }
 
-    fn write(&mut self, to: &Memory, at: usize, bytes: &[u8]) -> Result<()> {
-        self.device.queue.write_buffer(&to.buffer, at as u64, bytes);
+    fn write(&mut self, at: usize, bytes: &[u8]) -> Result<()> {
+        if let Some(mapped) = &mut self.mapped {
+            mapped.slice(at..at + bytes.len()).copy_from_slice(bytes);
+            return Ok(());
+        }
+        self.queue.write_buffer(&self.to.buffer, at as u64, bytes);
         self.in_flight += bytes.len();
         // The queue keeps copies until they are submitted.
-        if self.in_flight >= 4 * PIECE { self.finish() } else { Ok(()) }
+        if self.in_flight >= 4 * PIECE { self.flush() } else { Ok(()) }
     }
 
-    fn finish(&mut self) -> Result<()> {
+    fn flush(&mut self) -> Result<()> {
         self.in_flight = 0;
-        self.device.queue.submit([]);
-        self.device.wait()
+        self.queue.submit([]);
+        wait(&self.device)
+    }
+
+    fn finish(mut self) -> Result<Memory> {
+        match self.mapped.take() {
+            Some(mapped) => {
+                drop(mapped);
+                self.to.buffer.unmap();
+            }
+            None => self.flush()?,
+        }
+        Ok(self.to)
     }
 
     /// Codes of a matrix, from byte `at` on, rows padded to `row_bytes`.
-    fn codes(&mut self, to: &Memory, at: usize, row_bytes: usize, matrix: &MatrixView<'_>) -> Result<()> {
+    fn codes(&mut self, at: usize, row_bytes: usize, matrix: &MatrixView<'_>) -> Result<()> {
         let rows = matrix.codes;
         if rows.row_bytes() == row_bytes && rows.stride_bytes() == row_bytes {
             let all = &rows.span(matrix.rows)[..row_bytes * matrix.rows];
             for (i, piece) in all.chunks(PIECE).enumerate() {
-                self.write(to, at + i * PIECE, piece)?;
+                self.write(at + i * PIECE, piece)?;
             }
             return Ok(());
         }
-        self.rows(to, at, matrix.rows, row_bytes, |row, out| {
+        self.rows(at, matrix.rows, row_bytes, |row, out| {
             out[..rows.row_bytes()].copy_from_slice(rows.row(row));
         })
     }
 
     /// Scales of a matrix, from byte `at` on.
-    fn scales(&mut self, to: &Memory, at: usize, code: Code, words: usize, matrix: &MatrixView<'_>) -> Result<()> {
+    fn scales(&mut self, at: usize, code: Code, words: usize, matrix: &MatrixView<'_>) -> Result<()> {
         if words == 0 {
             return Ok(());
         }
-        self.rows(to, at, matrix.rows, 4 * words, |row, out| {
+        self.rows(at, matrix.rows, 4 * words, |row, out| {
             let scales = matrix.scale_row(row);
             match code {
                 Code::Affine { scale, .. } => {
@@ -228,14 +243,7 @@ impl<'a> Upload<'a> {
     }
 
     /// Rows of `row_bytes` bytes that `fill` makes out of zeros.
-    fn rows(
-        &mut self,
-        to: &Memory,
-        at: usize,
-        num_rows: usize,
-        row_bytes: usize,
-        fill: impl Fn(usize, &mut [u8]),
-    ) -> Result<()> {
+    fn rows(&mut self, at: usize, num_rows: usize, row_bytes: usize, fill: impl Fn(usize, &mut [u8])) -> Result<()> {
         let per_piece = (PIECE / row_bytes).max(1);
         let mut buffer = std::mem::take(&mut self.row);
         for begin in (0..num_rows).step_by(per_piece) {
@@ -245,7 +253,7 @@ impl<'a> Upload<'a> {
             for (i, out) in buffer.chunks_exact_mut(row_bytes).enumerate() {
                 fill(begin + i, out);
             }
-            self.write(to, at + begin * row_bytes, &buffer)?;
+            self.write(at + begin * row_bytes, &buffer)?;
         }
         self.row = buffer;
         Ok(())

@@ -54,3 +54,10 @@ fn small_codes_without_half_subnormals() {
         of_format && (case.op == "linear_heads" || case.op == "embed")
     });
 }
+
+/// Metal has no instruction for products of bytes: there affine weights are multiplied as floats.
+#[test]
+fn affine_weights_without_integer_products() {
+    let options = WgpuOptions { without_integer_products: true, ..WgpuOptions::default() };
+    run(&options, |case| is_affine(case) && (case.op == "linear_heads" || case.op == "moe_down"));
+}

@@ -6,7 +6,7 @@ use moellon_model::Decoder;
 use moellon_model::batch::{Batch, LogitRows};
 use moellon_model::session::greedy;
 use moellon_ops::profile::{Profile, Profiler};
-use moellon_ops::{Backend, ElementType, Stage};
+use moellon_ops::{Backend, ElementType, Stage, StepTimes};
 use moellon_tensor::rng::SplitMix64;
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
@@ -121,7 +121,10 @@ pub struct DecodeResult {
     /// Windows that were discarded for steal.
     #[serde(default)]
     pub discarded_windows: usize,
-    /// Where the time goes, from a separate profiled step.
+    /// Milliseconds of a step by the device's own clock, where it has one; the rest of `step_ms` is the host's, and the choice of a token.
+    #[serde(default)]
+    pub device_ms: Option<f64>,
+    /// Where the time goes, from a separate profiled step: by the device's clock where it has one, else with a wait after each operation.
     pub stages: Vec<StageResult>,
 }
 
@@ -257,6 +260,11 @@ impl Bench<'_> {
             self.decoder.forward(&decode_batch(self.decoder, batch, plan, &mut rng), &mut profiler)?;
         }
         let profile = profiler.profile().clone();
+        let mut times = Vec::new();
+        for _ in 0..PROFILED_STEPS {
+            times.extend(self.decoder.forward_timed(&decode_batch(self.decoder, batch, plan, &mut rng), self.backend)?);
+        }
+        let device_steps: Vec<f64> = times.iter().map(|t: &StepTimes| t.step * 1e3).collect();
         let seconds = median(&samples);
         let bytes = profile.total_bytes() / PROFILED_STEPS;
         let measured = median(&bandwidths);
@@ -277,7 +285,8 @@ impl Bench<'_> {
             expected_experts: experts * (1.0 - (1.0 - top_k / experts).powi(batch as i32)),
             steal_pct: median(&steals),
             discarded_windows: discarded,
-            stages: stage_results(&profile, PROFILED_STEPS),
+            device_ms: (!device_steps.is_empty()).then(|| median(&device_steps)),
+            stages: stage_results(&profile, PROFILED_STEPS, &times),
         })
     }
 
@@ -311,7 +320,7 @@ impl Bench<'_> {
         let prompt = random_tokens(self.decoder, tokens, &mut rng);
         let mut profiler = Profiler::new(self.backend);
         moellon_model::Session::new().extend(&prompt, self.decoder, &mut profiler)?;
-        let stages = stage_results(profiler.profile(), 1);
+        let stages = stage_results(profiler.profile(), 1, &[]);
         let unions =
             UNION_ROWS.into_iter().filter_map(|n| Some((n, profiler.profile().union_of_experts(n)?))).collect();
         Ok(PrefillResult {
@@ -326,19 +335,23 @@ impl Bench<'_> {
     }
 }
 
-/// The stages that had operations, each a mean over `steps`.
-fn stage_results(profile: &Profile, steps: u64) -> Vec<StageResult> {
-    let result = |stage: Stage| {
+/// The stages that had operations, each a mean over `steps`; seconds are the device's own where it has measured some steps.
+fn stage_results(profile: &Profile, steps: u64, times: &[StepTimes]) -> Vec<StageResult> {
+    let result = |(index, stage): (usize, Stage)| {
         let count = profile.stage(stage);
+        let seconds = match times {
+            [] => count.seconds / steps as f64,
+            times => times.iter().map(|t| t.stages[index]).sum::<f64>() / times.len() as f64,
+        };
         StageResult {
             stage: stage.name().to_owned(),
-            microseconds: count.seconds * 1e6 / steps as f64,
+            microseconds: seconds * 1e6,
             bytes: count.bytes / steps,
-            gb_s: count.bytes as f64 / count.seconds.max(1e-12) / 1e9,
+            gb_s: (count.bytes / steps) as f64 / seconds.max(1e-12) / 1e9,
             operations: count.operations / steps,
         }
     };
-    Stage::ALL.into_iter().map(result).filter(|s| s.operations > 0).collect()
+    Stage::ALL.into_iter().enumerate().map(result).filter(|s| s.operations > 0).collect()
 }
 
 fn random_tokens(decoder: &Decoder, count: usize, rng: &mut SplitMix64) -> Vec<u32> {

@@ -8,7 +8,7 @@ use crate::workspace::Workspace;
 use crate::{Error, Result, attention_gqa, attention_mla, ffn};
 use moellon_ops::{
     Backend, Buffer, Cache, CacheDtype, ElementType, Embed, GatherRows, IndexSet, KvStore, Linear, Paging, RmsNorm,
-    RopeTable, Stage, Tensor, Weight,
+    RopeTable, Stage, StepTimes, Tensor, Weight,
 };
 use moellon_tensor::rng::SplitMix64;
 use std::collections::HashMap;
@@ -300,6 +300,20 @@ impl Decoder {
         let out = taps.streams.tensor(hidden.rows, NUM_TAPS * size).columns(place * size, size);
         backend.gather_rows(&GatherRows { x: hidden, rows, out })?;
         Ok(())
+    }
+
+    /// [`Decoder::forward`], timed by the device's own clock; `None` where the back end has none.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`].
+    pub fn forward_timed(&mut self, batch: &Batch, backend: &mut dyn Backend) -> Result<Option<StepTimes>> {
+        // Records the step if it was not yet.
+        self.forward(batch, backend)?;
+        if !backend.records_steps() {
+            return Ok(None);
+        }
+        let step = self.upload(batch, backend)?;
+        Ok(backend.time_replay(self.step_key("trunk", &step_shape(batch, &step)))?)
     }
 
     /// [`Decoder::forward`] with a look inside.

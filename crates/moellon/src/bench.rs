@@ -277,10 +277,15 @@ fn print(report: &BenchReport, stages: bool) {
         );
     }
     if stages {
-        let of_steps = report.results.iter().map(|r| (format!("a step, batch {}", r.batch), &r.stages));
-        let of_prompts = report.prefill.iter().map(|p| (format!("a prompt of {}", p.tokens), &p.stages));
-        for (what, stages) in of_steps.chain(of_prompts) {
-            println!("\nstages of {what} (profiled apart: each operation is waited for)");
+        let waited = "profiled apart: each operation is waited for".to_owned();
+        let of_steps = report.results.iter().map(|r| {
+            let clock = r.device_ms.map(|ms| format!("by the device's clock; the whole step {ms:.3} ms"));
+            (format!("a step, batch {}", r.batch), clock.unwrap_or_else(|| waited.clone()), &r.stages)
+        });
+        let of_prompts =
+            report.prefill.iter().map(|p| (format!("a prompt of {}", p.tokens), waited.clone(), &p.stages));
+        for (what, how, stages) in of_steps.chain(of_prompts) {
+            println!("\nstages of {what} ({how})");
             let rows: Vec<Vec<String>> = stages
                 .iter()
                 .map(|s| {

@@ -225,6 +225,8 @@ fn self_test_text(test: SelfTest) -> String {
         has("of f32", test.single_subnormals),
         has("fused multiply-add", test.fused),
         format!("subgroups of {smallest} to {largest}"),
+        has("sums in registers", test.subgroups),
+        has("integer products", test.integer_products),
         has("f16", test.shader_f16),
         has("cooperative matrices", test.cooperative_matrix),
     ]
@@ -238,6 +240,8 @@ fn adapter_json((adapter, self_test): &(AdapterReport, Result<SelfTest, String>)
             "single_subnormals": test.single_subnormals,
             "fused": test.fused,
             "subgroup_sizes": test.subgroup_sizes,
+            "sums_in_registers": test.subgroups,
+            "integer_products": test.integer_products,
             "shader_f16": test.shader_f16,
             "cooperative_matrix": test.cooperative_matrix,
         }),

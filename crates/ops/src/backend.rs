@@ -142,6 +142,15 @@ impl Stage {
     }
 }
 
+/// Seconds of a recorded step by the device's own clock.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct StepTimes {
+    /// The whole step, as it always runs.
+    pub step: f64,
+    /// Each stage, in the order of [`Stage::ALL`], in a run of its own: reading the clock in between costs a little.
+    pub stages: [f64; Stage::ALL.len()],
+}
+
 /// A device that runs operations. Operations append to one in-order stream: each sees the results of those before it;
 /// `read_*` waits for the stream.
 ///
@@ -198,6 +207,12 @@ pub trait Backend: Send {
     /// Ends the step; `complete` is false where an operation failed, and nothing is kept.
     fn end_recording(&mut self, _complete: bool) -> Result<()> {
         Ok(())
+    }
+
+    /// Runs the step recorded under `key` and says how long it took by the device's own clock; `None` where there is no such clock or no
+    /// such step.
+    fn time_replay(&mut self, _key: u64) -> Result<Option<StepTimes>> {
+        Ok(None)
     }
 
     /// Allocates a cache of `num_slots` rows of `width` elements.

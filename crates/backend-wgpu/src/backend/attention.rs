@@ -1,8 +1,9 @@
 //! Attention and the indexer's scores: arguments, grids, partial results.
 
+use super::forms::{OutputForms, Writes};
 use super::{WgpuBackend, place};
 use crate::device::{Memory, device_error};
-use crate::kernels::{Kernel, VALUE_COLUMNS};
+use crate::kernels::{Kernel, PAIRS, Pairs, VALUE_COLUMNS};
 use moellon_ops::{AttendGqa, AttendMla, Cache, CacheDtype, IndexScore, Paging, Result, Tensor};
 
 /// Keys of one part of an attention row (`PART` of attend.wgsl).
@@ -90,6 +91,25 @@ impl WgpuBackend {
         ])
     }
 
+    /// The kernel for heads of this size.
+    fn attend_kernel(&self, op: &Attend) -> Result<Kernel> {
+        let (keys, values) = (op.q_dim + op.rope_dim, op.value_dim);
+        let shared = op.key_step == 0 && op.value_first == 0;
+        let even =
+            [op.q_dim, op.rope_dim, op.value_dim, op.key_step, op.value_first].iter().all(|n| n.is_multiple_of(2));
+        let fits = |p: &Pairs| 64 * p.keys >= keys && 64 * p.values >= values && (p.shared == shared);
+        if self.device.self_test.subgroups
+            && even
+            && let Some(pairs) = PAIRS.into_iter().find(fits)
+        {
+            return Ok(Kernel::AttendPairs(pairs));
+        }
+        match VALUE_COLUMNS.into_iter().find(|columns| 32 * columns >= values) {
+            Some(columns) => Ok(Kernel::Attend(columns)),
+            None => Err(device_error(format!("a value head has {values} elements, expected at most 512"))),
+        }
+    }
+
     /// Parts and their join, a range of rows at a time so that the parts stay within their memory.
     fn attend(&mut self, op: &Attend) -> Result<()> {
         let num_tokens = op.q.rows;
@@ -99,20 +119,24 @@ impl WgpuBackend {
             (None, None) => op.paging.max_context,
         };
         let num_parts = seen.div_ceil(PART).max(1);
-        let Some(columns) = VALUE_COLUMNS.into_iter().find(|columns| 32 * columns >= op.value_dim) else {
-            return Err(device_error(format!("a value head has {} elements, expected at most 512", op.value_dim)));
-        };
+        let kernel = self.attend_kernel(op)?;
         let heads_per_group =
             (1..=HEADS.min(op.heads_per_key)).rev().find(|h| op.heads_per_key.is_multiple_of(*h)).unwrap_or(1);
         let row_bytes = op.num_heads * num_parts * (2 + op.value_dim) * 4;
         let at_once = (PARTIAL_BYTES / row_bytes).clamp(1, num_tokens.max(1));
         let parts = self.parts.get("parts of attention", (at_once * row_bytes) as u64, &mut self.device)?;
         let [cache, positions, sequences, table] = self.paged(op.cache, &op.paging)?;
-        let (q, (rope, _)) = (self.memory(op.q)?, self.optional(op.q_rope)?);
-        let (ids, _) = self.optional(op.index.map(|i| i.ids))?;
-        let (counts, _) = self.optional(op.index.map(|i| i.counts))?;
-        let (sinks, [sinks_offset, _]) = self.optional(op.sinks)?;
-        let out = self.output(op.out)?;
+        let q = self.memory(op.q)?;
+        let (rope, _) = self.optional(op.q_rope, &q)?;
+        let (ids, _) = self.optional(op.index.map(|i| i.ids), &positions)?;
+        let (counts, _) = self.optional(op.index.map(|i| i.counts), &positions)?;
+        let (sinks, [sinks_offset, _]) = self.optional(op.sinks, &parts)?;
+        // Only a kernel that has all rows can write the other form of the output.
+        let out = if at_once < num_tokens {
+            OutputForms::plain(self.output(op.out)?)
+        } else {
+            self.output_forms(op.out, Writes::One { whole_columns: op.value_dim })?
+        };
         let row_words = self.caches[op.cache.id as usize].row_words;
         for first in (0..num_tokens).step_by(at_once) {
             let rows = at_once.min(num_tokens - first);
@@ -136,10 +160,10 @@ impl WgpuBackend {
             arguments.extend([counts_offset, u32::from(op.index.is_some()), op.scale.to_bits()]);
             let memories = [&cache, &positions, &sequences, &table, &q, &rope, &ids, &counts, &parts];
             let grid = [num_parts, op.num_heads / heads_per_group, rows];
-            self.run(Kernel::Attend(columns), &memories, &arguments, grid)?;
+            self.run(kernel, &memories, &arguments, grid)?;
 
             let [out_offset, out_stride] = from(op.out);
-            let arguments = [
+            let mut arguments = vec![
                 out_offset,
                 out_stride,
                 op.num_heads as u32,
@@ -152,7 +176,8 @@ impl WgpuBackend {
                 sinks_offset,
                 u32::from(op.sinks.is_some()),
             ];
-            let memories = [&parts, &positions, &counts, &sinks, &out];
+            arguments.extend(out.arguments);
+            let memories = [&parts, &positions, &counts, &sinks, &out.memory, out.form()];
             self.run(Kernel::AttendJoin, &memories, &arguments, [op.num_heads, rows, 1])?;
         }
         Ok(())

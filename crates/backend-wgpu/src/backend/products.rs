@@ -1,62 +1,11 @@
-//! Products with weights: the form that activations take, work lists of experts, which kernel, which grid.
+//! Products with weights: work lists of experts, which kernel, which grid.
 
+use super::forms::{Input, OutputForms, Parts, Writes};
 use super::{WgpuBackend, place};
 use crate::device::{Memory, device_error};
-use crate::kernels::{Kernel, ROWS};
+use crate::kernels::{Kernel, Weights, team_rows};
 use crate::weights::DeviceWeight;
 use moellon_ops::{Activation, Experts, GateUp, Linear, LinearHeads, MoeDown, MoeGateUp, Result, Tensor, Weight};
-
-/// How the rows of an input are cut: heads, or the slots of a token's experts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Parts {
-    count: usize,
-    stride: usize,
-    cols: usize,
-}
-
-impl Parts {
-    fn whole(x: Tensor) -> Self {
-        Parts { count: 1, stride: x.cols, cols: x.cols }
-    }
-
-    fn chunks(&self) -> usize {
-        self.cols.div_ceil(32)
-    }
-}
-
-/// A view of a buffer in the form of `spread.wgsl`.
-struct Spread {
-    offset: usize,
-    stride: usize,
-    parts: Parts,
-    memory: Memory,
-    /// Rows that hold what the buffer holds.
-    current_rows: usize,
-}
-
-/// The views of a buffer that were ever read by a product.
-#[derive(Default)]
-pub(super) struct Spreads(Vec<Spread>);
-
-impl Spreads {
-    /// The buffer was written.
-    pub(super) fn forget(&mut self) {
-        self.0.iter_mut().for_each(|spread| spread.current_rows = 0);
-    }
-
-    pub(super) fn memories(&self) -> impl Iterator<Item = &Memory> {
-        self.0.iter().map(|spread| &spread.memory)
-    }
-}
-
-/// An input of a product.
-#[derive(Clone)]
-struct Input {
-    memory: Memory,
-    /// 16-byte elements between rows and between parts of a row.
-    token_step: usize,
-    part_step: usize,
-}
 
 /// What a work list was made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,23 +29,54 @@ enum Jobs {
 /// Where sums go: offset, elements between rows and between matrices.
 #[derive(Clone)]
 struct Output {
-    memory: Memory,
+    forms: OutputForms,
     offset: usize,
     stride: usize,
     matrix_step: usize,
+    /// Adds to what is there.
+    adds: bool,
+}
+
+impl Output {
+    fn of(forms: OutputForms, tensor: Tensor, matrix_step: usize) -> Self {
+        Output { forms, offset: tensor.offset, stride: tensor.stride, matrix_step, adds: false }
+    }
 }
 
 /// A weight among those of the back end.
 #[derive(Clone, Copy)]
-enum WeightRef {
+pub(super) enum WeightRef {
     Linear(Weight),
     Gate(Experts),
     Up(Experts),
     Down(Experts),
 }
 
+/// What a product multiplies with.
+#[derive(Clone, Copy)]
+enum Factors {
+    One(WeightRef),
+    /// Gate and up.
+    Pair(WeightRef, WeightRef, Activation),
+}
+
+impl Factors {
+    fn first(self) -> WeightRef {
+        match self {
+            Factors::One(first) | Factors::Pair(first, ..) => first,
+        }
+    }
+
+    fn second(self) -> Option<(WeightRef, Activation)> {
+        match self {
+            Factors::One(_) => None,
+            Factors::Pair(_, second, activation) => Some((second, activation)),
+        }
+    }
+}
+
 impl WgpuBackend {
-    fn weight(&self, which: WeightRef) -> &DeviceWeight {
+    pub(super) fn weight(&self, which: WeightRef) -> &DeviceWeight {
         match which {
             WeightRef::Linear(w) => &self.weights[w.id as usize],
             WeightRef::Gate(e) => &self.experts[e.id as usize].gate,
@@ -111,75 +91,35 @@ impl WgpuBackend {
         kernels.iter().copied().find(|tokens| *tokens >= rows).unwrap_or(kernels[kernels.len() - 1])
     }
 
-    /// `x` in the form that products read, made now unless it is there.
-    fn spread(&mut self, x: Tensor, parts: Parts) -> Result<Input> {
-        let row_quads = 8 * parts.chunks() * parts.count;
-        let source = self.memory(x)?;
-        let device = &mut self.device;
-        let buffer = self.buffers.get_mut(&x.buffer.id);
-        let Some(buffer) = buffer else { return Err(device_error(format!("buffer {} was freed", x.buffer.id))) };
-        let stride = if x.rows == 1 { x.cols } else { x.stride };
-        let same = |s: &Spread| s.offset == x.offset && (s.stride == stride || x.rows == 1) && s.parts == parts;
-        let bytes = (x.rows * row_quads * 16) as u64;
-        let spreads = &mut buffer.spreads.0;
-        let index = match spreads.iter().position(same) {
-            Some(index) => index,
-            None => {
-                let memory = device.alloc("activations for products", bytes)?;
-                spreads.push(Spread { offset: x.offset, stride, parts, memory, current_rows: 0 });
-                spreads.len() - 1
-            }
-        };
-        let spread = &mut spreads[index];
-        if spread.memory.bytes < bytes {
-            device.forget(&spread.memory);
-            spread.memory = device.alloc("activations for products", bytes)?;
-            spread.current_rows = 0;
-        }
-        let stale = spread.current_rows < x.rows;
-        spread.current_rows = spread.current_rows.max(x.rows);
-        let input = Input { memory: spread.memory.clone(), token_step: row_quads, part_step: 8 * parts.chunks() };
-        if stale {
-            let arguments = [
-                x.offset as u32,
-                x.stride as u32,
-                parts.stride as u32,
-                parts.count as u32,
-                parts.cols as u32,
-                parts.chunks() as u32,
-            ];
-            let grid = [(8 * parts.chunks()).div_ceil(256), parts.count, x.rows];
-            self.run(Kernel::Spread, &[&source, &input.memory], &arguments, grid)?;
-        }
-        Ok(input)
-    }
-
-    /// One weight, all its shards.
-    fn product(&mut self, which: WeightRef, x: &Input, out: &Output, jobs: &Jobs) -> Result<()> {
-        let w = self.weight(which);
-        let (tokens, mode, slots_in_x, top_k, list_offset, sorted_offset, num_tokens) = match jobs {
-            Jobs::All { num_tokens } => (self.tokens_at_once(*num_tokens), 0, false, 1, 0, 0, *num_tokens),
-            Jobs::OneToken { offset, top_k, slots_in_x, .. } => (1, 2, *slots_in_x, *top_k, *offset, 0, *top_k),
-            Jobs::List { item_rows, sorted_offset, top_k, slots_in_x, .. } => {
-                (*item_rows, 1, *slots_in_x, *top_k, 0, *sorted_offset, 0)
-            }
+    /// One weight, or two that meet in an activation, all shards.
+    fn product(&mut self, which: Factors, x: &Input, out: &Output, jobs: &Jobs) -> Result<()> {
+        let w = self.weight(which.first());
+        let second = which.second().map(|(second, _)| self.weight(second));
+        let weights = second.map_or(Weights::One, |_| Weights::Pair);
+        let tokens = self.tokens_of(jobs);
+        let (mode, slots_in_x, top_k, list_offset, sorted_offset, num_tokens) = match jobs {
+            Jobs::All { num_tokens } => (0, false, 1, 0, 0, *num_tokens),
+            Jobs::OneToken { offset, top_k, slots_in_x, .. } => (2, *slots_in_x, *top_k, *offset, 0, *top_k),
+            Jobs::List { sorted_offset, top_k, slots_in_x, .. } => (1, *slots_in_x, *top_k, 0, *sorted_offset, 0),
         };
         let list = match jobs {
             Jobs::All { .. } => self.nothing.clone(),
             Jobs::OneToken { ids, .. } => ids.clone(),
             Jobs::List { list, .. } => list.clone(),
         };
-        let (code, lanes, extra) = (w.code, w.lanes, w.extra.clone());
+        let (kind, alpha, limit) = which.second().map_or((0, 0.0, 0.0), |(_, activation)| activation_args(activation));
+        let bias_offset = |w: &DeviceWeight| if w.has_global { w.count } else { 0 };
+        let has = |w: &DeviceWeight| usize::from(w.has_bias) + 2 * usize::from(w.has_global);
+        let (code, lanes) = (w.code, lanes_of(w, weights));
         let mut launches = Vec::with_capacity(w.shards.len());
-        for shard in &w.shards {
-            let teams = shard.num_rows.div_ceil(ROWS);
-            let groups = teams.div_ceil(256 / lanes);
+        for (i, shard) in w.shards.iter().enumerate() {
+            let groups = shard.num_rows.div_ceil(team_rows(tokens)).div_ceil(256 / lanes);
             let grid = match jobs {
                 Jobs::All { num_tokens } => [groups, shard.num_matrices, num_tokens.div_ceil(tokens)],
                 Jobs::OneToken { top_k, .. } => [groups, *top_k, 1],
                 Jobs::List { max_items, .. } => [groups, *max_items, 1],
             };
-            let arguments = [
+            let mut arguments = [
                 x.token_step,
                 x.part_step,
                 w.chunks,
@@ -198,41 +138,82 @@ impl WgpuBackend {
                 top_k,
                 list_offset,
                 sorted_offset,
-                if w.has_global { w.count } else { 0 },
-                usize::from(w.has_bias),
-                usize::from(w.has_global),
+                bias_offset(w),
+                second.map_or(0, bias_offset),
+                has(w) + 4 * second.map_or(0, has) + 16 * usize::from(out.adds),
                 w.block_columns,
                 w.scale_words,
             ]
-            .map(|n| n as u32);
-            launches.push((shard.codes.clone(), shard.scales.clone(), arguments, grid));
+            .map(|n| n as u32)
+            .to_vec();
+            arguments.extend(out.forms.arguments);
+            arguments.extend([kind as u32, f32::to_bits(alpha), f32::to_bits(limit)]);
+            let mut memories = vec![shard.codes.clone(), shard.scales.clone(), w.extra.clone()];
+            if let Some(second) = second {
+                let shard = &second.shards[i];
+                memories.extend([shard.codes.clone(), shard.scales.clone(), second.extra.clone()]);
+            }
+            launches.push((memories, arguments, grid));
         }
-        for (codes, scales, arguments, grid) in launches {
-            let memories = [&out.memory, &x.memory, &codes, &scales, &extra, &list];
-            self.run(Kernel::Product(code, tokens), &memories, &arguments, grid)?;
+        for (weights_memory, arguments, grid) in launches {
+            let mut memories = vec![&out.forms.memory, out.forms.form(), &x.memory, &list];
+            memories.extend(&weights_memory);
+            self.run(Kernel::Product(code, weights, tokens), &memories, &arguments, grid)?;
         }
         Ok(())
     }
 
     pub(super) fn linear_parts(&mut self, op: &Linear<'_>) -> Result<()> {
-        let x = self.spread(op.x, Parts::whole(op.x))?;
         for (weight, out) in op.parts {
-            let [offset, stride] = place(*out).map(|n| n as usize);
-            let out = Output { memory: self.output(*out)?, offset, stride, matrix_step: 0 };
-            self.product(WeightRef::Linear(*weight), &x, &out, &Jobs::All { num_tokens: op.x.rows })?;
+            let (weight, jobs) = (WeightRef::Linear(*weight), Jobs::All { num_tokens: op.x.rows });
+            let x = self.spread(op.x, Parts::whole(op.x), self.weight(weight).code)?;
+            let writes = self.writes(weight, Weights::One, &jobs);
+            let out = Output::of(self.output_forms(*out, writes)?, *out, 0);
+            self.product(Factors::One(weight), &x, &out, &jobs)?;
         }
         Ok(())
     }
 
+    /// `out += x W^T`: what a product writes that only the norm after it would read, added as that norm would.
+    pub(super) fn linear_residual(&mut self, x: Tensor, weight: Weight, out: Tensor) -> Result<()> {
+        let (weight, jobs) = (WeightRef::Linear(weight), Jobs::All { num_tokens: x.rows });
+        let input = self.spread(x, Parts::whole(x), self.weight(weight).code)?;
+        let mut to = Output::of(OutputForms::plain(self.output(out)?), out, 0);
+        to.adds = true;
+        self.product(Factors::One(weight), &input, &to, &jobs)
+    }
+
+    /// What a product with `weight` can write beside rows: integers where workgroups have whole chunks.
+    fn writes(&self, weight: WeightRef, weights: Weights, jobs: &Jobs) -> Writes {
+        let w = self.weight(weight);
+        let tokens = self.tokens_of(jobs);
+        let group_rows = 256 / lanes_of(w, weights) * team_rows(tokens);
+        let whole = w.shards.iter().all(|s| s.num_rows.is_multiple_of(32) && s.first_row.is_multiple_of(32));
+        // Integers of up to 256 rows wait in workgroup memory.
+        let possible = whole && group_rows <= 256 && w.rows.is_multiple_of(32);
+        Writes::One { whole_columns: if possible { group_rows } else { 1 } }
+    }
+
+    /// Rows of x of the kernel that does some jobs.
+    fn tokens_of(&self, jobs: &Jobs) -> usize {
+        match jobs {
+            Jobs::All { num_tokens } => self.tokens_at_once(*num_tokens),
+            Jobs::OneToken { .. } => 1,
+            Jobs::List { item_rows, .. } => *item_rows,
+        }
+    }
+
+    /// How the heads of an input lie.
+    pub(super) fn head_parts(op: &LinearHeads) -> Parts {
+        Parts { count: op.weight.count, stride: op.x_head_stride, cols: op.weight.cols }
+    }
+
     pub(super) fn product_of_heads(&mut self, op: &LinearHeads) -> Result<()> {
-        let x = self.spread(op.x, Parts { count: op.weight.count, stride: op.x_head_stride, cols: op.weight.cols })?;
-        let out = Output {
-            memory: self.output(op.out)?,
-            offset: op.out.offset,
-            stride: op.out.stride,
-            matrix_step: op.weight.rows,
-        };
-        self.product(WeightRef::Linear(op.weight), &x, &out, &Jobs::All { num_tokens: op.x.rows })
+        let (weight, jobs) = (WeightRef::Linear(op.weight), Jobs::All { num_tokens: op.x.rows });
+        let x = self.spread(op.x, Self::head_parts(op), self.weight(weight).code)?;
+        let writes = self.writes(weight, Weights::One, &jobs);
+        let out = Output::of(self.output_forms(op.out, writes)?, op.out, op.weight.rows);
+        self.product(Factors::One(weight), &x, &out, &jobs)
     }
 
     /// The distinct experts of a batch, as work for products.
@@ -267,64 +248,138 @@ impl WgpuBackend {
     /// Scratch memory for `rows` rows of `cols` sums.
     fn sums(&mut self, which: usize, rows: usize, cols: usize) -> Result<Output> {
         let memory = self.scratch[which].get("scratch of a step", 4 * (rows * cols) as u64, &mut self.device)?;
-        Ok(Output { memory, offset: 0, stride: cols, matrix_step: 0 })
+        Ok(Output { forms: OutputForms::plain(memory), offset: 0, stride: cols, matrix_step: 0, adds: false })
     }
 
-    /// `out = f(gate, up)` of two scratch matrices, `top_k` of whose rows are a row of `out`.
-    fn activate(&mut self, rows: usize, top_k: usize, cols: usize, activation: Activation, out: Tensor) -> Result<()> {
-        let (gate, up) = (self.sums(0, rows, cols)?.memory, self.sums(1, rows, cols)?.memory);
-        let (kind, alpha, limit) = match activation {
-            Activation::SwiGlu => (0, 0.0, 0.0),
-            Activation::ClampedSwiGlu { alpha, limit } => (1, alpha, limit),
-        };
+    /// Whether two weights can meet inside one kernel.
+    pub(super) fn are_pair(&self, gate: WeightRef, up: WeightRef) -> bool {
+        let (gate, up) = (self.weight(gate), self.weight(up));
+        gate.code == up.code && gate.block_columns == up.block_columns && gate.shards.len() == up.shards.len()
+    }
+
+    /// `out = f(x gate^T, x up^T)`; `rows` rows of sums, `top_k` of them a row of `out`.
+    fn gated(
+        &mut self,
+        [gate, up]: [WeightRef; 2],
+        x: Tensor,
+        jobs: &Jobs,
+        [rows, top_k]: [usize; 2],
+        activation: Activation,
+        out: Tensor,
+    ) -> Result<()> {
+        let whole = Parts::whole(x);
+        if self.are_pair(gate, up) {
+            let x = &self.spread(x, whole, self.weight(gate).code)?;
+            let writes = self.writes(gate, Weights::Pair, jobs);
+            let out = Output::of(self.output_forms(out, writes)?, out, 0);
+            return self.product(Factors::Pair(gate, up, activation), x, &out, jobs);
+        }
+        let cols = self.weight(gate).rows;
+        let sums = [self.sums(0, rows, cols)?, self.sums(1, rows, cols)?];
+        for (weight, sums) in [gate, up].into_iter().zip(&sums) {
+            let x = self.spread(x, whole, self.weight(weight).code)?;
+            self.product(Factors::One(weight), &x, sums, jobs)?;
+        }
+        let (kind, alpha, limit) = activation_args(activation);
         let memory = self.output(out)?;
         let [offset, stride] = place(out);
-        let arguments = [offset, stride, top_k as u32, cols as u32, kind, f32::to_bits(alpha), f32::to_bits(limit)];
-        self.run(Kernel::Activate, &[&gate, &up, &memory], &arguments, [cols.div_ceil(256), rows, 1])
+        let arguments =
+            [offset, stride, top_k as u32, cols as u32, kind as u32, f32::to_bits(alpha), f32::to_bits(limit)];
+        let memories = [&sums[0].forms.memory, &sums[1].forms.memory, &memory];
+        self.run(Kernel::Activate, &memories, &arguments, [cols.div_ceil(256), rows, 1])
     }
 
     pub(super) fn experts_gate_up(&mut self, op: &MoeGateUp) -> Result<()> {
-        let (top_k, width) = (op.ids.cols, op.experts.intermediate_size);
+        let top_k = op.ids.cols;
         let rows = op.x.rows * top_k;
         if rows == 0 {
             return Ok(());
         }
-        let x = self.spread(op.x, Parts::whole(op.x))?;
         let jobs = self.jobs(op.ids, op.experts.num_experts, false)?;
-        let (gate, up) = (self.sums(0, rows, width)?, self.sums(1, rows, width)?);
-        self.product(WeightRef::Gate(op.experts), &x, &gate, &jobs)?;
-        self.product(WeightRef::Up(op.experts), &x, &up, &jobs)?;
-        self.activate(rows, top_k, width, op.activation, op.out)
+        let pair = [WeightRef::Gate(op.experts), WeightRef::Up(op.experts)];
+        self.gated(pair, op.x, &jobs, [rows, top_k], op.activation, op.out)
     }
 
-    pub(super) fn experts_down(&mut self, op: &MoeDown) -> Result<()> {
-        let (top_k, width, hidden) = (op.ids.cols, op.experts.intermediate_size, op.experts.hidden_size);
+    /// How the slots of the experts' activations lie.
+    pub(super) fn slot_parts(op: &MoeDown) -> Parts {
+        let width = op.experts.intermediate_size;
+        Parts { count: op.ids.cols, stride: width, cols: width }
+    }
+
+    /// `adds`: to what `op.out` holds.
+    pub(super) fn experts_down(&mut self, op: &MoeDown, adds: bool) -> Result<()> {
+        let (top_k, hidden) = (op.ids.cols, op.experts.hidden_size);
         let rows = op.h.rows * top_k;
         if rows == 0 {
             return Ok(());
         }
-        let x = self.spread(op.h, Parts { count: top_k, stride: width, cols: width })?;
+        let x = self.spread(op.h, Self::slot_parts(op), self.weight(WeightRef::Down(op.experts)).code)?;
+        if op.h.rows == 1 && self.weight(WeightRef::Down(op.experts)).shards.len() == 1 {
+            return self.one_tokens_experts_down(op, &x, adds);
+        }
         let jobs = self.jobs(op.ids, op.experts.num_experts, true)?;
         let y = self.sums(0, rows, hidden)?;
-        self.product(WeightRef::Down(op.experts), &x, &y, &jobs)?;
+        self.product(Factors::One(WeightRef::Down(op.experts)), &x, &y, &jobs)?;
         let weights = self.memory(op.weights)?;
-        let (plus, plus_place) = self.optional(op.plus)?;
         let out = self.output(op.out)?;
-        let rest = [top_k as u32, hidden as u32, u32::from(op.plus.is_some())];
+        let (plus, plus_place) = self.optional(op.plus, &out)?;
+        let rest = [top_k as u32, hidden as u32, u32::from(op.plus.is_some()), u32::from(adds)];
         let arguments = [&place(op.weights)[..], &plus_place, &place(op.out), &rest].concat();
         let grid = [hidden.div_ceil(256), op.h.rows, 1];
-        self.run(Kernel::Combine, &[&y.memory, &weights, &plus, &out], &arguments, grid)
+        self.run(Kernel::Combine, &[&y.forms.memory, &weights, &plus, &out], &arguments, grid)
+    }
+
+    /// Products and weighted sum in one kernel.
+    fn one_tokens_experts_down(&mut self, op: &MoeDown, x: &Input, adds: bool) -> Result<()> {
+        let (ids, weights) = (self.memory(op.ids)?, self.memory(op.weights)?);
+        let out = self.output(op.out)?;
+        let (plus, [plus_offset, _]) = self.optional(op.plus, &out)?;
+        let w = self.weight(WeightRef::Down(op.experts));
+        let arguments = [
+            x.part_step,
+            w.chunks,
+            w.rows,
+            w.lanes,
+            op.out.offset,
+            plus_offset as usize,
+            usize::from(op.plus.is_some()),
+            op.ids.cols,
+            op.ids.offset,
+            op.weights.offset,
+            if w.has_global { w.count } else { 0 },
+            usize::from(w.has_bias) + 2 * usize::from(w.has_global) + 16 * usize::from(adds),
+            w.block_columns,
+            w.scale_words,
+        ]
+        .map(|n| n as u32);
+        let (code, groups) = (w.code, w.rows.div_ceil(team_rows(1)).div_ceil(256 / w.lanes));
+        let [codes, scales, extra] = [&w.shards[0].codes, &w.shards[0].scales, &w.extra].map(Memory::clone);
+        let memories = [&out, &plus, &x.memory, &ids, &weights, &codes, &scales, &extra];
+        self.run(Kernel::ExpertsDown(code), &memories, &arguments, [groups, 1, 1])
     }
 
     pub(super) fn dense_gate_up(&mut self, op: &GateUp) -> Result<()> {
-        let (rows, width) = (op.x.rows, op.gate.rows);
+        let rows = op.x.rows;
         if rows == 0 {
             return Ok(());
         }
-        let x = self.spread(op.x, Parts::whole(op.x))?;
-        let (gate, up) = (self.sums(0, rows, width)?, self.sums(1, rows, width)?);
-        self.product(WeightRef::Linear(op.gate), &x, &gate, &Jobs::All { num_tokens: rows })?;
-        self.product(WeightRef::Linear(op.up), &x, &up, &Jobs::All { num_tokens: rows })?;
-        self.activate(rows, 1, width, op.activation, op.out)
+        let pair = [WeightRef::Linear(op.gate), WeightRef::Linear(op.up)];
+        self.gated(pair, op.x, &Jobs::All { num_tokens: rows }, [rows, 1], op.activation, op.out)
+    }
+}
+
+/// Invocations of a team: a pair's are few, so that a workgroup has the whole chunks that its output is read in.
+fn lanes_of(w: &DeviceWeight, weights: Weights) -> usize {
+    match weights {
+        Weights::One => w.lanes,
+        Weights::Pair => w.lanes.min(32),
+    }
+}
+
+/// Kind and parameters of an activation, as kernels take them.
+fn activation_args(activation: Activation) -> (usize, f32, f32) {
+    match activation {
+        Activation::SwiGlu => (0, 0.0, 0.0),
+        Activation::ClampedSwiGlu { alpha, limit } => (1, alpha, limit),
     }
 }

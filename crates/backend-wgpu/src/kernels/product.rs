@@ -1,0 +1,326 @@
+//! The written-out parts of kernels that read weights: products and embeddings.
+
+use super::ROWS;
+use super::code::Code;
+use std::fmt::Write as _;
+
+pub(super) fn code_name(code: Code) -> String {
+    match code {
+        Code::Affine { bits, group, scale } => format!("affine{bits}_{group}_{scale:?}").to_lowercase(),
+        other => format!("{other:?}").to_lowercase(),
+    }
+}
+
+fn word_type(code: Code) -> String {
+    match code.load_words() {
+        1 => "u32".to_owned(),
+        n => format!("vec{n}<u32>"),
+    }
+}
+
+/// One weight, or two of one shape whose products meet in an activation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Weights {
+    One,
+    Pair,
+}
+
+impl Weights {
+    fn count(self) -> usize {
+        match self {
+            Weights::One => 1,
+            Weights::Pair => 2,
+        }
+    }
+}
+
+/// Rows of each weight that a team has, for so many rows of x: what fits into registers.
+pub(crate) fn team_rows(tokens: usize) -> usize {
+    if tokens <= 2 { ROWS } else { ROWS / 2 }
+}
+
+/// What a product is made for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Shape {
+    pub(super) code: Code,
+    pub(super) weights: Weights,
+    pub(super) tokens: usize,
+    /// x comes as integers, if codes are such.
+    pub(super) integers: bool,
+    /// Teams add up by shuffles.
+    pub(super) subgroups: bool,
+}
+
+impl Shape {
+    fn team_rows(&self) -> usize {
+        team_rows(self.tokens)
+    }
+
+    /// Rows of all weights.
+    fn rows(&self) -> usize {
+        self.weights.count() * self.team_rows()
+    }
+
+    fn integers(&self) -> bool {
+        self.integers && self.code.per_byte().is_some()
+    }
+
+    /// Lines about row `row` read the second weight of a pair from its first row on.
+    fn of_weight(&self, row: usize, text: String) -> String {
+        match row < self.team_rows() {
+            true => text,
+            false => text.replace("codes[", "codes2[").replace("scales[", "scales2["),
+        }
+    }
+
+    /// Lines before the loop over chunks: where rows start, sums.
+    fn start(&self) -> String {
+        let elements = self.code.chunk_words() / self.code.load_words();
+        let mut start = String::new();
+        for row in 0..self.rows() {
+            // The last rows again where the matrix ends inside a team's rows.
+            let place = format!("team * ROWS + {}u", row % self.team_rows());
+            let _ = writeln!(start, "  let r{row} = local_matrix * args.rows + min({place}, args.rows - 1u);");
+            let _ = writeln!(start, "  let row{row} = r{row} * args.chunks * {elements}u;");
+            let _ = writeln!(start, "  let scale_row{row} = r{row} * args.scale_words;");
+            for token in 0..self.tokens {
+                let _ = writeln!(start, "  var a{row}_{token} = 0.0;");
+            }
+        }
+        start
+    }
+
+    /// Lines of one chunk of every row and token.
+    fn chunk(&self) -> String {
+        if self.integers() { self.chunk_of_integers() } else { self.chunk_of_floats() }
+    }
+
+    fn chunk_of_integers(&self) -> String {
+        let mut body = String::new();
+        for row in 0..self.rows() {
+            body.push_str(&self.of_weight(row, self.code.bytes(row)));
+        }
+        for token in 0..self.tokens {
+            // Items of a work list are often not full.
+            let guard = if token == 0 { String::new() } else { format!("if (count > {token}u) ") };
+            let _ = writeln!(body, "    {guard}{{\n    let at = x_row{token} + chunk;");
+            for i in 0..7 {
+                let _ = writeln!(body, "    let x{i} = x[at + {i}u * args.chunks];");
+            }
+            body.push_str("    let scale = bitcast<f32>(x6.x);\n    let sum = bitcast<f32>(x6.y);\n");
+            for row in 0..self.rows() {
+                let digit = |d: usize| {
+                    let dot = |m: usize| {
+                        let word = format!("x{}.{}", 2 * d + m / 4, ["x", "y", "z", "w"][m % 4]);
+                        format!("dot4I8Packed(c{row}_{m}, {word})")
+                    };
+                    (0..8).map(dot).collect::<Vec<_>>().join(" + ")
+                };
+                let (high, low) = (digit(0), format!("(({}) << 8u) + {}", digit(1), digit(2)));
+                let _ = writeln!(body, "    let d{row} = fma(f32({high}), 65536.0, f32({low})) * scale;");
+                let a = format!("a{row}_{token}");
+                let _ = writeln!(body, "    {a} = fma(offset{row}, sum, fma(s{row}, d{row}, {a}));");
+            }
+            body.push_str("    }\n");
+        }
+        body
+    }
+
+    fn chunk_of_floats(&self) -> String {
+        let (code, tokens) = (self.code, self.tokens);
+        let mut body = String::new();
+        let affine = matches!(code, Code::Affine { .. });
+        for row in 0..self.rows() {
+            body.push_str(&self.of_weight(row, code.scales(row)));
+            for token in 0..tokens {
+                let _ = writeln!(body, "    var d{row}_{token} = 0.0;");
+            }
+        }
+        for token in (0..tokens).filter(|_| affine) {
+            let _ = writeln!(body, "    var n{token} = 0.0;");
+        }
+        for first in (0..8).step_by(code.piece_quads()) {
+            body.push_str("    {\n");
+            for row in 0..self.rows() {
+                body.push_str(&self.of_weight(row, code.loads(row, first)));
+            }
+            for quad in first..first + code.piece_quads() {
+                self.quad_of_floats(first, quad, affine, &mut body);
+                if quad == 3 || quad == 7 {
+                    for row in 0..self.rows() {
+                        (0..tokens).for_each(|token| body.push_str(&code.accumulate(row, token, quad / 4)));
+                    }
+                }
+            }
+            body.push_str("    }\n");
+        }
+        body
+    }
+
+    /// Lines of four columns.
+    fn quad_of_floats(&self, first: usize, quad: usize, affine: bool, body: &mut String) {
+        body.push_str("    {\n");
+        for token in 0..self.tokens {
+            let _ = writeln!(body, "    let x{token} = x[x_row{token} + {quad}u * args.chunks + chunk];");
+            if affine {
+                let sum = format!("((x{token}.x + x{token}.y) + (x{token}.z + x{token}.w))");
+                let _ = writeln!(body, "    n{token} = n{token} + {sum};");
+            }
+        }
+        for row in 0..self.rows() {
+            let _ = writeln!(body, "    let q{row} = {};", self.code.quad(row, first, quad));
+            for token in 0..self.tokens {
+                let d = format!("d{row}_{token}");
+                for part in ["x", "y", "z", "w"] {
+                    let _ = writeln!(body, "    {d} = fma(q{row}.{part}, x{token}.{part}, {d});");
+                }
+            }
+        }
+        body.push_str("    }\n");
+    }
+
+    /// The vectors of sums that a team ends with: one a token and weight.
+    fn sums(&self) -> Vec<(usize, usize)> {
+        (0..self.tokens).flat_map(|token| (0..self.weights.count()).map(move |weight| (token, weight))).collect()
+    }
+
+    /// A vector of sums of one lane.
+    fn lane_sums(&self, (token, weight): (usize, usize)) -> String {
+        let rows = self.team_rows();
+        let sums: Vec<String> = (0..rows).map(|row| format!("a{}_{token}", weight * rows + row)).collect();
+        format!("vec{rows}<f32>({})", sums.join(", "))
+    }
+
+    /// Lines that add up the sums of a team's lanes: `sum{token}_{weight}` in every lane, and the workgroup memory for it.
+    fn finish(&self) -> (String, String) {
+        let (elements, lines) = if self.subgroups { self.finish_in_subgroups() } else { self.finish_in_memory() };
+        (format!("var<workgroup> partial: array<vec{}<f32>, {elements}>;\n", self.team_rows()), lines)
+    }
+
+    /// A few vectors at a time go through workgroup memory.
+    fn finish_in_memory(&self) -> (usize, String) {
+        const TOGETHER: usize = 4;
+        let mut lines = String::new();
+        let all = self.sums();
+        for sums in all.chunks(TOGETHER) {
+            for (i, sum) in sums.iter().enumerate() {
+                let _ = writeln!(lines, "  partial[{}u + local] = {};", 256 * i, self.lane_sums(*sum));
+            }
+            lines.push_str("  workgroupBarrier();\n");
+            lines.push_str("  for (var step = args.lanes >> 1u; step > 0u; step >>= 1u) {\n    if (lane < step) {\n");
+            for i in 0..sums.len() {
+                let at = format!("partial[{}u + local", 256 * i);
+                let _ = writeln!(lines, "      {at}] = {at}] + {at} + step];");
+            }
+            lines.push_str("    }\n    workgroupBarrier();\n  }\n");
+            for (i, (token, weight)) in sums.iter().enumerate() {
+                let _ = writeln!(lines, "  let sum{token}_{weight} = partial[{}u + local - lane];", 256 * i);
+            }
+            lines.push_str("  workgroupBarrier();\n");
+        }
+        (256 * all.len().min(TOGETHER), lines)
+    }
+
+    /// By shuffles of 32 invocations; larger teams add theirs in workgroup memory.
+    fn finish_in_subgroups(&self) -> (usize, String) {
+        let mut lines = String::new();
+        let all = self.sums();
+        let names: Vec<String> = all.iter().map(|(token, weight)| format!("sum{token}_{weight}")).collect();
+        for (name, sum) in names.iter().zip(&all) {
+            let _ = writeln!(lines, "  var {name} = {};", self.lane_sums(*sum));
+        }
+        lines.push_str("  for (var step = min(args.lanes, 32u) >> 1u; step > 0u; step >>= 1u) {\n");
+        for name in &names {
+            let _ = writeln!(lines, "    {name} = {name} + subgroupShuffleXor({name}, step);");
+        }
+        lines.push_str("  }\n  if (args.lanes > 32u) {\n    workgroupBarrier();\n    if (lane % 32u == 0u) {\n");
+        for (i, name) in names.iter().enumerate() {
+            let _ = writeln!(lines, "      partial[{}u + local / 32u] = {name};", 8 * i);
+        }
+        lines.push_str("    }\n    workgroupBarrier();\n    let first_group = (local - lane) / 32u;\n");
+        for (i, name) in names.iter().enumerate() {
+            let _ = writeln!(lines, "    {name} = partial[{}u + first_group];", 8 * i);
+        }
+        lines.push_str("    for (var i = 1u; i < args.lanes / 32u; i++) {\n");
+        for (i, name) in names.iter().enumerate() {
+            let _ = writeln!(lines, "      {name} = {name} + partial[{}u + first_group + i];", 8 * i);
+        }
+        lines.push_str("    }\n  }\n");
+        (8 * all.len(), lines)
+    }
+
+    /// Fillings that all products share.
+    fn holes(&self) -> Vec<(&'static str, String)> {
+        let x = if self.integers() { "vec4<u32>" } else { "vec4<f32>" };
+        vec![
+            ("X", x.to_owned()),
+            ("TOKENS", self.tokens.to_string()),
+            ("ROWS", self.team_rows().to_string()),
+            ("WORD", word_type(self.code)),
+            ("BODY", self.chunk()),
+        ]
+    }
+
+    pub(super) fn product_holes(&self) -> Vec<(&'static str, String)> {
+        let second = format!(
+            "@group(0) @binding(7) var<storage, read> codes2: array<{}>;\n\
+             @group(0) @binding(8) var<storage, read> scales2: array<u32>;\n\
+             @group(0) @binding(9) var<storage, read> extra2: array<f32>;\n",
+            word_type(self.code)
+        );
+        let (second, store) = match self.weights {
+            Weights::One => (String::new(), include_str!("../../kernels/store_one.wgsl")),
+            Weights::Pair => (second, include_str!("../../kernels/store_pair.wgsl")),
+        };
+        let (partial, mut finish) = self.finish();
+        let mut start = self.start();
+        for token in 0..self.tokens {
+            let _ = writeln!(start, "  let x_row{token} = x_rows[{token}];");
+            let sums: Vec<String> = (0..self.weights.count()).map(|w| format!("sum{token}_{w}")).collect();
+            let place = format!("{token}u, out_rows[{token}], group.x, local, lane, count, matrix");
+            let _ = writeln!(finish, "  store({}, {place});", sums.join(", "));
+        }
+        let mut holes = self.holes();
+        holes.extend([
+            ("SECOND", second + &partial),
+            ("STORE", store.to_owned()),
+            ("VECTOR", format!("vec{}<f32>", self.team_rows())),
+            ("START", start),
+            ("FINISH", finish),
+        ]);
+        holes
+    }
+
+    pub(super) fn experts_down_holes(&self) -> Vec<(&'static str, String)> {
+        let (partial, finish) = self.finish();
+        let mut holes = self.holes();
+        holes.extend([("SECOND", partial), ("START", self.start()), ("FINISH", finish)]);
+        holes
+    }
+}
+
+pub(super) fn embed_holes(code: Code) -> Vec<(&'static str, String)> {
+    let elements = code.chunk_words() / code.load_words();
+    let mut body = format!("  let row_words = args.chunks * {elements}u;\n");
+    body.push_str("  let scale_row0 = row0 * args.scale_words;\n  let table_row = row0 * row_words;\n");
+    body.push_str(&code.scales(0));
+    for first in (0..8).step_by(code.piece_quads()) {
+        body.push_str("    {\n");
+        body.push_str(&code.loads(0, first).replace("codes[row0 ", "codes[table_row "));
+        for quad in first..first + code.piece_quads() {
+            let _ = writeln!(body, "    let q{quad} = {};", code.quad(0, first, quad));
+            for (i, part) in ["x", "y", "z", "w"].iter().enumerate() {
+                let value = format!("q{quad}.{part}");
+                let value = match code {
+                    Code::Affine { .. } => format!("fma({value} - 1.0, s0, o0)"),
+                    Code::Nvfp4 if quad >= 4 => format!("{value} * s0_1"),
+                    Code::Nvfp4 | Code::Mxfp4 | Code::Mxfp8 | Code::Fp8 => format!("{value} * s0"),
+                    Code::F32 | Code::F16 | Code::Bf16 => value,
+                };
+                let _ = writeln!(body, "    values[{}] = {value};", 4 * quad + i);
+            }
+        }
+        body.push_str("    }\n");
+    }
+    vec![("WORD", word_type(code)), ("BODY", body)]
+}
