@@ -26,9 +26,9 @@ fn backend() -> Option<Box<dyn Backend>> {
     }
 }
 
-fn always(mtp: bool) -> EngineOptions {
+fn always(suffix: bool) -> EngineOptions {
     let speculation =
-        SpeculationOptions { suffix: !mtp, mtp, policy: Policy::Always, max_depth: 3, ..SpeculationOptions::default() };
+        SpeculationOptions { suffix, policy: Policy::Always, max_depth: 3, ..SpeculationOptions::default() };
     EngineOptions { speculation: Some(speculation), ..EngineOptions::default() }
 }
 
@@ -55,18 +55,16 @@ fn answers(engine: &mut Engine, width: usize) -> Vec<Vec<u32>> {
 
 #[test]
 fn recorded_drafting_changes_no_output() {
-    let Some(first) = backend() else { return };
+    // Few back ends, for each compiles its kernels.
+    let (Some(first), Some(second)) = (backend(), backend()) else { return };
     // An MTP layer and lookups on a model with sparse attention, beyond its index_topk.
     let plain = answers(&mut sizes("glm_moe_dsa").engine_on(first), 1);
-    for mtp in [true, false] {
-        for width in [1, 4] {
-            let Some(backend) = backend() else { return };
-            let mut engine = Sizes { options: always(mtp), ..sizes("glm_moe_dsa") }.engine_on(backend);
-            assert_eq!(answers(&mut engine, width), plain, "mtp {mtp}, {width} at a time");
-            let drafted = engine.stats().speculation.expect("it drafts").all();
-            assert!(drafted.draft_tokens > 50, "mtp {mtp}, {width} at a time: {drafted:?}");
-        }
+    let mut engine = Sizes { options: always(true), ..sizes("glm_moe_dsa") }.engine_on(second);
+    for width in [1, 4] {
+        assert_eq!(answers(&mut engine, width), plain, "MTP layer and lookups, {width} at a time");
     }
+    let drafted = engine.stats().speculation.expect("it drafts");
+    assert!(drafted.head.draft_tokens > 50, "{drafted:?}");
     let (Some(first), Some(mut second)) = (backend(), backend()) else { return };
     let plain = answers(&mut sizes("qwen3_moe").engine_on(first), 1);
     let mut decoder = sizes("qwen3_moe").decoder(second.as_mut());
@@ -75,9 +73,7 @@ fn recorded_drafting_changes_no_output() {
     let config = EagleConfig::parse(&checkpoint.config, decoder.config()).expect("its config fits the model");
     let head = Eagle::load(&config, &checkpoint, &mut decoder, second.as_mut()).expect("the head loads");
     let drafter = Some(Drafter::Eagle(Box::new(head)));
-    let options = SpeculationOptions { suffix: false, ..always(true).speculation.expect("it is on") };
-    let options = EngineOptions { speculation: Some(options), ..EngineOptions::default() };
-    let mut engine = Engine::with_drafter(decoder, drafter, second, options).expect("the engine starts");
+    let mut engine = Engine::with_drafter(decoder, drafter, second, always(false)).expect("the engine starts");
     for width in [1, 4] {
         assert_eq!(answers(&mut engine, width), plain, "EAGLE-3, {width} at a time");
     }
