@@ -133,11 +133,21 @@ impl CpuBackend {
 
     /// Calls `rows` for all of `0..num_rows`, on several threads if `elements_per_row` make it worth it.
     pub(crate) fn run_rows(&self, num_rows: usize, elements_per_row: usize, rows: impl Fn(Range<usize>) + Sync) {
-        if num_rows < 2 || num_rows * elements_per_row < PARALLEL_ELEMENTS {
-            rows(0..num_rows);
-        } else {
-            self.pool.run(|index, num_threads| rows(partition(num_rows, num_threads, index, 1)));
-        }
+        run_rows_of_threads(&self.pool, num_rows, elements_per_row, |_, range| rows(range));
+    }
+}
+
+/// [`CpuBackend::run_rows`] for work that needs memory of its own: `rows(thread, range)`.
+pub(crate) fn run_rows_of_threads(
+    pool: &Pool,
+    num_rows: usize,
+    elements_per_row: usize,
+    rows: impl Fn(usize, Range<usize>) + Sync,
+) {
+    if num_rows < 2 || num_rows * elements_per_row < PARALLEL_ELEMENTS {
+        rows(0, 0..num_rows);
+    } else {
+        pool.run(|index, num_threads| rows(index, partition(num_rows, num_threads, index, 1)));
     }
 }
 

@@ -86,9 +86,15 @@ impl Tensor {
 
     /// Checks element type, shape and that the view lies inside its buffer.
     pub(crate) fn check(&self, op: &'static str, name: &str, element: ElementType, shape: [usize; 2]) -> Result<()> {
-        expect_eq(op, &format!("element type of {name}"), self.buffer.element, element)?;
-        expect_eq(op, &format!("shape of {name}"), [self.rows, self.cols], shape)?;
-        expect(op, self.stride >= self.cols, &format!("row stride of {name}"), self.stride, "at least its columns")?;
+        expect_eq(op, format_args!("element type of {name}"), self.buffer.element, element)?;
+        expect_eq(op, format_args!("shape of {name}"), [self.rows, self.cols], shape)?;
+        expect(
+            op,
+            self.stride >= self.cols,
+            format_args!("row stride of {name}"),
+            self.stride,
+            "at least its columns",
+        )?;
         let end = self.offset + self.extent();
         if end > self.buffer.len {
             return Err(Error::Contract {
@@ -157,9 +163,15 @@ impl Cache {
     pub fn check_rows(&self, op: &'static str, first_slot: usize, size_bytes: usize) -> Result<()> {
         let row_bytes = self.row_bytes();
         let whole = size_bytes.is_multiple_of(row_bytes);
-        expect(op, whole, "bytes on the host", size_bytes, &format!("a multiple of {row_bytes}, the bytes of a row"))?;
+        expect(
+            op,
+            whole,
+            "bytes on the host",
+            size_bytes,
+            format_args!("a multiple of {row_bytes}, the bytes of a row"),
+        )?;
         let end = first_slot.saturating_add(size_bytes / row_bytes);
-        expect(op, end <= self.num_slots, "end of the rows", end, &format!("at most {}", self.num_slots))
+        expect(op, end <= self.num_slots, "end of the rows", end, format_args!("at most {}", self.num_slots))
     }
 }
 
@@ -192,7 +204,7 @@ impl Paging {
             self.max_context <= room,
             "max_context",
             self.max_context,
-            &format!("at most {room}, the slots of the block table"),
+            format_args!("at most {room}, the slots of the block table"),
         )
     }
 }

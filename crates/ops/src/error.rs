@@ -1,5 +1,7 @@
 //! The crate's error type.
 
+use std::fmt::Display;
+
 /// What can go wrong between a model and a back end.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -55,23 +57,30 @@ pub enum Error {
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Returns a [`Error::Contract`] unless `found == expected`.
+/// Returns a [`Error::Contract`] unless `found == expected`. Operations are checked in every step: texts are made (with
+/// `format_args!`) only for an error.
 pub(crate) fn expect_eq<T: PartialEq + std::fmt::Debug>(
     op: &'static str,
-    what: &str,
+    what: impl Display,
     found: T,
     expected: T,
 ) -> Result<()> {
     if found == expected {
         return Ok(());
     }
-    Err(Error::Contract { op, what: what.to_owned(), found: format!("{found:?}"), expected: format!("{expected:?}") })
+    Err(Error::Contract { op, what: what.to_string(), found: format!("{found:?}"), expected: format!("{expected:?}") })
 }
 
 /// Returns a [`Error::Contract`] unless `holds`.
-pub(crate) fn expect(op: &'static str, holds: bool, what: &str, found: impl ToString, expected: &str) -> Result<()> {
+pub(crate) fn expect(
+    op: &'static str,
+    holds: bool,
+    what: impl Display,
+    found: impl Display,
+    expected: impl Display,
+) -> Result<()> {
     if holds {
         return Ok(());
     }
-    Err(Error::Contract { op, what: what.to_owned(), found: found.to_string(), expected: expected.to_owned() })
+    Err(Error::Contract { op, what: what.to_string(), found: found.to_string(), expected: expected.to_string() })
 }

@@ -48,7 +48,7 @@ impl WeightSource<'_> {
     pub fn describe(&self, id: u32) -> Result<Weight> {
         let (format, rows, cols) = same_shape("load_weight", self.name, self.matrices)?;
         if let Some(bias) = self.bias {
-            expect_eq("load_weight", &format!("bias of {}", self.name), bias.len(), self.matrices.len() * rows)?;
+            expect_eq("load_weight", format_args!("bias of {}", self.name), bias.len(), self.matrices.len() * rows)?;
         }
         Ok(Weight { id, format, count: self.matrices.len(), rows, cols, has_bias: self.bias.is_some() })
     }
@@ -114,14 +114,19 @@ impl ExpertsSource<'_> {
         let num_experts = self.gate.len();
         expect_eq(
             op,
-            &format!("{}: [gate, up, down] matrices", self.name),
+            format_args!("{}: [gate, up, down] matrices", self.name),
             [self.up.len(), self.down.len()],
             [num_experts; 2],
         )?;
-        expect_eq(op, &format!("{}: shape of up", self.name), [up_rows, up_cols], [intermediate_size, hidden_size])?;
         expect_eq(
             op,
-            &format!("{}: shape of down", self.name),
+            format_args!("{}: shape of up", self.name),
+            [up_rows, up_cols],
+            [intermediate_size, hidden_size],
+        )?;
+        expect_eq(
+            op,
+            format_args!("{}: shape of down", self.name),
             [down_rows, down_cols],
             [hidden_size, intermediate_size],
         )?;
@@ -129,19 +134,19 @@ impl ExpertsSource<'_> {
             let found = [gate.len(), up.len(), down.len()];
             let expected =
                 [num_experts * intermediate_size, num_experts * intermediate_size, num_experts * hidden_size];
-            expect_eq(op, &format!("{}: lengths of the biases", self.name), found, expected)?;
+            expect_eq(op, format_args!("{}: lengths of the biases", self.name), found, expected)?;
         }
         Ok(Experts { id, num_experts, hidden_size, intermediate_size, gate_format, up_format, down_format })
     }
 }
 
 fn same_shape(op: &'static str, name: &str, matrices: &[MatrixView<'_>]) -> Result<(WeightFormat, usize, usize)> {
-    expect(op, !matrices.is_empty(), &format!("number of matrices of {name}"), 0, "at least 1")?;
+    expect(op, !matrices.is_empty(), format_args!("number of matrices of {name}"), 0, "at least 1")?;
     let first = (matrices[0].format, matrices[0].rows, matrices[0].cols);
     for (index, matrix) in matrices.iter().enumerate() {
         expect_eq(
             op,
-            &format!("{name}: format and shape of matrix {index}"),
+            format_args!("{name}: format and shape of matrix {index}"),
             (matrix.format, matrix.rows, matrix.cols),
             first,
         )?;

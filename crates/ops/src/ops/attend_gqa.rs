@@ -44,7 +44,7 @@ impl AttendGqa {
         self.q.check_f32(op, "q", shape)?;
         self.out.check_f32(op, "out", shape)?;
         let grouped = self.num_kv_heads > 0 && self.num_heads.is_multiple_of(self.num_kv_heads);
-        expect(op, grouped, "num_kv_heads", self.num_kv_heads, &format!("a divisor of {} heads", self.num_heads))?;
+        expect(op, grouped, "num_kv_heads", self.num_kv_heads, format_args!("a divisor of {} heads", self.num_heads))?;
         expect_eq(op, "width of the cache", self.cache.width, 2 * self.num_kv_heads * self.head_dim)?;
         expect(op, self.window != Some(0), "window", 0, "at least 1")?;
         if let Some(sinks) = self.sinks {

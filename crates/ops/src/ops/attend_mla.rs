@@ -58,7 +58,13 @@ impl AttendMla {
         self.q_rope.check_f32(op, "q_rope", [num_tokens, self.q_rope.cols])?;
         expect(op, self.num_heads > 0, "num_heads", self.num_heads, "at least 1")?;
         let needed = (self.num_heads - 1) * self.q_rope_head_stride + self.qk_rope_head_dim;
-        expect(op, self.q_rope.cols >= needed, "columns of q_rope", self.q_rope.cols, &format!("at least {needed}"))?;
+        expect(
+            op,
+            self.q_rope.cols >= needed,
+            "columns of q_rope",
+            self.q_rope.cols,
+            format_args!("at least {needed}"),
+        )?;
         expect_eq(op, "width of the cache", self.cache.width, self.kv_lora_rank + self.qk_rope_head_dim)?;
         if let Some(index) = self.index {
             index.ids.check_u32(op, "index ids", [num_tokens, index.ids.cols])?;

@@ -42,7 +42,7 @@ impl IndexScore {
         self.paging.check(op, num_tokens)?;
         self.scores.check_f32(op, "scores", [num_tokens, self.scores.cols])?;
         let enough = self.scores.cols >= self.paging.max_context;
-        expect(op, enough, "columns of scores", self.scores.cols, &format!("at least {}", self.paging.max_context))
+        expect(op, enough, "columns of scores", self.scores.cols, format_args!("at least {}", self.paging.max_context))
     }
 
     /// Bytes that must be moved if every row has its own sequence: an upper bound.

@@ -37,7 +37,7 @@ impl LinearHeads {
             "at least the columns of the weight",
         )?;
         let needed = (self.weight.count - 1) * self.x_head_stride + self.weight.cols;
-        expect(op, self.x.cols >= needed, "columns of x", self.x.cols, &format!("at least {needed}"))?;
+        expect(op, self.x.cols >= needed, "columns of x", self.x.cols, format_args!("at least {needed}"))?;
         self.out.check_f32(op, "out", [self.x.rows, self.weight.count * self.weight.rows])
     }
 

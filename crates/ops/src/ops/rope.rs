@@ -87,7 +87,7 @@ impl Rope {
         expect(op, self.num_heads > 0, "num_heads", self.num_heads, "at least 1")?;
         expect(op, self.table.cols.is_multiple_of(2), "columns of the table", self.table.cols, "an even number")?;
         let needed = (self.num_heads - 1) * self.head_stride + self.table.cols;
-        expect(op, self.x.cols >= needed, "columns of x", self.x.cols, &format!("at least {needed}"))
+        expect(op, self.x.cols >= needed, "columns of x", self.x.cols, format_args!("at least {needed}"))
     }
 
     /// Bytes that must be moved.

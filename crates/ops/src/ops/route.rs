@@ -55,11 +55,11 @@ impl Route {
         self.ids.check_u32(op, "ids", [num_tokens, top_k])?;
         self.weights.check_f32(op, "weights", [num_tokens, top_k])?;
         let groups = self.n_group >= 1 && num_experts.is_multiple_of(self.n_group);
-        expect(op, groups, "n_group", self.n_group, &format!("a divisor of {num_experts} experts"))?;
+        expect(op, groups, "n_group", self.n_group, format_args!("a divisor of {num_experts} experts"))?;
         let kept = (1..=self.n_group).contains(&self.topk_group);
-        expect(op, kept, "topk_group", self.topk_group, &format!("1 to {}", self.n_group))?;
+        expect(op, kept, "topk_group", self.topk_group, format_args!("1 to {}", self.n_group))?;
         let eligible = num_experts / self.n_group * self.topk_group;
-        expect(op, (1..=eligible).contains(&top_k), "top_k", top_k, &format!("1 to {eligible} eligible experts"))
+        expect(op, (1..=eligible).contains(&top_k), "top_k", top_k, format_args!("1 to {eligible} eligible experts"))
     }
 
     /// Bytes that must be moved.
