@@ -240,15 +240,15 @@ def resident(stolen, directory):
 
 
 def kernels(stolen):
-    program = ROOT / "target/release/examples/kernel_speed"
+    program = Path(os.environ.get("MOELLON_KERNEL_SPEED", ROOT / "target/release/examples/kernel_speed"))
     formats = ["affine-4", "nvfp4", "affine-3"]
     lines = subprocess.run([program, *formats], check=True, capture_output=True, text=True).stdout.splitlines()
     rows = []
     for line in lines:
-        # `FORMAT rows N: X GB/s (P % of Y), Z GMAC/s`
-        name, _, count, rate, _, _, share, _, _, _, macs, _ = line.replace("(", "( ").split()
+        # `FORMAT LEVEL rows N: X GB/s (P % of Y), Z GMAC/s`
+        name, level, _, count, rate, _, _, share, _, _, _, macs, _ = line.replace("(", "( ").split()
         rows.append({
-            "format": name, "rows": count.rstrip(":"), "GB/s": rate, "share of measured bandwidth": f"{share} %", "GMAC/s": macs,
+            "format": name, "level": level, "rows": count.rstrip(":"), "GB/s": rate, "share of measured bandwidth": f"{share} %", "GMAC/s": macs,
             "against one row": None,
         })
         one = next(row for row in rows if row["format"] == name)

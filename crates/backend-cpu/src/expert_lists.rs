@@ -5,6 +5,7 @@
 
 use crate::memory::Integers;
 use moellon_ops::{Error, Result};
+use std::ops::Range;
 
 /// Rows of each expert, rebuilt for every batch in the same memory.
 #[derive(Default)]
@@ -67,11 +68,21 @@ impl ExpertLists {
 
     /// Choices (`t * top_k + i`) of an expert.
     pub(crate) fn pairs(&self, expert: usize) -> &[u32] {
-        &self.pairs[self.starts[expert] as usize..self.starts[expert + 1] as usize]
+        &self.pairs[self.places(expert)]
+    }
+
+    /// All choices, expert after expert.
+    pub(crate) fn all_pairs(&self) -> &[u32] {
+        &self.pairs
+    }
+
+    /// Where the choices of an expert stand among [`ExpertLists::all_pairs`].
+    pub(crate) fn places(&self, expert: usize) -> Range<usize> {
+        self.starts[expert] as usize..self.starts[expert + 1] as usize
     }
 
     /// Tokens of an expert, in the order of [`ExpertLists::pairs`].
     pub(crate) fn tokens(&self, expert: usize) -> &[u32] {
-        &self.tokens[self.starts[expert] as usize..self.starts[expert + 1] as usize]
+        &self.tokens[self.places(expert)]
     }
 }

@@ -8,7 +8,7 @@ use crate::layout::TILE_ROWS;
 use crate::linear::write_tile;
 use crate::pack::TileMap;
 use crate::prepare::RowSource;
-use crate::product::{ActivationMode, MAX_ROWS, MAX_STREAMS, Product, ROW_BLOCK, Rows, for_each_tile_group};
+use crate::product::{ActivationMode, Gathered, MAX_ROWS, MAX_STREAMS, Product, ROW_BLOCK, Rows, for_each_tile_group};
 use crate::simd::{Kernel, Level, Simd, math};
 use crate::weights::Bias;
 use crate::work::{Item, tile_cost};
@@ -20,6 +20,12 @@ pub(crate) struct Half<'a> {
     pub(crate) weights: (&'a [u8], &'a TileMap),
     pub(crate) bias: Option<&'a Bias>,
     pub(crate) rows: Rows<'a>,
+}
+
+impl<'a> Half<'a> {
+    fn rows_of_block(&self, range: &Range<usize>) -> Rows<'a> {
+        self.rows.with_ids(&self.rows.ids()[range.clone()])
+    }
 }
 
 /// `gate[i] = f(gate[i], up[i])` for the first `count` vectors.
@@ -102,15 +108,23 @@ fn tiles_with_room<const ROOM: usize>(
     let num_rows = gate.rows.ids().len();
     // Results of the rows of a tile stand together: `[streams][rows]`.
     let (mut gated, mut upped) = ([[0.0; TILE_ROWS]; ROOM], [[0.0; TILE_ROWS]; ROOM]);
+    let (mut gate_space, mut up_space) = (Gathered::default(), Gathered::default());
     for start in (0..num_rows).step_by(ROW_BLOCK) {
         let range = start..(start + ROW_BLOCK).min(num_rows);
         let count = range.len();
+        let gate_rows = gate_product.side_by_side(&gate.rows_of_block(&range), &mut gate_space);
+        let up_rows = if up.rows.are_those_of(&gate.rows) && up_product.expands_as(&gate_product, count) {
+            gate_rows
+        } else {
+            up_product.side_by_side(&up.rows_of_block(&range), &mut up_space)
+        };
         let streams = gate_product.max_streams(count).min(up_product.max_streams(count));
         for_each_tile_group(streams, tiles.clone(), |first, step, streams| {
             let tile = |t: usize| first + t * step;
-            for (product, half, out) in [(&gate_product, gate, &mut gated), (&up_product, up, &mut upped)] {
-                let rows = half.rows.with_ids(&half.rows.ids()[range.clone()]);
-                product.run(&rows, tile, streams, &mut |t, i, values| {
+            for (product, half, rows, out) in
+                [(&gate_product, gate, &gate_rows, &mut gated), (&up_product, up, &up_rows, &mut upped)]
+            {
+                product.run(rows, tile, streams, &mut |t, i, values| {
                     let values_out = &mut out[t * count + i];
                     *values_out = *values;
                     if let Some(bias) = half.bias {

@@ -15,6 +15,8 @@ use moellon_tensor::pool::partition;
 
 /// Tiles of a piece, at least: each expert is read in runs of this length.
 const PIECE_TILES: usize = 8;
+/// Choices from which on pieces are as large as threads allow: every piece reads the activations of all of them.
+const MANY_PAIRS: usize = 256;
 
 pub(crate) fn run(backend: &mut CpuBackend, op: &MoeDown) -> Result<()> {
     let (level, mode) = (backend.level, backend.mode);
@@ -25,14 +27,17 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &MoeDown) -> Result<()> {
     let (top_k, hidden_size) = (op.ids.cols, op.experts.hidden_size);
     backend.lists.build("moe_down", &backend.memory.integers(op.ids), op.experts.num_experts)?;
     let lists = &backend.lists;
-    let source = RowSource::parts(&backend.memory.floats(op.h), top_k);
+    // Rows of an expert side by side: kernels for many rows step from one to the next.
+    let source = RowSource::parts(&backend.memory.floats(op.h), top_k).in_order(lists.all_pairs());
     let prepared = backend.space.prepare(source, std::iter::once(form)).map_err(crate::backend::no_memory)?;
     let weights = backend.memory.floats(op.weights);
     let plus = op.plus.filter(|plus| *plus != op.out).map(|plus| backend.memory.floats(plus));
     let starts_as_plus = op.plus == Some(op.out);
     let out = backend.memory.floats(op.out);
-    let num_pieces = (map.tiles / PIECE_TILES).max(backend.pool.num_threads());
-    backend.queues.fill(num_pieces, backend.pool.num_threads());
+    let num_threads = backend.pool.num_threads();
+    let num_pieces = if lists.all_pairs().len() < MANY_PAIRS { map.tiles / PIECE_TILES } else { 2 * num_threads };
+    let num_pieces = num_pieces.max(num_threads);
+    backend.queues.fill(num_pieces, num_threads);
     let (pool, queues) = (&backend.pool, &backend.queues);
     pool.run(|index, num_threads| {
         if prepared.needs_fill() {
@@ -67,7 +72,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &MoeDown) -> Result<()> {
                     (&packed.bytes, map),
                     expert,
                     tiles.clone(),
-                    &rows.with_ids(pairs),
+                    &rows.with_ids(prepared.ids(lists.places(expert))),
                     |tile, i, values| {
                         let pair = pairs[i] as usize;
                         let mut values = *values;

@@ -18,20 +18,30 @@ const BLOCKS_PER_UNIT: usize = 4;
 /// Where activation rows stand: `outer * inner` rows of `cols` floats; row `o * inner + i` starts at
 /// `pointer + o * outer_stride + i * inner_stride`.
 #[derive(Clone, Copy)]
-pub(crate) struct RowSource {
+pub(crate) struct RowSource<'a> {
     pointer: *const f32,
     cols: usize,
     outer: usize,
     inner: usize,
     outer_stride: usize,
     inner_stride: usize,
+    /// Which of these rows the prepared ones are, if not all as they stand.
+    order: Option<&'a [u32]>,
 }
 
-impl RowSource {
+impl<'a> RowSource<'a> {
     /// The rows of a view.
     pub(crate) fn rows(x: &Floats) -> Self {
         let pointer = if x.rows == 0 { std::ptr::null() } else { x.pointer(0).cast_const() };
-        RowSource { pointer, cols: x.cols, outer: x.rows, inner: 1, outer_stride: x.stride, inner_stride: 0 }
+        RowSource {
+            pointer,
+            cols: x.cols,
+            outer: x.rows,
+            inner: 1,
+            outer_stride: x.stride,
+            inner_stride: 0,
+            order: None,
+        }
     }
 
     /// Heads of the rows of a view: row `h * rows + t` is columns `h * head_stride .. + cols` of row `t`.
@@ -53,18 +63,28 @@ impl RowSource {
         RowSource { cols, inner: parts, inner_stride: cols, ..Self::rows(x) }
     }
 
+    /// The same rows in another order: prepared row `i` is row `order[i]`.
+    pub(crate) fn in_order(self, order: &'a [u32]) -> Self {
+        let num_rows = self.outer * self.inner;
+        assert!(order.iter().all(|row| (*row as usize) < num_rows), "rows below {num_rows}");
+        RowSource { order: Some(order), ..self }
+    }
+
     /// How many rows.
     pub(crate) fn num_rows(&self) -> usize {
-        self.outer * self.inner
+        self.order.map_or(self.outer * self.inner, <[u32]>::len)
     }
 
     fn row(&self, row: usize) -> *const f32 {
+        let row = self.order.map_or(row, |order| order[row] as usize);
         self.pointer.wrapping_add(row / self.inner * self.outer_stride + row % self.inner * self.inner_stride)
     }
 
     /// Floats between two rows, if that is the same everywhere.
     fn uniform_stride(&self) -> Option<usize> {
-        if self.inner == 1 {
+        if self.order.is_some() {
+            None
+        } else if self.inner == 1 {
             Some(self.outer_stride)
         } else if self.outer == 1 || self.outer_stride == self.inner * self.inner_stride {
             Some(self.inner_stride)
@@ -85,7 +105,7 @@ pub(crate) struct PrepareSpace {
 
 /// Rows in the forms asked for, filled by [`Prepared::fill`].
 pub(crate) struct Prepared<'a> {
-    source: RowSource,
+    source: RowSource<'a>,
     int8_layout: Int8Layout,
     int8: Option<*mut u8>,
     float: Option<FloatRows>,
@@ -105,11 +125,11 @@ unsafe impl Sync for Prepared<'_> {}
 
 impl PrepareSpace {
     /// Makes room for the rows of `source` in the forms that `forms` yields.
-    pub(crate) fn prepare(
-        &mut self,
-        source: RowSource,
+    pub(crate) fn prepare<'a>(
+        &'a mut self,
+        source: RowSource<'a>,
         forms: impl Iterator<Item = RowForm>,
-    ) -> std::io::Result<Prepared<'_>> {
+    ) -> std::io::Result<Prepared<'a>> {
         let int8_layout = Int8Layout::new(source.cols);
         let num_rows = source.num_rows();
         let (mut wants_int8, mut wants_float) = (false, false);

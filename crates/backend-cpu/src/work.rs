@@ -94,8 +94,11 @@ pub(crate) fn tile_cost(tile_bytes: usize, cols: usize, num_rows: usize) -> u64 
     (tile_bytes + cols / 2 * num_rows) as u64
 }
 
+/// Tiles that stay together: as many as kernels read at once, which is faster than one after the other.
+const GROUP_TILES: u64 = 4;
+
 /// Calls `each(item, tiles)` for the parts of `items` that belong to piece `piece` of `pieces`. Over all pieces every tile
-/// is called once; a tile belongs to the piece in whose share of the cost it starts.
+/// is called once; a group of tiles belongs to the piece in whose share of the cost it starts.
 fn share(items: &[Item], pieces: usize, piece: usize, mut each: impl FnMut(usize, Range<usize>)) {
     let total = total_cost(items);
     let cut = |part: usize| (u128::from(total) * part as u128 / pieces as u128) as u64;
@@ -104,9 +107,11 @@ fn share(items: &[Item], pieces: usize, piece: usize, mut each: impl FnMut(usize
     for (number, item) in items.iter().enumerate() {
         let end = start + item.tiles as u64 * item.tile_cost;
         if end > from && start < to {
-            // Tiles that start at or after a cost, counted from the item's start.
-            let before =
-                |cost: u64| cost.saturating_sub(start).div_ceil(item.tile_cost.max(1)).min(item.tiles as u64) as usize;
+            // Tiles of groups that start before a cost, counted from the item's start.
+            let before = |cost: u64| {
+                let tiles = cost.saturating_sub(start).div_ceil(item.tile_cost.max(1));
+                tiles.next_multiple_of(GROUP_TILES).min(item.tiles as u64) as usize
+            };
             let tiles = before(from)..before(to);
             if !tiles.is_empty() {
                 each(number, tiles);
@@ -145,7 +150,7 @@ mod tests {
                         seen.extend(tiles.map(|tile| (item, tile)));
                     });
                     assert!(
-                        cost <= total.div_ceil(num_threads as u64) + largest,
+                        cost <= total.div_ceil(num_threads as u64) + GROUP_TILES * largest,
                         "{cost} of {total} by one of {num_threads}"
                     );
                 }

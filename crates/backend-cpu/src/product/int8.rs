@@ -173,6 +173,16 @@ unsafe fn wide_steps<S: Simd, C: Codes, const T: usize, const R: usize>(
     [first, count]: [usize; 2],
     sums: &mut Sums<S, T, R>,
 ) {
+    if S::EIGHTS {
+        for t in 0..T {
+            // SAFETY: the caller's promise.
+            let dots = unsafe { s.dot_eights::<R>(at[t], x, [first, count]) };
+            for r in 0..R {
+                sums.acc[t][r] = s.add_i(sums.acc[t][r], dots[r]);
+            }
+        }
+        return;
+    }
     let mut start = first;
     while start < first + count {
         for t in 0..T {
@@ -271,6 +281,7 @@ unsafe fn row_parts<const R: usize>(args: &TileArgs<'_>, int8: &Int8Layout) -> R
 
 impl<C: Codes> TileKernel for Grouped<C> {
     const BYTE_DOTS: bool = true;
+    const WIDE_DOTS: bool = C::WIDE;
 
     #[inline(always)]
     unsafe fn run<S: Simd, const T: usize, const R: usize>(s: S, args: &TileArgs<'_>) {
@@ -336,6 +347,7 @@ impl<C: Codes> TileKernel for Grouped<C> {
 
 impl<C: Codes> TileKernel for Mxfp4<C> {
     const BYTE_DOTS: bool = true;
+    const WIDE_DOTS: bool = C::WIDE;
 
     #[inline(always)]
     unsafe fn run<S: Simd, const T: usize, const R: usize>(s: S, args: &TileArgs<'_>) {
@@ -395,6 +407,7 @@ impl<C: Codes> TileKernel for Mxfp4<C> {
 
 impl<C: Codes> TileKernel for Nvfp4<C> {
     const BYTE_DOTS: bool = true;
+    const WIDE_DOTS: bool = C::WIDE;
 
     #[inline(always)]
     unsafe fn run<S: Simd, const T: usize, const R: usize>(s: S, args: &TileArgs<'_>) {

@@ -15,9 +15,12 @@
 // Loops run over arrays of registers, several at once; iterators would hide vectors in closures.
 #![allow(clippy::needless_range_loop)]
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod codes;
 mod e4m3;
 mod exact;
+mod expanded;
 mod float;
 mod int8;
 mod wide;
@@ -26,7 +29,9 @@ use crate::activations::Int8Layout;
 use crate::layout::{Coding, NVFP4_SCALE_EXPONENT, TILE_ROWS, TileLayout};
 use crate::pack::TileMap;
 use crate::simd::{Kernel, Level, Simd};
-use codes::{Affine, Codes, E2m1, Wide, steps_of_bits};
+use codes::{Affine, E2m1};
+use expanded::Expansion;
+pub(crate) use expanded::Gathered;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -38,13 +43,6 @@ pub(crate) const MAX_ROWS: usize = 8;
 /// Activation rows that [`Product::run`] takes at most: 64 rows of 2048 columns stay in L2 while tile after tile is
 /// multiplied with them.
 pub(crate) const ROW_BLOCK: usize = 64;
-/// Rows from which on tiles are expanded: four calls of four rows pay for it. Two calls do not: the second finds the tile
-/// in the nearest cache, and unpacking again costs less than writing and reading what was unpacked.
-const EXPAND_ROWS: usize = 16;
-/// Rows of a call with expanded tiles.
-const WIDE_ROWS: usize = 4;
-/// Expanded tiles that a call reads at most.
-const WIDE_STREAMS: usize = 2;
 /// How far ahead of the reads lines are fetched, in each stream. Half a 4 KiB page: 1 to 4 KiB are within noise of each
 /// other on Zen 5, none loses.
 const PREFETCH_BYTES: usize = 2048;
@@ -119,6 +117,9 @@ trait TileKernel {
     const STREAMS: [usize; 4] = ALL_SIZES;
     /// [`Kernel::BYTE_DOTS`]
     const BYTE_DOTS: bool = false;
+    /// [`Kernel::WIDE_DOTS`]
+    #[cfg_attr(not(target_arch = "aarch64"), allow(dead_code, reason = "levels that care are of AArch64"))]
+    const WIDE_DOTS: bool = false;
 
     /// # Safety
     /// `args` holds `T` whole tiles of the layout, `R` rows in the kernel's form and room for `T * R * 16` floats.
@@ -131,6 +132,7 @@ impl<B: TileKernel, const T: usize, const R: usize> Kernel for Sized<B, T, R> {
     type Args = TileArgs<'static>;
 
     const BYTE_DOTS: bool = B::BYTE_DOTS;
+    const WIDE_DOTS: bool = B::WIDE_DOTS;
 
     #[inline(always)]
     unsafe fn run<S: Simd>(s: S, args: &TileArgs<'static>) {
@@ -202,6 +204,11 @@ impl<'a> Rows<'a> {
         Rows { ids, ..*self }
     }
 
+    /// Whether `other` is the same rows of the same buffer in the same form.
+    pub(crate) fn are_those_of(&self, other: &Rows<'_>) -> bool {
+        self.first == other.first && self.form == other.form && std::ptr::eq(self.ids, other.ids)
+    }
+
     /// Which rows.
     pub(crate) fn ids(&self) -> &'a [u32] {
         self.ids
@@ -223,8 +230,9 @@ pub(crate) fn multiply(
     mut sink: impl FnMut(usize, usize, &[f32; TILE_ROWS]),
 ) {
     let product = Product::new(level, mode, weights, matrix, tiles.clone(), rows);
+    let mut gathered = Gathered::default();
     for (number, ids) in rows.ids.chunks(ROW_BLOCK).enumerate() {
-        let rows = rows.with_ids(ids);
+        let rows = product.side_by_side(&rows.with_ids(ids), &mut gathered);
         for_each_tile_group(product.max_streams(ids.len()), tiles.clone(), |first, step, streams| {
             let tile = |t| first + t * step;
             product.run(&rows, tile, streams, &mut |t, i, values| sink(tile(t), number * ROW_BLOCK + i, values));
@@ -320,11 +328,10 @@ impl<'a> Product<'a> {
             // A slice index: a tile outside of the buffer panics.
             *slot = self.bytes[self.map.tile_offset(self.matrix, tile(t))..][..layout.tile_bytes].as_ptr();
         }
-        let mut done = 0;
-        if self.expands(rows.ids.len()) {
-            done = rows.ids.len() / WIDE_ROWS * WIDE_ROWS;
-            self.run_expanded(&rows.with_ids(&rows.ids[..done]), streams, args.tiles, sink);
-        }
+        let mut done = match self.expansion(rows.ids.len()) {
+            Expansion::Packed => 0,
+            expansion => self.run_expanded(expansion, rows, streams, args.tiles, sink),
+        };
         while done < rows.ids.len() {
             // Sizes are 1, 2, 3, 4 and 8 rows: five are four and one, and the second pass finds the tile in a cache.
             let count = match (rows.ids.len() - done).min(max_rows) {
@@ -348,81 +355,28 @@ impl<'a> Product<'a> {
     /// Points `args` at rows `ids`.
     fn set_rows(&self, rows: &Rows<'_>, ids: &[u32], args: &mut TileArgs<'_>) {
         for (slot, id) in args.rows.iter_mut().zip(ids) {
-            let end = *id as usize * rows.stride_bytes + self.row_bytes;
-            assert!(end <= rows.len_bytes, "row {id} ends at {end} of {} bytes", rows.len_bytes);
-            *slot = rows.first.wrapping_add(*id as usize * rows.stride_bytes);
+            *slot = self.row(rows, *id);
         }
     }
 
-    /// Whether `num_rows` rows are worth expanding tiles for, and the level has the kernels.
-    fn expands(&self, num_rows: usize) -> bool {
-        let small_codes = match self.map.layout.coding {
-            Coding::Affine { bits } => bits < 8,
-            Coding::Mxfp4 | Coding::Nvfp4 => true,
-            Coding::F32 | Coding::F16 | Coding::Bf16 | Coding::Fp8Block | Coding::Mxfp8 => false,
-        };
-        let has_kernels = streams_for(self.level.streams(), WIDE_ROWS) > 0;
-        self.mode == ActivationMode::Int8 && small_codes && has_kernels && num_rows >= EXPAND_ROWS
-    }
-
-    /// Multiplies whole groups of [`WIDE_ROWS`] rows with up to [`WIDE_STREAMS`] tiles, part after part of the tiles.
-    fn run_expanded(
-        &self,
-        rows: &Rows<'_>,
-        streams: usize,
-        tiles: [*const u8; MAX_STREAMS],
-        sink: &mut impl FnMut(usize, usize, &[f32; TILE_ROWS]),
-    ) {
-        let layout = &self.map.layout;
-        assert!(rows.ids.len() <= ROW_BLOCK && streams <= WIDE_STREAMS);
-        let mut out = MaybeUninit::<[[f32; TILE_ROWS]; WIDE_STREAMS * ROW_BLOCK]>::uninit();
-        let out: *mut [f32; TILE_ROWS] = out.as_mut_ptr().cast();
-        let mut parts = [const { wide::Part([MaybeUninit::uninit(); _]) }; WIDE_STREAMS];
-        let mut args = TileArgs {
-            layout,
-            int8: rows.int8,
-            tiles: [std::ptr::null(); MAX_STREAMS],
-            rows: [std::ptr::null(); MAX_ROWS],
-            first_block: 0,
-            end_block: 0,
-            wide_steps: match layout.coding {
-                Coding::Affine { bits } => steps_of_bits(bits as usize),
-                _ => E2m1::STEPS,
-            },
-            global_scale: self.map.global_scales[self.matrix],
-            out: out.cast(),
-        };
-        while args.end_block < layout.blocks {
-            args.first_block = args.end_block;
-            args.end_block = (args.first_block + wide::PART_BLOCKS).min(layout.blocks);
-            for (t, part) in parts.iter_mut().enumerate().take(streams) {
-                let to = part.0.as_mut_ptr().cast::<u8>();
-                let from = tiles[t].wrapping_add(layout.block_offset(args.first_block));
-                let expand = wide::ExpandArgs { layout, from, blocks: args.end_block - args.first_block, to };
-                // SAFETY: the tile is whole, and the part has room for `PART_BLOCKS` blocks.
-                unsafe { self.dispatch_expand(&expand) };
-                args.tiles[t] = to;
-            }
-            for (group, ids) in rows.ids.chunks_exact(WIDE_ROWS).enumerate() {
-                self.set_rows(rows, ids, &mut args);
-                args.out = out.wrapping_add(group * streams * WIDE_ROWS).cast();
-                // SAFETY: the parts were expanded above, rows are whole, `out` has room for every group.
-                unsafe { self.dispatch_wide(streams, &args) };
-            }
-        }
-        for i in 0..rows.ids.len() {
-            for t in 0..streams {
-                let at = (i / WIDE_ROWS * streams + t) * WIDE_ROWS + i % WIDE_ROWS;
-                // SAFETY: kernels wrote the results of every group.
-                sink(t, i, unsafe { &*out.add(at) });
-            }
-        }
+    /// Where row `id` starts.
+    ///
+    /// # Panics
+    /// If it is not whole.
+    fn row(&self, rows: &Rows<'_>, id: u32) -> *const u8 {
+        let end = id as usize * rows.stride_bytes + self.row_bytes;
+        assert!(end <= rows.len_bytes, "row {id} ends at {end} of {} bytes", rows.len_bytes);
+        rows.first.wrapping_add(id as usize * rows.stride_bytes)
     }
 
     /// How many tiles to read at once when `num_rows` rows are multiplied.
     pub(crate) fn max_streams(&self, num_rows: usize) -> usize {
-        let rows = if self.expands(num_rows) { WIDE_ROWS } else { num_rows };
-        streams_for(self.streams(), rows).max(1)
+        match self.expansion(num_rows) {
+            Expansion::Packed => streams_for(self.streams(), num_rows).max(1),
+            Expansion::Wide | Expansion::Amx => {
+                expanded::STREAMS.min(streams_for(self.level.streams(), expanded::WIDE_ROWS))
+            }
+        }
     }
 
     /// Sizes in which the kernel of this coding exists at this level.
@@ -461,61 +415,6 @@ impl<'a> Product<'a> {
                 (Coding::Affine { .. } | Coding::Mxfp4 | Coding::Nvfp4, ActivationMode::Exact) => {
                     run_sized::<exact::Exact>(level, streams, rows, args);
                 }
-            }
-        }
-    }
-}
-
-impl Product<'_> {
-    /// # Safety
-    /// `args` holds a part of a tile of this product and room to expand it.
-    unsafe fn dispatch_expand(&self, args: &wide::ExpandArgs<'_>) {
-        let level = self.level;
-        // SAFETY: only the lifetime changes, and no kernel keeps its arguments.
-        let args = unsafe { std::mem::transmute::<&wide::ExpandArgs<'_>, &wide::ExpandArgs<'static>>(args) };
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self.map.layout.coding {
-                Coding::Affine { bits: 2 } => level.call::<wide::Expand<Affine<2>>>(args),
-                Coding::Affine { bits: 3 } => level.call::<wide::Expand<Affine<3>>>(args),
-                Coding::Affine { bits: 4 } => level.call::<wide::Expand<Affine<4>>>(args),
-                Coding::Affine { bits: 5 } => level.call::<wide::Expand<Affine<5>>>(args),
-                Coding::Affine { bits: 6 } => level.call::<wide::Expand<Affine<6>>>(args),
-                Coding::Mxfp4 | Coding::Nvfp4 => level.call::<wide::Expand<E2m1>>(args),
-                coding => unreachable!("`Product::expands` says no to {coding:?}"),
-            }
-        }
-    }
-
-    /// # Safety
-    /// As [`TileKernel::run`], with expanded tiles.
-    unsafe fn dispatch_wide(&self, streams: usize, args: &TileArgs<'_>) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self.map.layout.coding {
-                Coding::Affine { bits } => match steps_of_bits(bits as usize) {
-                    8 => self.run_wide::<int8::Grouped<Wide<8>>>(streams, args),
-                    4 => self.run_wide::<int8::Grouped<Wide<4>>>(streams, args),
-                    _ => self.run_wide::<int8::Grouped<Wide<2>>>(streams, args),
-                },
-                Coding::Mxfp4 => self.run_wide::<int8::Mxfp4<Wide<4>>>(streams, args),
-                Coding::Nvfp4 => self.run_wide::<int8::Nvfp4<Wide<4>>>(streams, args),
-                coding => unreachable!("`Product::expands` says no to {coding:?}"),
-            }
-        }
-    }
-
-    /// # Safety
-    /// As [`TileKernel::run`].
-    unsafe fn run_wide<B: TileKernel>(&self, streams: usize, args: &TileArgs<'_>) {
-        // SAFETY: only the lifetime changes, and no kernel keeps its arguments.
-        let args = unsafe { std::mem::transmute::<&TileArgs<'_>, &TileArgs<'static>>(args) };
-        // SAFETY: the caller's promise.
-        unsafe {
-            match streams {
-                1 => self.level.call::<Sized<B, 1, WIDE_ROWS>>(args),
-                2 => self.level.call::<Sized<B, 2, WIDE_ROWS>>(args),
-                streams => unreachable!("`Product::max_streams` never gives {streams} expanded tiles"),
             }
         }
     }

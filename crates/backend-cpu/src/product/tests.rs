@@ -184,8 +184,8 @@ fn the_largest_codes_and_activations_do_not_overflow() {
         for sign in [1.0f32, -1.0] {
             let prepared = Prepared::new(RowForm::Int8, &[vec![sign * 127.0; 256]]);
             for level in CpuLevel::available() {
-                // Alone, and with expanded tiles.
-                for num_rows in [1, 20] {
+                // Alone, with expanded tiles, and with those of tile registers.
+                for num_rows in [1, 20, 30] {
                     let out = products(level, ActivationMode::Int8, &packed, &prepared, &vec![0; num_rows]);
                     let expected = sign * 127.0 * 256.0 * ((1u32 << bits) - 1) as f32;
                     assert_eq!(out, vec![[expected; 16]; num_rows], "{bits} bits at {level}");

@@ -34,6 +34,8 @@ pub(super) struct Expand<C>(PhantomData<C>);
 impl<C: Codes> Kernel for Expand<C> {
     type Args = ExpandArgs<'static>;
 
+    const WIDE_DOTS: bool = true;
+
     #[inline(always)]
     unsafe fn run<S: Simd>(s: S, args: &ExpandArgs<'static>) {
         let layout = args.layout;
@@ -89,8 +91,22 @@ unsafe fn store_block<S: Simd, C: Codes>(s: S, block: *const u8, to: *mut u8) {
             )+
         };
     }
+    macro_rules! store_eights {
+        ($($low:literal $high:literal)+) => {
+            $(
+                prefetch_line::<S, C, 1, $low>(s, &[block]);
+                prefetch_line::<S, C, 1, $high>(s, &[block]);
+                let (low, high) = (C::operand::<S, $low>(s, block), C::operand::<S, $high>(s, block));
+                s.store_eights(low, high, to.add($low * LINE_BYTES));
+            )+
+        };
+    }
     // SAFETY: the caller's promise.
     unsafe {
-        store!(0 1 2 3 4 5 6 7);
+        if S::EIGHTS {
+            store_eights!(0 1 2 3 4 5 6 7);
+        } else {
+            store!(0 1 2 3 4 5 6 7);
+        }
     }
 }

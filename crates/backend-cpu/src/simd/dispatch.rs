@@ -18,23 +18,29 @@ pub enum CpuLevel {
     Neon,
     /// NEON with dot products of bytes (2018 and later, all Apple silicon).
     NeonDotprod,
+    /// The same and products of matrices of bytes, for many rows (Neoverse V1, Apple M2, Cortex-A710 and later).
+    NeonI8mm,
     /// AVX2, FMA, F16C (Haswell, Zen and later).
     Avx2,
     /// AVX2 and AVX-VNNI (Alder Lake and later without AVX-512).
     Avx2Vnni,
     /// AVX-512 F, BW, VL, DQ and VNNI (Cascade Lake, Zen 4 and later).
     Avx512Vnni,
+    /// The same and AMX tiles of bytes, which many rows are multiplied with (Sapphire Rapids and later).
+    Avx512Amx,
 }
 
 impl CpuLevel {
     /// All levels, slowest first.
-    pub const ALL: [CpuLevel; 6] = [
+    pub const ALL: [CpuLevel; 8] = [
         CpuLevel::Portable,
         CpuLevel::Neon,
         CpuLevel::NeonDotprod,
+        CpuLevel::NeonI8mm,
         CpuLevel::Avx2,
         CpuLevel::Avx2Vnni,
         CpuLevel::Avx512Vnni,
+        CpuLevel::Avx512Amx,
     ];
 
     /// The name in messages and receipts.
@@ -43,9 +49,11 @@ impl CpuLevel {
             CpuLevel::Portable => "portable",
             CpuLevel::Neon => "neon",
             CpuLevel::NeonDotprod => "neon-dotprod",
+            CpuLevel::NeonI8mm => "neon-i8mm",
             CpuLevel::Avx2 => "avx2",
             CpuLevel::Avx2Vnni => "avx2-vnni",
             CpuLevel::Avx512Vnni => "avx512-vnni",
+            CpuLevel::Avx512Amx => "avx512-amx",
         }
     }
 
@@ -58,7 +66,7 @@ impl CpuLevel {
             };
             match self {
                 CpuLevel::Portable => true,
-                CpuLevel::Neon | CpuLevel::NeonDotprod => false,
+                CpuLevel::Neon | CpuLevel::NeonDotprod | CpuLevel::NeonI8mm => false,
                 CpuLevel::Avx2 => avx2(),
                 CpuLevel::Avx2Vnni => avx2() && is_x86_feature_detected!("avxvnni"),
                 CpuLevel::Avx512Vnni => {
@@ -69,6 +77,7 @@ impl CpuLevel {
                         && is_x86_feature_detected!("avx512dq")
                         && is_x86_feature_detected!("avx512vnni")
                 }
+                CpuLevel::Avx512Amx => CpuLevel::Avx512Vnni.is_available() && super::amx::is_available(),
             }
         }
         #[cfg(target_arch = "aarch64")]
@@ -80,7 +89,8 @@ impl CpuLevel {
                 CpuLevel::NeonDotprod => {
                     is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod")
                 }
-                CpuLevel::Avx2 | CpuLevel::Avx2Vnni | CpuLevel::Avx512Vnni => false,
+                CpuLevel::NeonI8mm => CpuLevel::NeonDotprod.is_available() && is_aarch64_feature_detected!("i8mm"),
+                CpuLevel::Avx2 | CpuLevel::Avx2Vnni | CpuLevel::Avx512Vnni | CpuLevel::Avx512Amx => false,
             }
         }
         #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
@@ -114,6 +124,9 @@ pub(crate) trait Kernel {
     /// Whether it multiplies bytes. Levels that differ only in how they do that share the other kernels: every kernel is
     /// compiled for every level, and this crate is mostly kernels.
     const BYTE_DOTS: bool = false;
+    /// Whether it makes or multiplies expanded tiles, for the same reason.
+    #[cfg_attr(not(target_arch = "aarch64"), allow(dead_code, reason = "levels that care are of AArch64"))]
+    const WIDE_DOTS: bool = false;
 
     /// Runs it. Implementations are `#[inline(always)]`.
     ///
@@ -137,6 +150,8 @@ enum Available {
     Neon,
     #[cfg(target_arch = "aarch64")]
     NeonDotprod,
+    #[cfg(target_arch = "aarch64")]
+    NeonI8mm,
     #[cfg(target_arch = "x86_64")]
     Avx2,
     #[cfg(target_arch = "x86_64")]
@@ -157,16 +172,18 @@ impl Level {
             CpuLevel::Neon => Some(Available::Neon),
             #[cfg(target_arch = "aarch64")]
             CpuLevel::NeonDotprod => Some(Available::NeonDotprod),
+            #[cfg(target_arch = "aarch64")]
+            CpuLevel::NeonI8mm => Some(Available::NeonI8mm),
             #[cfg(target_arch = "x86_64")]
             CpuLevel::Avx2 => Some(Available::Avx2),
             #[cfg(target_arch = "x86_64")]
             CpuLevel::Avx2Vnni => Some(Available::Avx2Vnni),
             #[cfg(target_arch = "x86_64")]
-            CpuLevel::Avx512Vnni => Some(Available::Avx512Vnni),
+            CpuLevel::Avx512Vnni | CpuLevel::Avx512Amx => Some(Available::Avx512Vnni),
             #[cfg(not(target_arch = "aarch64"))]
-            CpuLevel::Neon | CpuLevel::NeonDotprod => None,
+            CpuLevel::Neon | CpuLevel::NeonDotprod | CpuLevel::NeonI8mm => None,
             #[cfg(not(target_arch = "x86_64"))]
-            CpuLevel::Avx2 | CpuLevel::Avx2Vnni | CpuLevel::Avx512Vnni => None,
+            CpuLevel::Avx2 | CpuLevel::Avx2Vnni | CpuLevel::Avx512Vnni | CpuLevel::Avx512Amx => None,
         };
         available.map(|available| Level { name: level, available })
     }
@@ -181,12 +198,31 @@ impl Level {
         match self.available {
             Available::Portable => Portable::STREAMS,
             #[cfg(target_arch = "aarch64")]
-            Available::Neon | Available::NeonDotprod => Neon::<false>::STREAMS,
+            Available::Neon | Available::NeonDotprod | Available::NeonI8mm => Neon::<false, false>::STREAMS,
             #[cfg(target_arch = "x86_64")]
             Available::Avx2 | Available::Avx2Vnni => Avx2::<false>::STREAMS,
             #[cfg(target_arch = "x86_64")]
             Available::Avx512Vnni => Avx512::STREAMS,
         }
+    }
+
+    /// Whether it has tile registers, so that [`Level::call_with_tiles`] may be called.
+    pub(crate) fn has_tiles(self) -> bool {
+        self.name == CpuLevel::Avx512Amx
+    }
+
+    /// Runs a kernel that uses tile registers.
+    ///
+    /// # Safety
+    /// `args` holds what the kernel's type says.
+    ///
+    /// # Panics
+    /// If the level has none.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) unsafe fn call_with_tiles<K: Kernel>(self, args: &K::Args) {
+        assert!(self.has_tiles(), "{} has no tile registers", self.name);
+        // SAFETY: the level exists only where the processor has AVX-512 as well; `args` is the caller's promise.
+        unsafe { run_avx512_vnni::<K>(args) }
     }
 
     /// Runs a kernel compiled for this level.
@@ -203,6 +239,16 @@ impl Level {
                 #[cfg(target_arch = "aarch64")]
                 Available::NeonDotprod => {
                     if const { K::BYTE_DOTS } {
+                        run_neon_dotprod::<K>(args);
+                    } else {
+                        run_neon::<K>(args);
+                    }
+                }
+                #[cfg(target_arch = "aarch64")]
+                Available::NeonI8mm => {
+                    if const { K::WIDE_DOTS } {
+                        run_neon_i8mm::<K>(args);
+                    } else if const { K::BYTE_DOTS } {
                         run_neon_dotprod::<K>(args);
                     } else {
                         run_neon::<K>(args);
@@ -266,7 +312,7 @@ unsafe fn run_avx512_vnni<K: Kernel>(args: &K::Args) {
 #[target_feature(enable = "neon")]
 unsafe fn run_neon<K: Kernel>(args: &K::Args) {
     // SAFETY: the caller's promise.
-    unsafe { K::run(Neon::<false>::new(), args) }
+    unsafe { K::run(Neon::<false, false>::new(), args) }
 }
 
 /// # Safety
@@ -275,5 +321,14 @@ unsafe fn run_neon<K: Kernel>(args: &K::Args) {
 #[target_feature(enable = "neon,dotprod")]
 unsafe fn run_neon_dotprod<K: Kernel>(args: &K::Args) {
     // SAFETY: the caller's promise.
-    unsafe { K::run(Neon::<true>::new(), args) }
+    unsafe { K::run(Neon::<true, false>::new(), args) }
+}
+
+/// # Safety
+/// The processor has the features; `args` is what `K` asks for.
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon,dotprod,i8mm")]
+unsafe fn run_neon_i8mm<K: Kernel>(args: &K::Args) {
+    // SAFETY: the caller's promise.
+    unsafe { K::run(Neon::<true, true>::new(), args) }
 }

@@ -15,6 +15,8 @@ pub(crate) mod math;
 pub(crate) mod portable;
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -41,6 +43,8 @@ pub(crate) trait Simd: Copy {
     const STREAMS: [usize; 4];
     /// Whether eight accumulators of 16 lanes and what feeds them fit the registers.
     const MANY_REGISTERS: bool;
+    /// Whether expanded tiles hold eight columns of each lane together, for [`Simd::dot_eights`].
+    const EIGHTS: bool = false;
 
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::F;
@@ -164,6 +168,26 @@ pub(crate) trait Simd: Copy {
     fn dot4_pairs(self, pairs: Self::Pairs, a: Self::I, b: Self::I) -> Self::Pairs;
     /// `acc` (what [`Simd::open_pairs`] was given) plus the sums.
     fn close_pairs(self, acc: Self::I, pairs: Self::Pairs) -> Self::I;
+    /// Two lines of four columns each as eights: 8 bytes of lane 0, then of lane 1, ..
+    ///
+    /// # Safety
+    /// `to` is valid for writes of 128 bytes.
+    unsafe fn store_eights(self, _low: Self::I, _high: Self::I, _to: *mut u8) {
+        unreachable!("levels without EIGHTS store lines")
+    }
+    /// Sums of the products of lines `first .. first + count` (two at a time, as [`Simd::store_eights`] stored them, bytes
+    /// up to 127) with the same columns of `R` rows of signed bytes. Exact.
+    ///
+    /// # Safety
+    /// `codes` is valid for reads of these lines, and each of `x` of 4 bytes for each line.
+    unsafe fn dot_eights<const R: usize>(
+        self,
+        _codes: *const u8,
+        _x: &[*const u8; R],
+        _first_and_count: [usize; 2],
+    ) -> [Self::I; R] {
+        unreachable!("levels without EIGHTS multiply lines")
+    }
     /// Hint that the line at `address` will be read soon. Any address is allowed.
     fn prefetch(self, address: *const u8);
 

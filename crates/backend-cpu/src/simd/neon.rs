@@ -1,6 +1,6 @@
 //! NEON: sixteen lanes are four registers. With `DOTPROD` the byte products are `sdot` (by `asm!`: the intrinsic is not
 //! stable in Rust 1.95); without it they are widening multiplies. Both are signed, so the eighth bit of a code is
-//! multiplied apart.
+//! multiplied apart. With `I8MM` expanded tiles are multiplied with `smmla`, which does twice as many products.
 // Loops run over arrays of registers, several at once; iterators would hide vectors in closures.
 #![allow(clippy::needless_range_loop)]
 
@@ -8,13 +8,13 @@ use super::Simd;
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-/// The NEON levels. A value proves neon and, if `DOTPROD`, dotprod.
+/// The NEON levels. A value proves neon and, if `DOTPROD`, dotprod and, if `I8MM`, i8mm.
 #[derive(Clone, Copy)]
-pub(crate) struct Neon<const DOTPROD: bool> {
+pub(crate) struct Neon<const DOTPROD: bool, const I8MM: bool> {
     _proof: (),
 }
 
-impl<const DOTPROD: bool> Neon<DOTPROD> {
+impl<const DOTPROD: bool, const I8MM: bool> Neon<DOTPROD, I8MM> {
     /// # Safety
     /// The processor has the features named at the type.
     #[inline(always)]
@@ -62,7 +62,12 @@ macro_rules! quarters {
 
 /// `acc + Σ a_j b_j` per lane over signed bytes.
 #[inline(always)]
-fn signed_dot4<const DOTPROD: bool>(_proof: Neon<DOTPROD>, acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+fn signed_dot4<const DOTPROD: bool, const I8MM: bool>(
+    _proof: Neon<DOTPROD, I8MM>,
+    acc: int32x4_t,
+    a: int8x16_t,
+    b: int8x16_t,
+) -> int32x4_t {
     if DOTPROD {
         let mut out = acc;
         // SAFETY: `_proof` says that the processor has dotprod. Registers only.
@@ -86,13 +91,14 @@ fn signed_dot4<const DOTPROD: bool>(_proof: Neon<DOTPROD>, acc: int32x4_t, a: in
     })
 }
 
-impl<const DOTPROD: bool> Simd for Neon<DOTPROD> {
+impl<const DOTPROD: bool, const I8MM: bool> Simd for Neon<DOTPROD, I8MM> {
     type F = F;
     type I = I;
     type Pairs = I;
 
     const STREAMS: [usize; 4] = [2, 2, 1, 0];
     const MANY_REGISTERS: bool = false;
+    const EIGHTS: bool = I8MM;
 
     #[inline(always)]
     fn splat(self, x: f32) -> F {
@@ -314,4 +320,78 @@ impl<const DOTPROD: bool> Simd for Neon<DOTPROD> {
         // SAFETY: a prefetch never faults.
         unsafe { asm!("prfm pldl1keep, [{0}]", in(reg) address, options(readonly, nostack, preserves_flags)) };
     }
+
+    #[inline(always)]
+    unsafe fn store_eights(self, low: I, high: I, to: *mut u8) {
+        for i in 0..4 {
+            intrinsic!({
+                let to = to.cast::<i32>().add(8 * i);
+                vst1q_s32(to, vzip1q_s32(low.0[i], high.0[i]));
+                vst1q_s32(to.add(4), vzip2q_s32(low.0[i], high.0[i]));
+            });
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_eights<const R: usize>(
+        self,
+        codes: *const u8,
+        x: &[*const u8; R],
+        [first, count]: [usize; 2],
+    ) -> [I; R] {
+        assert!(R == 4, "{R} rows, expected two pairs: their sums fill half of the registers");
+        // Of each pair of rows of activations and each pair of lanes: four sums.
+        let mut sums = [[intrinsic!(vdupq_n_s32(0)); 8]; 2];
+        let mut m = first;
+        while m < first + count {
+            // SAFETY: the caller's promise: eight columns of `R` rows, and of 16 lanes.
+            unsafe {
+                let pair = |p: usize| {
+                    let low = vld1_s8(x[2 * p].add(4 * m).cast());
+                    vcombine_s8(low, vld1_s8(x[2 * p + 1].add(4 * m).cast()))
+                };
+                let pairs = [pair(0), pair(1)];
+                for lanes in 0..8 {
+                    let weights = vld1q_s8(codes.add(64 * m + 16 * lanes).cast());
+                    for p in 0..2 {
+                        sums[p][lanes] = matrix_dot8(self, sums[p][lanes], weights, pairs[p]);
+                    }
+                }
+            }
+            m += 2;
+        }
+        let mut out = [self.splat_i(0); R];
+        for p in 0..2 {
+            for i in 0..4 {
+                let (a, b) = (sums[p][2 * i], sums[p][2 * i + 1]);
+                out[2 * p].0[i] = intrinsic!(vuzp1q_s32(a, b));
+                out[2 * p + 1].0[i] = intrinsic!(vuzp2q_s32(a, b));
+            }
+        }
+        out
+    }
+}
+
+/// `acc + a bᵀ` for two rows of eight signed bytes each.
+#[inline(always)]
+fn matrix_dot8<const DOTPROD: bool, const I8MM: bool>(
+    _proof: Neon<DOTPROD, I8MM>,
+    acc: int32x4_t,
+    a: int8x16_t,
+    b: int8x16_t,
+) -> int32x4_t {
+    assert!(I8MM, "only levels with i8mm keep codes as eights");
+    let mut out = acc;
+    // SAFETY: `_proof` says that the processor has i8mm. Registers only.
+    unsafe {
+        asm!(
+            ".arch_extension i8mm",
+            "smmla {out:v}.4s, {a:v}.16b, {b:v}.16b",
+            out = inout(vreg) out,
+            a = in(vreg) a,
+            b = in(vreg) b,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    out
 }

@@ -1,0 +1,306 @@
+//! Products with many rows: tiles are expanded part by part ([`super::wide`]) and multiplied with all rows of a block.
+
+use super::codes::{Affine, Codes, E2m1, Wide, steps_of_bits};
+use super::{MAX_ROWS, MAX_STREAMS, Product, ROW_BLOCK, Rows, Sized, TileArgs, TileKernel, int8, streams_for, wide};
+use crate::layout::{Coding, LINE_BYTES, TILE_ROWS};
+use crate::product::ActivationMode;
+use std::cell::Cell;
+use std::mem::MaybeUninit;
+
+/// Rows from which on tiles are expanded: four calls of four rows pay for it. Two calls do not: the second finds the tile
+/// in the nearest cache, and unpacking again costs less than writing and reading what was unpacked.
+const EXPAND_ROWS: usize = 16;
+/// Rows from which on tile registers are faster than dot products of bytes: they take 16 rows at once, whose sums go
+/// through memory.
+#[cfg(target_arch = "x86_64")]
+const AMX_ROWS: usize = 24;
+/// Rows of a call with expanded tiles.
+pub(super) const WIDE_ROWS: usize = 4;
+/// Expanded tiles that a call reads at most.
+pub(super) const STREAMS: usize = 2;
+
+/// What is done with tiles before they are multiplied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Expansion {
+    /// Nothing: every call unpacks.
+    Packed,
+    /// Expanded, for dot products of bytes.
+    Wide,
+    /// Expanded, for tile registers.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "no other processor has them"))]
+    Amx,
+}
+
+/// Memory for rows that are copied to stand side by side: a thread's own, kept from one product to the next.
+#[derive(Default)]
+pub(crate) struct Gathered {
+    lines: Vec<Line>,
+}
+
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+#[allow(dead_code, reason = "read as bytes")]
+struct Line([u8; LINE_BYTES]);
+
+thread_local! {
+    static KEPT: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+}
+
+impl Gathered {
+    /// Room for `num_lines` lines.
+    fn room(&mut self, num_lines: usize) -> *mut u8 {
+        if self.lines.is_empty() {
+            self.lines = KEPT.take();
+        }
+        if self.lines.len() < num_lines {
+            self.lines.resize(num_lines.next_power_of_two(), Line([0; LINE_BYTES]));
+        }
+        self.lines.as_mut_ptr().cast()
+    }
+}
+
+impl Drop for Gathered {
+    fn drop(&mut self) {
+        if !self.lines.is_empty() {
+            KEPT.set(std::mem::take(&mut self.lines));
+        }
+    }
+}
+
+/// 0, 1, 2, ..: ids of rows that stand side by side.
+static FIRST_IDS: [u32; ROW_BLOCK] = {
+    let mut ids = [0; ROW_BLOCK];
+    let mut i = 0;
+    while i < ROW_BLOCK {
+        ids[i] = i as u32;
+        i += 1;
+    }
+    ids
+};
+
+impl Product<'_> {
+    /// How `num_rows` rows are multiplied at this level.
+    pub(super) fn expansion(&self, num_rows: usize) -> Expansion {
+        let small_codes = match self.map.layout.coding {
+            Coding::Affine { bits } => bits < 8,
+            Coding::Mxfp4 | Coding::Nvfp4 => true,
+            Coding::F32 | Coding::F16 | Coding::Bf16 | Coding::Fp8Block | Coding::Mxfp8 => false,
+        };
+        if self.mode != ActivationMode::Int8 || !small_codes {
+            return Expansion::Packed;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if self.level.has_tiles() && num_rows >= AMX_ROWS && matches!(self.map.layout.coding, Coding::Affine { .. }) {
+            return Expansion::Amx;
+        }
+        let has_kernels = streams_for(self.level.streams(), WIDE_ROWS) > 0;
+        if has_kernels && num_rows >= EXPAND_ROWS { Expansion::Wide } else { Expansion::Packed }
+    }
+
+    /// Whether `other` reads `num_rows` rows as this product does.
+    pub(crate) fn expands_as(&self, other: &Product<'_>, num_rows: usize) -> bool {
+        self.expansion(num_rows) == other.expansion(num_rows)
+    }
+
+    /// `rows` (at most [`ROW_BLOCK`]) as [`Product::run`] wants them: for tile registers copied to `gathered`, unless they
+    /// stand at equal distances already.
+    pub(crate) fn side_by_side<'b>(&self, rows: &Rows<'b>, gathered: &'b mut Gathered) -> Rows<'b> {
+        assert!(rows.ids.len() <= ROW_BLOCK, "{} rows, expected at most {ROW_BLOCK}", rows.ids.len());
+        if self.expansion(rows.ids.len()) != Expansion::Amx || are_consecutive(rows.ids) {
+            return *rows;
+        }
+        let lines = self.row_bytes.div_ceil(LINE_BYTES);
+        let room = gathered.room(rows.ids.len() * lines);
+        let stride_bytes = lines * LINE_BYTES;
+        for (i, id) in rows.ids.iter().enumerate() {
+            let from = self.row(rows, *id);
+            // SAFETY: `row` checked that the row is whole, and there is room for all of them.
+            unsafe { std::ptr::copy_nonoverlapping(from, room.add(i * stride_bytes), self.row_bytes) };
+        }
+        let len_bytes = rows.ids.len() * stride_bytes;
+        let ids = &FIRST_IDS[..rows.ids.len()];
+        Rows { first: room.cast_const(), len_bytes, stride_bytes, ids, ..*rows }
+    }
+
+    /// Multiplies rows with up to [`STREAMS`] tiles, part after part of the tiles, and returns how many: as many of the
+    /// first ones as the kernel takes.
+    pub(super) fn run_expanded(
+        &self,
+        expansion: Expansion,
+        rows: &Rows<'_>,
+        streams: usize,
+        tiles: [*const u8; MAX_STREAMS],
+        sink: &mut impl FnMut(usize, usize, &[f32; TILE_ROWS]),
+    ) -> usize {
+        assert!(rows.ids.len() <= ROW_BLOCK && streams <= STREAMS);
+        let group_rows = if expansion == Expansion::Amx { rows.ids.len() } else { WIDE_ROWS };
+        let count = rows.ids.len() / group_rows * group_rows;
+        let rows = rows.with_ids(&rows.ids[..count]);
+        let mut out = MaybeUninit::<[[f32; TILE_ROWS]; STREAMS * ROW_BLOCK]>::uninit();
+        let out: *mut [f32; TILE_ROWS] = out.as_mut_ptr().cast();
+        let mut parts = [const { wide::Part([MaybeUninit::uninit(); _]) }; STREAMS];
+        let layout = &self.map.layout;
+        let mut end = 0;
+        while end < layout.blocks {
+            let blocks = end..(end + wide::PART_BLOCKS).min(layout.blocks);
+            end = blocks.end;
+            for (t, part) in parts.iter_mut().enumerate().take(streams) {
+                let to = part.0.as_mut_ptr().cast::<u8>();
+                let from = tiles[t].wrapping_add(layout.block_offset(blocks.start));
+                let expand = wide::ExpandArgs { layout, from, blocks: blocks.len(), to };
+                // SAFETY: the tile is whole, and the part has room for `PART_BLOCKS` blocks.
+                unsafe { self.dispatch_expand(&expand) };
+            }
+            let parts = parts.each_ref().map(|part| part.0.as_ptr().cast::<u8>());
+            match expansion {
+                #[cfg(target_arch = "x86_64")]
+                Expansion::Amx => self.multiply_amx(&rows, streams, parts, blocks, out),
+                _ => self.multiply_wide(&rows, streams, parts, blocks, out),
+            }
+        }
+        for i in 0..count {
+            for t in 0..streams {
+                let at = (i / group_rows * streams + t) * group_rows + i % group_rows;
+                // SAFETY: kernels wrote the results of every group.
+                sink(t, i, unsafe { &*out.add(at) });
+            }
+        }
+        count
+    }
+
+    /// Rows in groups of [`WIDE_ROWS`] times parts of tiles.
+    fn multiply_wide(
+        &self,
+        rows: &Rows<'_>,
+        streams: usize,
+        parts: [*const u8; STREAMS],
+        blocks: std::ops::Range<usize>,
+        out: *mut [f32; TILE_ROWS],
+    ) {
+        let layout = &self.map.layout;
+        let mut args = TileArgs {
+            layout,
+            int8: rows.int8,
+            tiles: [std::ptr::null(); MAX_STREAMS],
+            rows: [std::ptr::null(); MAX_ROWS],
+            first_block: blocks.start,
+            end_block: blocks.end,
+            wide_steps: match layout.coding {
+                Coding::Affine { bits } => steps_of_bits(bits as usize),
+                _ => E2m1::STEPS,
+            },
+            global_scale: self.map.global_scales[self.matrix],
+            out: out.cast(),
+        };
+        args.tiles[..STREAMS].copy_from_slice(&parts);
+        for (group, ids) in rows.ids.chunks_exact(WIDE_ROWS).enumerate() {
+            self.set_rows(rows, ids, &mut args);
+            args.out = out.wrapping_add(group * streams * WIDE_ROWS).cast();
+            // SAFETY: the parts were expanded, rows are whole, `out` has room for every group.
+            unsafe { self.dispatch_wide(streams, &args) };
+        }
+    }
+
+    /// All rows times parts of tiles.
+    #[cfg(target_arch = "x86_64")]
+    fn multiply_amx(
+        &self,
+        rows: &Rows<'_>,
+        streams: usize,
+        parts: [*const u8; STREAMS],
+        blocks: std::ops::Range<usize>,
+        out: *mut [f32; TILE_ROWS],
+    ) {
+        use super::amx::{Amx, AmxArgs};
+        let layout = &self.map.layout;
+        let Some(int8) = rows.int8 else { unreachable!("8-bit rows come with their layout") };
+        assert!(are_consecutive(rows.ids), "`side_by_side` comes first");
+        let (first, last) = (rows.ids[0], rows.ids[rows.ids.len() - 1]);
+        // Checks that the last one is inside the buffer, so all are.
+        self.row(rows, last);
+        let mut args = AmxArgs {
+            layout,
+            int8,
+            part: std::ptr::null(),
+            rows: self.row(rows, first),
+            stride_bytes: rows.stride_bytes,
+            num_rows: rows.ids.len(),
+            first_block: blocks.start,
+            end_block: blocks.end,
+            factor: self.map.global_scales[self.matrix],
+            out: out.cast(),
+        };
+        for (t, part) in parts.into_iter().enumerate().take(streams) {
+            args.part = part;
+            args.out = out.wrapping_add(t * rows.ids.len()).cast();
+            // SAFETY: only the lifetime changes, and no kernel keeps its arguments.
+            let args = unsafe { std::mem::transmute::<&AmxArgs<'_>, &AmxArgs<'static>>(&args) };
+            // SAFETY: the parts were expanded, rows are whole and at equal distances, `out` has room for all of them.
+            unsafe {
+                match layout.record_blocks {
+                    1 => self.level.call_with_tiles::<Amx<1>>(args),
+                    2 => self.level.call_with_tiles::<Amx<2>>(args),
+                    _ => self.level.call_with_tiles::<Amx<4>>(args),
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// `args` holds a part of a tile of this product and room to expand it.
+    unsafe fn dispatch_expand(&self, args: &wide::ExpandArgs<'_>) {
+        let level = self.level;
+        // SAFETY: only the lifetime changes, and no kernel keeps its arguments.
+        let args = unsafe { std::mem::transmute::<&wide::ExpandArgs<'_>, &wide::ExpandArgs<'static>>(args) };
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.map.layout.coding {
+                Coding::Affine { bits: 2 } => level.call::<wide::Expand<Affine<2>>>(args),
+                Coding::Affine { bits: 3 } => level.call::<wide::Expand<Affine<3>>>(args),
+                Coding::Affine { bits: 4 } => level.call::<wide::Expand<Affine<4>>>(args),
+                Coding::Affine { bits: 5 } => level.call::<wide::Expand<Affine<5>>>(args),
+                Coding::Affine { bits: 6 } => level.call::<wide::Expand<Affine<6>>>(args),
+                Coding::Mxfp4 | Coding::Nvfp4 => level.call::<wide::Expand<E2m1>>(args),
+                coding => unreachable!("`Product::expansion` says no to {coding:?}"),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`TileKernel::run`], with expanded tiles.
+    unsafe fn dispatch_wide(&self, streams: usize, args: &TileArgs<'_>) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.map.layout.coding {
+                Coding::Affine { bits } => match steps_of_bits(bits as usize) {
+                    8 => self.run_wide::<int8::Grouped<Wide<8>>>(streams, args),
+                    4 => self.run_wide::<int8::Grouped<Wide<4>>>(streams, args),
+                    _ => self.run_wide::<int8::Grouped<Wide<2>>>(streams, args),
+                },
+                Coding::Mxfp4 => self.run_wide::<int8::Mxfp4<Wide<4>>>(streams, args),
+                Coding::Nvfp4 => self.run_wide::<int8::Nvfp4<Wide<4>>>(streams, args),
+                coding => unreachable!("`Product::expansion` says no to {coding:?}"),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`TileKernel::run`].
+    unsafe fn run_wide<B: TileKernel>(&self, streams: usize, args: &TileArgs<'_>) {
+        // SAFETY: only the lifetime changes, and no kernel keeps its arguments.
+        let args = unsafe { std::mem::transmute::<&TileArgs<'_>, &TileArgs<'static>>(args) };
+        // SAFETY: the caller's promise.
+        unsafe {
+            match streams {
+                1 => self.level.call::<Sized<B, 1, WIDE_ROWS>>(args),
+                2 => self.level.call::<Sized<B, 2, WIDE_ROWS>>(args),
+                streams => unreachable!("`Product::max_streams` never gives {streams} expanded tiles"),
+            }
+        }
+    }
+}
+
+/// Whether each id is the one before and one.
+fn are_consecutive(ids: &[u32]) -> bool {
+    ids.windows(2).all(|pair| pair[1] == pair[0] + 1)
+}
