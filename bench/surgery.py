@@ -34,7 +34,7 @@ from receipts import BINARY, NAME, ROOT, run, steal_ticks, write
 
 CALIBRATION = ["engine", "model", "serve", "text"]
 JUDGEMENT = ["backend-cpu", "checkpoint", "tensor"]
-CALIBRATION_TOKENS, JUDGED_TOKENS, PROBE_TOKENS = 65536, 8192, 2048
+CALIBRATION_TOKENS, ROUTER_TOKENS, JUDGED_TOKENS, PROBE_TOKENS = 65536, 32768, 8192, 2048
 
 
 def texts(crates):
@@ -194,12 +194,12 @@ def routers(stolen, work):
             options = ["--ratio", ratio, "--score", score, "--mtp", mtp]
             call("prune", "--stats", stats, *options, "--out", pruned)
             before = compare(pruned)
-            _, seconds, peak = run("recalibrate", "-m", pruned, "--text", *texts(CALIBRATION), "--max-tokens", CALIBRATION_TOKENS, "--out", out)
+            _, seconds, peak = run("recalibrate", "-m", pruned, "--text", *texts(CALIBRATION), "--max-tokens", ROUTER_TOKENS, "--out", out)
             after = compare(out)
             fitted = json.loads((out / "surgery.json").read_text())["routers"]
             errors = [sum(float(r[key]) for r in fitted) / len(fitted) for key in ("relative_error_before", "relative_error")]
             shown = " ".join(map(str, options))
-            commands.append(f"{NAME} prune --stats WORK/stats {shown} --out PRUNED; recalibrate -m PRUNED --text .. --max-tokens {CALIBRATION_TOKENS} --out OUT; compare -m OUT --max-tokens {JUDGED_TOKENS} --json")
+            commands.append(f"{NAME} prune --stats WORK/stats {shown} --out PRUNED; recalibrate -m PRUNED --text .. --max-tokens {ROUTER_TOKENS} --out OUT; compare -m OUT --max-tokens {JUDGED_TOKENS} --json")
             samples.append({"ratio": ratio, "score": score, "mtp": mtp, "before": before, "after": after, "routers": fitted, "seconds": seconds, "peak_resident_bytes": peak})
             arrow = lambda key, show: f"{show(before[key])} → {show(after[key])}"
             percent = lambda x: f"{100 * x:.1f} %"
