@@ -5,7 +5,8 @@
     python3 bench/surgery.py curve WORK         # KL divergence over bits, every method; docs/surgery-curve.svg
     python3 bench/surgery.py prune WORK         # scores against each other, 25 % and 50 %, and the MTP layer
     python3 bench/surgery.py routers WORK       # pruned models with their routers recalibrated
-    python3 bench/surgery.py layers             # matrices of GLM-5.2's experts: speed, output error, hours
+    python3 bench/surgery.py layers [FILE]      # matrices of GLM-5.2's experts: output error, speed, hours; FILE has what
+                                                # bench_encode printed on a busy machine, whose speeds are left out
     python3 bench/surgery.py large WORK         # a layer of GLM-5.2's shapes on disk: whole commands, disk and memory
     python3 bench/surgery.py kills WORK         # kill -9 at random points, again and again: the same bytes in the end
     python3 bench/surgery.py mlx WORK           # needs mlx and mlx-lm: same bits, and mlx-lm runs what we wrote
@@ -280,9 +281,9 @@ def write_seconds(path, size_bytes):
     return elapsed
 
 
-def layers(stolen):
+def layers(stolen, printed=None):
     example = ROOT / "target/release/examples/bench_encode"
-    found = json.loads(subprocess.run([example], capture_output=True, check=True).stdout)
+    found = json.loads(Path(printed).read_text() if printed else subprocess.run([example], capture_output=True, check=True).stdout)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     table, speeds = [], {}
     key = lambda r: (r["matrix"], r["inputs"], r["tokens"], r["format"])
@@ -291,7 +292,13 @@ def layers(stolen):
         row = {method: by[matrix, inputs, tokens, format, method] for method in ("rtn", "search", "gptq")}
         show = lambda key, scale, digits: {f"{m} {key}": f"{row[m][scale[0]] * scale[1]:.{digits}f}" for m in row}
         left = lambda method: 10 ** (-(row[method]["output_snr_db"] - row["rtn"]["output_snr_db"]) / 10)
-        table.append({"matrix": matrix, "inputs": inputs, "tokens": tokens, "format": format, "bits a weight": f"{row['rtn']['bits_per_weight']:.2f}", **show("dB", ("output_snr_db", 1), 1), "error, search / rtn": f"{left('search'):.2f}", "error, gptq / rtn": f"{left('gptq'):.2f}", **show("Mw/s", ("weights_per_s", 1e-6), 1)})
+        table.append({"matrix": matrix, "inputs": inputs, "tokens": tokens, "format": format, "bits a weight": f"{row['rtn']['bits_per_weight']:.2f}", **show("dB", ("output_snr_db", 1), 1), "error, search / rtn": f"{left('search'):.2f}", "error, gptq / rtn": f"{left('gptq'):.2f}"})
+    if printed:
+        for result in found["results"]:
+            for key in ("weights_per_s", "moments_s", "factor_s"):
+                del result[key]
+        write("surgery-layers", ["target/release/examples/bench_encode"], [found], {"surgery-outputs": table}, stolen)
+        return
     # An expert is two matrices of 6144 columns to one of 2048: 218 G weights of 77 experts in 75 layers.
     of = lambda matrix, format, method: by[matrix, "causes", 4096, format, method]
     for format in dict.fromkeys(r["format"] for r in found["results"]):
@@ -301,9 +308,10 @@ def layers(stolen):
                 # Moments of 6144 columns are factored once a layer, those of 2048 once an expert.
                 seconds += 75 * of("gate_proj", format, method)["factor_s"] + 75 * 77 * of("down_proj", format, method)["factor_s"]
             speeds.setdefault(format, {})[method] = seconds / 3600
-    hours = [{"format": format, **{f"{m}, hours for 218 G weights": f"{h:.1f}" for m, h in methods.items()}} for format, methods in speeds.items()]
+    million = lambda matrix, format, m: f"{of(matrix, format, m)['weights_per_s'] / 1e6:.1f}"
+    hours = [{"format": format, **{f"{matrix} {m}, Mw/s": million(matrix, format, m) for matrix in ("gate_proj", "down_proj") for m in methods}, **{f"{m}, hours for 218 G weights": f"{h:.1f}" for m, h in methods.items()}} for format, methods in speeds.items()]
     samples = [found, {"peak_resident_bytes": peak}]
-    write("surgery-layers", ["target/release/examples/bench_encode"], samples, {"surgery-layers": table, "surgery-hours": hours}, stolen)
+    write("surgery-layers", ["target/release/examples/bench_encode"], samples, {"surgery-outputs": table, "surgery-hours": hours}, stolen)
 
 
 def kills(stolen, work):
