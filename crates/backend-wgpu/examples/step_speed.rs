@@ -1,5 +1,6 @@
-//! Times recorded steps of a synthetic model without the rest of the program: `step_speed [SHAPE [FORMAT [BATCHES]]]`.
-#![allow(clippy::print_stdout)]
+//! Times recorded steps of a synthetic model without the rest of the program, and each of their kernels by the adapter's clock:
+//! `step_speed [SHAPE [FORMAT [BATCHES]]]`. A line of JSON a batch.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use moellon_backend_wgpu::{WgpuBackend, WgpuOptions};
 use moellon_model::batch::{Batch, LogitRows};
@@ -7,13 +8,17 @@ use moellon_model::session::greedy;
 use moellon_model::synthetic::{FormatPlan, Synthetic, preset};
 use moellon_model::weights::Weights;
 use moellon_model::{Decoder, DecoderOptions};
+use moellon_ops::profile::Profiler;
 use moellon_ops::{Backend, CacheDtype, ElementType, Stage, StepTimes};
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const CONTEXT: usize = 128;
 const BLOCK: usize = 64;
 const STEPS: usize = 40;
+const PROFILED: u64 = 4;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
@@ -23,13 +28,13 @@ fn main() {
     let largest = batches.iter().copied().max().expect("a batch");
     let config = preset(&shape).expect("preset is known");
     let mut backend = WgpuBackend::new(&WgpuOptions::default()).expect("an adapter");
-    println!("{}: {:?}", backend.caps().device, backend.self_test());
+    eprintln!("{}: {:?}", backend.caps().device, backend.self_test());
     let plan = FormatPlan::parse(&format).expect("format is known");
     let started = Instant::now();
     let weights =
         Weights::load(&config, &Synthetic::new(&config, plan, 1), &mut backend, &mut |_| {}).expect("weights load");
     let (kernels, compiling) = backend.compiled();
-    println!("loaded in {:.1} s, {kernels} kernels compiled in {compiling:.1?}", started.elapsed().as_secs_f64());
+    eprintln!("loaded in {:.1} s, {kernels} kernels compiled in {compiling:.1?}", started.elapsed().as_secs_f64());
     let blocks = (CONTEXT + 1).div_ceil(BLOCK);
     let options = DecoderOptions {
         max_batch_tokens: largest,
@@ -43,7 +48,6 @@ fn main() {
     let vocab_size = config.vocab_size;
     let mut decoder = Decoder::new(config, weights, options, &mut backend).expect("decoder fits");
     decoder.fill_caches(1, &mut backend).expect("caches are filled");
-    println!("read bandwidth {:.0} GB/s", backend.measure_read().expect("measured").unwrap_or(0.0) / 1e9);
     let mut seed = 1usize;
     for batch in batches {
         let chosen = backend.alloc("chosen tokens", ElementType::U32, batch).expect("fits").tensor(batch, 1);
@@ -71,32 +75,53 @@ fn main() {
             }
             // The first window records and warms up.
             if window > 0 {
-                samples.push(started.elapsed().as_secs_f64() / STEPS as f64);
+                samples.push(started.elapsed().as_secs_f64() * 1e3 / STEPS as f64);
             }
         }
-        samples.sort_by(f64::total_cmp);
         let times: Vec<StepTimes> =
             (0..8).filter_map(|_| decoder.forward_timed(&next(), &mut backend).expect("step runs")).collect();
         let mean = |of: &dyn Fn(&StepTimes) -> f64| times.iter().map(of).sum::<f64>() / times.len().max(1) as f64;
+        let device_ms = mean(&|t| t.step) * 1e3;
+        let kernels = kernels_of_last_step(&mut backend);
+        let read_gb_s = backend.measure_read().expect("measured").unwrap_or(0.0) / 1e9;
+        // Bytes of other random tokens, operation by operation.
+        let mut profiler = Profiler::new(&mut backend);
+        for _ in 0..PROFILED {
+            decoder.forward(&next(), &mut profiler).expect("step runs");
+        }
+        let profile = profiler.profile().clone();
+        let bytes = profile.total_bytes() / PROFILED;
+        let stages: Vec<_> = Stage::ALL
+            .iter()
+            .enumerate()
+            .filter(|(_, stage)| profile.stage(**stage).operations > 0)
+            .map(|(i, stage)| {
+                let bytes = profile.stage(*stage).bytes / PROFILED;
+                json!({ "stage": stage.name(), "us": mean(&|t| t.stages[i]) * 1e6, "bytes": bytes })
+            })
+            .collect();
+        let mut sorted = samples.clone();
+        sorted.sort_by(f64::total_cmp);
+        let step_ms = sorted[sorted.len() / 2];
         println!(
-            "batch {batch}: {:.1} tok/s, {:.3} ms a step, {:.3} on the device's clock",
-            batch as f64 / samples[2],
-            samples[2] * 1e3,
-            mean(&|t| t.step) * 1e3
+            "{}",
+            json!({
+                "adapter": backend.caps().device, "shape": shape, "format": format, "batch": batch, "context": CONTEXT,
+                "tok_s": batch as f64 * 1e3 / step_ms, "step_ms": step_ms, "windows_ms": samples, "device_ms": device_ms,
+                "bytes": bytes, "distinct_experts": profile.distinct_experts as f64 / profile.moe_layers.max(1) as f64,
+                "read_gb_s": read_gb_s, "stages": stages, "kernels": kernels,
+            })
         );
-        let mut kernels = BTreeMap::new();
-        for (name, grid, seconds) in backend.time_kernels().expect("kernels run") {
-            let entry: &mut (usize, f64) = kernels.entry((name, grid)).or_default();
-            *entry = (entry.0 + 1, entry.1 + seconds);
-        }
-        for ((name, grid), (count, seconds)) in kernels {
-            println!("    {count:>4} x {name:<36} {grid:?} {:8.1} us each", seconds * 1e6 / count as f64);
-        }
-        for (i, stage) in Stage::ALL.iter().enumerate() {
-            let seconds = mean(&|t| t.stages[i]);
-            if seconds > 0.0 {
-                println!("  {:<18} {:8.1} us", stage.name(), seconds * 1e6);
-            }
-        }
     }
+}
+
+/// Kernels that were launched with the same grid, together.
+fn kernels_of_last_step(backend: &mut WgpuBackend) -> Vec<Value> {
+    let mut kernels = BTreeMap::new();
+    for (name, grid, seconds) in backend.time_kernels().expect("kernels run") {
+        let entry: &mut (usize, f64) = kernels.entry((name, grid)).or_default();
+        *entry = (entry.0 + 1, entry.1 + seconds);
+    }
+    let line = |((name, grid), (count, seconds)): ((Arc<str>, [u32; 3]), (usize, f64))| json!({ "kernel": &*name, "workgroups": grid, "launches": count, "us": seconds * 1e6 / count as f64 });
+    kernels.into_iter().map(line).collect()
 }

@@ -22,27 +22,23 @@ var<workgroup> states: array<vec2<f32>, 32>; // [8][4]: largest score and sum of
 var<workgroup> slots: array<u32, 64>;
 var<workgroup> num_keys: u32;
 
+// Loads stand in no branch, so that many are on their way at once.
+
 // Two columns of a row, from an even one on.
 fn pair(slot: u32, column: u32) -> vec2<f32> {
-  if (args.cache_bf16 != 0u) {
-    let word = cache[slot * args.row_words + (column >> 1u)];
-    return vec2<f32>(bitcast<f32>(word << 16u), bitcast<f32>(word & 0xffff0000u));
-  }
-  let at = slot * args.row_words + column;
-  return vec2<f32>(bitcast<f32>(cache[at]), bitcast<f32>(cache[at + 1u]));
+{{PAIR}}
 }
 
 // Two columns of a head's query; zeros behind its end.
 fn query(token: u32, head: u32, column: u32) -> vec2<f32> {
-  if (column < args.q_dim) {
-    let at = args.q_offset + token * args.q_stride + head * args.q_dim + column;
-    return vec2<f32>(q[at], q[at + 1u]);
-  }
-  if (column < args.q_dim + args.rope_dim) {
-    let at = args.rope_offset + token * args.rope_stride + head * args.rope_head_stride + column - args.q_dim;
-    return vec2<f32>(q_rope[at], q_rope[at + 1u]);
-  }
-  return vec2<f32>();
+  let at = args.q_offset + token * args.q_stride + head * args.q_dim + min(column, args.q_dim - 2u);
+  let rope_first = args.rope_offset + token * args.rope_stride + head * args.rope_head_stride;
+  // Where there is no such part q_rope is q again.
+  let rope_at = select(at, rope_first + min(max(column, args.q_dim) - args.q_dim, max(args.rope_dim, 2u) - 2u), args.rope_dim != 0u);
+  let plain = vec2<f32>(q[at], q[at + 1u]);
+  let rotated = vec2<f32>(q_rope[rope_at], q_rope[rope_at + 1u]);
+  let value = select(rotated, plain, column < args.q_dim);
+  return select(vec2<f32>(), value, column < args.q_dim + args.rope_dim);
 }
 
 @compute @workgroup_size(256)

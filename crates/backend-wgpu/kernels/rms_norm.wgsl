@@ -20,13 +20,22 @@ fn main(
 ) {
   let row = args.x_offset + group.y * args.x_stride;
   var sum = 0.0;
-  for (var c = local; c < args.cols; c += 256u) {
-    var value = x[row + c];
-    if (args.has_delta != 0u) {
-      value = value + delta[args.delta_offset + group.y * args.delta_stride + c];
+  if (args.has_delta != 0u) {
+    for (var c = local; c < args.cols; c += 256u) {
+      let value = x[row + c] + delta[args.delta_offset + group.y * args.delta_stride + c];
       x[row + c] = value;
+      sum = fma(value, value, sum);
     }
-    sum = fma(value, value, sum);
+  } else {
+    // Eight loads at a time; zeros behind the end change nothing.
+    for (var first = local; first < args.cols; first += 2048u) {
+      var values = array<f32, 8>();
+      for (var i = 0u; i < 8u; i++) {
+        let c = first + 256u * i;
+        values[i] = select(0.0, x[row + min(c, args.cols - 1u)], c < args.cols);
+      }
+      for (var i = 0u; i < 8u; i++) { sum = fma(values[i], values[i], sum); }
+    }
   }
   let scale = 1.0 / sqrt(workgroup_sum(sum, local) / f32(args.cols) + args.eps);
   for (var first = 256u * group.x; first < args.cols; first += 256u * groups.x) {

@@ -35,6 +35,8 @@ pub struct WgpuOptions {
     pub cache_folder: Option<PathBuf>,
     /// Decode small codes with integers even where the adapter keeps binary16 subnormals: for tests.
     pub without_half_subnormals: bool,
+    /// Copy weights into memory of the adapter's own even where it shares the host's: for tests.
+    pub without_shared_memory: bool,
     /// Multiply floats even where the adapter multiplies integers: for tests.
     pub without_integer_products: bool,
     /// Told how many kernels are compiled while weights are loaded.
@@ -47,6 +49,7 @@ impl Default for WgpuOptions {
             adapter: AdapterChoice { ordinal: 0, allow_software: true },
             cache_folder: None,
             without_half_subnormals: false,
+            without_shared_memory: false,
             without_integer_products: false,
             progress: None,
         }
@@ -136,6 +139,7 @@ impl WgpuBackend {
         if options.without_half_subnormals {
             device.self_test.half_subnormals = false;
         }
+        device.shares_memory &= !options.without_shared_memory;
         if options.without_integer_products {
             device.self_test.integer_products = false;
         }

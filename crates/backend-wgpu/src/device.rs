@@ -167,8 +167,17 @@ fn binding_limit(limits: &wgpu::Limits) -> u64 {
 #[derive(Debug, Clone)]
 pub(crate) struct Memory {
     pub(crate) buffer: wgpu::Buffer,
+    /// Where it starts in the buffer, which it may share with others.
+    pub(crate) offset: u64,
     pub(crate) id: u64,
     pub(crate) bytes: u64,
+}
+
+/// A buffer of many weights. wgpu looks at every buffer of a step when the step is encoded and again when it is submitted: a model of
+/// hundreds of weights would cost more than the dispatches.
+struct Arena {
+    buffer: wgpu::Buffer,
+    used: u64,
 }
 
 /// A compiled kernel.
@@ -194,6 +203,11 @@ pub(crate) struct Device {
     layouts: HashMap<(u32, u32), Layout>,
     pipelines: HashMap<Kernel, Pipeline>,
     bind_groups: HashMap<(u32, u32, Vec<u64>), wgpu::BindGroup>,
+    /// The host writes weights where the adapter reads them.
+    pub(crate) shares_memory: bool,
+    arena: Option<Arena>,
+    /// Bytes of all arenas.
+    arena_bytes: u64,
     next_memory: u64,
     /// Time that compiling took.
     compile_time: Duration,
@@ -258,6 +272,8 @@ impl Device {
             shader_f16: features.contains(wgpu::Features::SHADER_F16),
             cooperative_matrix: features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX),
         };
+        let is_shared = matches!(report.kind, AdapterKind::Integrated | AdapterKind::Software);
+        let shares_memory = is_shared && features.contains(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS);
         let mut opened = Device {
             device,
             queue,
@@ -266,6 +282,9 @@ impl Device {
             layouts: HashMap::new(),
             pipelines: HashMap::new(),
             bind_groups: HashMap::new(),
+            shares_memory,
+            arena: None,
+            arena_bytes: 0,
             next_memory: 0,
             compile_time: Duration::ZERO,
             failure,
@@ -311,12 +330,11 @@ impl Device {
         self.alloc_for(what, bytes, wgpu::BufferUsages::empty())
     }
 
-    /// Memory of at least `bytes` that is filled once. Where host and device share memory the host writes it through the view, and has to
+    /// Memory of at least `bytes` that is filled once and then only read. Where host and device share memory the host writes it through the view, and has to
     /// unmap it then: no other memory is used on the way.
     pub(crate) fn alloc_to_fill(&mut self, what: &str, bytes: u64) -> Result<(Memory, Option<wgpu::BufferViewMut>)> {
-        let is_shared = matches!(self.report.kind, AdapterKind::Integrated | AdapterKind::Software);
-        if !is_shared || !self.device.features().contains(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS) {
-            return Ok((self.alloc(what, bytes)?, None));
+        if !self.shares_memory {
+            return Ok((self.alloc_in_arena(what, bytes)?, None));
         }
         let memory = self.alloc_for(what, bytes, wgpu::BufferUsages::MAP_WRITE)?;
         let view = memory.buffer.get_mapped_range_mut(..);
@@ -324,24 +342,65 @@ impl Device {
         Ok((memory, Some(view)))
     }
 
+    /// Memory of at least `bytes` that kernels only read, beside others in one buffer.
+    fn alloc_in_arena(&mut self, what: &str, bytes: u64) -> Result<Memory> {
+        const SMALLEST: u64 = 16 << 20;
+        /// Of all starts of bindings, on any adapter.
+        const ALIGNMENT: u64 = 256;
+        let bytes = bytes.max(16).next_multiple_of(16);
+        self.check_binding(what, bytes)?;
+        let fits = |arena: &Arena| arena.used + bytes <= arena.buffer.size();
+        if !self.arena.as_ref().is_some_and(fits) {
+            // Arenas grow with the model, so that a small one does not take much more than it needs.
+            let largest = (2 << 30).min(self.device.limits().max_buffer_size / ALIGNMENT * ALIGNMENT);
+            let size = self.arena_bytes.clamp(SMALLEST, largest).max(bytes);
+            let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
+            let make = |size: u64| {
+                self.scoped(&format!("{size} bytes for {what} and more"), |device| {
+                    device.create_buffer(&wgpu::BufferDescriptor {
+                        label: None,
+                        size,
+                        usage,
+                        mapped_at_creation: false,
+                    })
+                })
+            };
+            // Where there is no room for so many, there may be for this weight.
+            let buffer = make(size).or_else(|error| if size > bytes { make(bytes) } else { Err(error) })?;
+            self.arena_bytes += buffer.size();
+            self.arena = Some(Arena { buffer, used: 0 });
+        }
+        let arena = self.arena.as_mut().expect("made above");
+        let offset = arena.used;
+        arena.used = (offset + bytes).next_multiple_of(ALIGNMENT);
+        self.next_memory += 1;
+        Ok(Memory { buffer: arena.buffer.clone(), offset, id: self.next_memory, bytes })
+    }
+
+    /// Kernels bind whole memories.
+    fn check_binding(&self, what: &str, bytes: u64) -> Result<()> {
+        if bytes <= self.max_binding_bytes() {
+            return Ok(());
+        }
+        Err(Error::OutOfMemory {
+            backend: NAME,
+            what: format!("{what}, in one buffer of this adapter,"),
+            needed_bytes: bytes,
+            free_bytes: self.max_binding_bytes(),
+        })
+    }
+
     fn alloc_for(&mut self, what: &str, bytes: u64, more: wgpu::BufferUsages) -> Result<Memory> {
         // Kernels bind whole buffers; an empty one cannot be bound.
         let bytes = bytes.max(16).next_multiple_of(16);
-        if bytes > self.max_binding_bytes() {
-            return Err(Error::OutOfMemory {
-                backend: NAME,
-                what: format!("{what}, in one buffer of this adapter,"),
-                needed_bytes: bytes,
-                free_bytes: self.max_binding_bytes(),
-            });
-        }
+        self.check_binding(what, bytes)?;
         let usage = more | wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
         let mapped_at_creation = more.contains(wgpu::BufferUsages::MAP_WRITE);
         let buffer = self.scoped(&format!("{bytes} bytes for {what}"), |device| {
             device.create_buffer(&wgpu::BufferDescriptor { label: None, size: bytes, usage, mapped_at_creation })
         })?;
         self.next_memory += 1;
-        Ok(Memory { buffer, id: self.next_memory, bytes })
+        Ok(Memory { buffer, offset: 0, id: self.next_memory, bytes })
     }
 
     /// Forgets what was bound together with some memory, so that dropping it frees it.
@@ -357,7 +416,14 @@ impl Device {
         }
         let entries: Vec<wgpu::BindGroupEntry<'_>> = (0..)
             .zip(memories)
-            .map(|(binding, memory)| wgpu::BindGroupEntry { binding, resource: memory.buffer.as_entire_binding() })
+            .map(|(binding, memory)| wgpu::BindGroupEntry {
+                binding,
+                resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                    buffer: &memory.buffer,
+                    offset: memory.offset,
+                    size: wgpu::BufferSize::new(memory.bytes),
+                }),
+            })
             .collect();
         let layout = &self.layouts[&(pipeline.read_write, pipeline.read)].bindings;
         let group =

@@ -216,7 +216,7 @@ impl Kernel {
                 holes = embed_holes(code);
             }
             Kernel::AttendPairs(pairs) => {
-                label = format!("{name}_{}_{}", pairs.keys, pairs.values);
+                label = format!("{name}_{}_{}_{}", pairs.keys, pairs.values, if pairs.bf16 { "bf16" } else { "f32" });
                 holes = attend_pairs_holes(pairs);
             }
             Kernel::Attend(columns) => {

@@ -106,8 +106,9 @@ impl DeviceWeight {
         let has_global = globals.iter().any(|g| *g != 1.0);
         let mut floats = if has_global { globals } else { Vec::new() };
         floats.extend_from_slice(bias.unwrap_or_default());
-        let extra = device.alloc(name, 4 * floats.len() as u64)?;
-        device.queue.write_buffer(&extra.buffer, 0, bytemuck::cast_slice(&floats));
+        let mut extra = Upload::new(name, 4 * floats.len() as u64, device)?;
+        extra.write(0, bytemuck::cast_slice(&floats))?;
+        let extra = extra.finish()?;
         let beside = match company {
             Company::Alone => 1,
             Company::Heads => count,
@@ -182,7 +183,7 @@ impl Upload {
             mapped.slice(at..at + bytes.len()).copy_from_slice(bytes);
             return Ok(());
         }
-        self.queue.write_buffer(&self.to.buffer, at as u64, bytes);
+        self.queue.write_buffer(&self.to.buffer, self.to.offset + at as u64, bytes);
         self.in_flight += bytes.len();
         // The queue keeps copies until they are submitted.
         if self.in_flight >= 4 * PIECE { self.flush() } else { Ok(()) }

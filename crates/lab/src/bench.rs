@@ -9,7 +9,7 @@ use moellon_ops::profile::{Profile, Profiler};
 use moellon_ops::{Backend, ElementType, Stage, StepTimes};
 use moellon_tensor::rng::SplitMix64;
 use serde::{Deserialize, Serialize};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What can go wrong in a measurement.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +40,9 @@ pub use crate::disturbance::STEAL_LIMIT_PERCENT;
 /// Rows that unions of experts are stated for.
 const UNION_ROWS: [f64; 14] = [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0];
 
+/// How long a device with memory of its own runs steps before any counts: behind Vulkan an idle GPU has a fraction of its clock, and goes
+/// back to all of it only after a while.
+const DEVICE_WARM_UP: Duration = Duration::from_secs(2);
 /// Steps whose operations are timed and counted one by one.
 const PROFILED_STEPS: u64 = 8;
 
@@ -230,6 +233,11 @@ impl Bench<'_> {
             Ok(())
         };
         for _ in 0..plan.steps.max(2) {
+            step(self.decoder, self.backend)?;
+        }
+        // A device that was idle takes its time to clock up.
+        let (has_clocks, warm) = (self.backend.measure_read()?.is_some(), Instant::now());
+        while has_clocks && warm.elapsed() < DEVICE_WARM_UP {
             step(self.decoder, self.backend)?;
         }
         let (mut samples, mut steals, mut bandwidths, mut discarded) = (Vec::new(), Vec::new(), Vec::new(), 0);

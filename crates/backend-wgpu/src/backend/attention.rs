@@ -97,7 +97,9 @@ impl WgpuBackend {
         let shared = op.key_step == 0 && op.value_first == 0;
         let even =
             [op.q_dim, op.rope_dim, op.value_dim, op.key_step, op.value_first].iter().all(|n| n.is_multiple_of(2));
-        let fits = |p: &Pairs| 64 * p.keys >= keys && 64 * p.values >= values && (p.shared == shared);
+        let bf16 = op.cache.dtype == CacheDtype::Bf16;
+        let alike = |p: &Pairs| p.shared == shared && p.bf16 == bf16;
+        let fits = |p: &Pairs| alike(p) && 64 * p.keys >= keys && 64 * p.values >= values;
         if self.device.self_test.subgroups
             && even
             && let Some(pairs) = PAIRS.into_iter().find(fits)

@@ -113,7 +113,7 @@ impl WgpuBackend {
         let (code, lanes) = (w.code, lanes_of(w, weights));
         let mut launches = Vec::with_capacity(w.shards.len());
         for (i, shard) in w.shards.iter().enumerate() {
-            let groups = shard.num_rows.div_ceil(team_rows(tokens)).div_ceil(256 / lanes);
+            let groups = shard.num_rows.div_ceil(team_rows(weights, tokens)).div_ceil(256 / lanes);
             let grid = match jobs {
                 Jobs::All { num_tokens } => [groups, shard.num_matrices, num_tokens.div_ceil(tokens)],
                 Jobs::OneToken { top_k, .. } => [groups, *top_k, 1],
@@ -187,7 +187,7 @@ impl WgpuBackend {
     fn writes(&self, weight: WeightRef, weights: Weights, jobs: &Jobs) -> Writes {
         let w = self.weight(weight);
         let tokens = self.tokens_of(jobs);
-        let group_rows = 256 / lanes_of(w, weights) * team_rows(tokens);
+        let group_rows = 256 / lanes_of(w, weights) * team_rows(weights, tokens);
         let whole = w.shards.iter().all(|s| s.num_rows.is_multiple_of(32) && s.first_row.is_multiple_of(32));
         // Integers of up to 256 rows wait in workgroup memory.
         let possible = whole && group_rows <= 256 && w.rows.is_multiple_of(32);
@@ -314,7 +314,8 @@ impl WgpuBackend {
             return Ok(());
         }
         let x = self.spread(op.h, Self::slot_parts(op), self.weight(WeightRef::Down(op.experts)).code)?;
-        if op.h.rows == 1 && self.weight(WeightRef::Down(op.experts)).shards.len() == 1 {
+        // The results of 64 experts have room in a workgroup.
+        if op.h.rows == 1 && top_k <= 64 && self.weight(WeightRef::Down(op.experts)).shards.len() == 1 {
             return self.one_tokens_experts_down(op, &x, adds);
         }
         let jobs = self.jobs(op.ids, op.experts.num_experts, true)?;
@@ -352,7 +353,7 @@ impl WgpuBackend {
             w.scale_words,
         ]
         .map(|n| n as u32);
-        let (code, groups) = (w.code, w.rows.div_ceil(team_rows(1)).div_ceil(256 / w.lanes));
+        let (code, groups) = (w.code, w.rows.div_ceil(team_rows(Weights::One, 1)));
         let [codes, scales, extra] = [&w.shards[0].codes, &w.shards[0].scales, &w.extra].map(Memory::clone);
         let memories = [&out, &plus, &x.memory, &ids, &weights, &codes, &scales, &extra];
         self.run(Kernel::ExpertsDown(code), &memories, &arguments, [groups, 1, 1])

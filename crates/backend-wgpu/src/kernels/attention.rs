@@ -14,14 +14,24 @@ pub(crate) struct Pairs {
     pub(crate) values: usize,
     /// Values are the first columns of keys.
     pub(crate) shared: bool,
+    /// Rows of the cache are bfloat16, else f32.
+    pub(crate) bf16: bool,
+}
+
+const fn pairs(keys: usize, values: usize, shared: bool, bf16: bool) -> Pairs {
+    Pairs { keys, values, shared, bf16 }
 }
 
 /// What there are kernels for, the smallest first.
-pub(crate) const PAIRS: [Pairs; 4] = [
-    Pairs { keys: 1, values: 1, shared: false },
-    Pairs { keys: 2, values: 2, shared: false },
-    Pairs { keys: 4, values: 4, shared: false },
-    Pairs { keys: 9, values: 8, shared: true },
+pub(crate) const PAIRS: [Pairs; 8] = [
+    pairs(1, 1, false, false),
+    pairs(1, 1, false, true),
+    pairs(2, 2, false, false),
+    pairs(2, 2, false, true),
+    pairs(4, 4, false, false),
+    pairs(4, 4, false, true),
+    pairs(9, 8, true, false),
+    pairs(9, 8, true, true),
 ];
 
 pub(super) fn attend_pairs_holes(pairs: Pairs) -> Vec<(&'static str, String)> {
@@ -61,7 +71,18 @@ pub(super) fn attend_pairs_holes(pairs: Pairs) -> Vec<(&'static str, String)> {
         }
         let _ = writeln!(join, "  join({head}u, token, group.x, first_head, local);");
     }
+    let pair = match pairs.bf16 {
+        true => {
+            "  let word = cache[slot * args.row_words + (column >> 1u)];\n  \
+             return vec2<f32>(bitcast<f32>(word << 16u), bitcast<f32>(word & 0xffff0000u));"
+        }
+        false => {
+            "  let at = slot * args.row_words + column;\n  \
+             return vec2<f32>(bitcast<f32>(cache[at]), bitcast<f32>(cache[at + 1u]));"
+        }
+    };
     vec![
+        ("PAIR", pair.to_owned()),
         ("COLUMNS", (64 * pairs.values).to_string()),
         ("SUMS", (8 * 64 * pairs.values).to_string()),
         ("QUERIES", queries),

@@ -201,15 +201,16 @@ impl Code {
         }
     }
 
-    /// Lines that load the words of a whole chunk of a row and make its codes bytes `c{row}_{word}` with a sign, in the order of
-    /// `digits.wgsl`; then its scale and offset, such that `s c + o` are the weights.
-    pub(super) fn bytes(self, row: usize) -> String {
-        let Code::Affine { bits, .. } = self else { return String::new() };
+    /// Lines that load the words of a whole chunk of a row with its scale and offset, and lines that make its codes bytes
+    /// `c{row}_{word}` with a sign in the order of `digits.wgsl`, `s{row}` and `offset{row}` such that `s c + offset` are the weights.
+    pub(super) fn bytes(self, row: usize) -> (String, String) {
+        let Code::Affine { bits, .. } = self else { return (String::new(), String::new()) };
         let (words, load) = (self.chunk_words(), self.load_words());
-        let mut lines = String::new();
+        let (mut loads, mut lines) = (String::new(), String::new());
         for j in 0..words / load {
-            let _ = writeln!(lines, "    let v{row}_{j} = codes[row{row} + chunk * {}u + {j}u];", words / load);
+            let _ = writeln!(loads, "    let v{row}_{j} = codes[row{row} + chunk * {}u + {j}u];", words / load);
         }
+        loads.push_str(&self.affine_scales(row, 1));
         let word = |k: usize| match load {
             1 => format!("v{row}_{k}"),
             _ => format!("v{row}_{}.{}", k / load, ["x", "y", "z", "w"][k % load]),
@@ -223,11 +224,10 @@ impl Code {
             };
             let _ = writeln!(lines, "    let c{row}_{m} = {byte};");
         }
-        lines.push_str(&self.affine_scales(row, 1));
         // Codes of eight bits are read 128 less than they are.
         let offset = if bits == 8 { format!("fma(128.0, s{row}, o{row})") } else { format!("o{row}") };
         let _ = writeln!(lines, "    let offset{row} = {offset};");
-        lines
+        (loads, lines)
     }
 
     /// Lines that add a chunk's sum `d{row}_{token}` to `a{row}_{token}`. `half` is the half of the chunk that was just finished.

@@ -35,8 +35,11 @@ impl Weights {
 }
 
 /// Rows of each weight that a team has, for so many rows of x: what fits into registers.
-pub(crate) fn team_rows(tokens: usize) -> usize {
-    if tokens <= 2 { ROWS } else { ROWS / 2 }
+pub(crate) fn team_rows(weights: Weights, tokens: usize) -> usize {
+    match (weights, tokens) {
+        (_, 1) | (Weights::One, 2) => ROWS,
+        _ => ROWS / 2,
+    }
 }
 
 /// What a product is made for.
@@ -53,7 +56,7 @@ pub(super) struct Shape {
 
 impl Shape {
     fn team_rows(&self) -> usize {
-        team_rows(self.tokens)
+        team_rows(self.weights, self.tokens)
     }
 
     /// Rows of all weights.
@@ -97,8 +100,14 @@ impl Shape {
 
     fn chunk_of_integers(&self) -> String {
         let mut body = String::new();
-        for row in 0..self.rows() {
-            body.push_str(&self.of_weight(row, self.code.bytes(row)));
+        let (codes, bytes): (Vec<_>, Vec<_>) = (0..self.rows()).map(|row| self.code.bytes(row)).unzip();
+        // Weights are on their way before anything waits for them.
+        for (row, codes) in codes.into_iter().enumerate() {
+            body.push_str(&self.of_weight(row, codes));
+        }
+        // Bytes of several rows of x are made once, of one row where they are multiplied: fewer wait in registers.
+        if self.tokens > 1 {
+            bytes.iter().for_each(|bytes| body.push_str(bytes));
         }
         for token in 0..self.tokens {
             // Items of a work list are often not full.
@@ -108,7 +117,10 @@ impl Shape {
                 let _ = writeln!(body, "    let x{i} = x[at + {i}u * args.chunks];");
             }
             body.push_str("    let scale = bitcast<f32>(x6.x);\n    let sum = bitcast<f32>(x6.y);\n");
-            for row in 0..self.rows() {
+            for (row, bytes) in bytes.iter().enumerate() {
+                if self.tokens == 1 {
+                    body.push_str(bytes);
+                }
                 let digit = |d: usize| {
                     let dot = |m: usize| {
                         let word = format!("x{}.{}", 2 * d + m / 4, ["x", "y", "z", "w"][m % 4]);
