@@ -11,6 +11,7 @@
     python3 bench/receipts.py kernels           # one linear layer by format and rows (examples/kernel_speed)
     python3 bench/receipts.py cuda              # the same on an NVIDIA GPU, up to the whole GLM-5.2-77; text against the CPU's
     python3 bench/receipts.py wgpu              # a slice on the portable GPU back end, stages by the adapter's clock; text against the CPU's
+    python3 bench/receipts.py wgpu-steps FILE   # what examples/step_speed wrote on another machine: {"machine", "binary_sha256", "commands", "steps", "notes"}
     python3 bench/receipts.py cuda-kernels      # each kernel of a step under Nsight Compute: microseconds, bytes (needs ncu)
     python3 bench/receipts.py cuda-sanitizer CONFORMANCE RECORDED  # the test binaries of backend-cuda under compute-sanitizer
     cargo xtask docs --write
@@ -56,8 +57,8 @@ def steal_ticks():
     return int(fields[7]), sum(map(int, fields))
 
 
-def write(name, commands, samples, tables, stolen, machine=None):
-    """`machine` is another one than this, where the samples are from."""
+def write(name, commands, samples, tables, stolen, machine=None, binary=None):
+    """`machine` is another one than this, where the samples are from; `binary` the hash of another program than `moellon`."""
     git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     # A machine that has the binary alone cannot ask.
     commit = os.environ.get("MOELLON_COMMIT") or git("rev-parse", "HEAD")
@@ -68,7 +69,7 @@ def write(name, commands, samples, tables, stolen, machine=None):
         "name": name,
         "date": datetime.date.today().isoformat(),
         "commit": commit,
-        "binary_sha256": hashlib.sha256(BINARY.read_bytes()).hexdigest(),
+        "binary_sha256": binary or hashlib.sha256(BINARY.read_bytes()).hexdigest(),
         "machine": machine or {key: doctor[key] for key in ("cpu", "cores", "cpu_level", "memory_bytes", "os", "gpus", "driver", "read_gb_s", "read_gb_s_1_thread")},
         "steal_pct": round(100 * (after[0] - stolen[0]) / max(1, after[1] - stolen[1]), 2),
         "load_average": os.getloadavg(),
@@ -312,6 +313,25 @@ def wgpu(stolen):
     write("wgpu", commands, samples, {"decode-wgpu": rows, "stages-wgpu": stages, "text-wgpu": [text_row]}, stolen)
 
 
+def wgpu_steps(stolen, path):
+    found = json.loads(Path(path).read_text())
+    rows, stages = [], []
+    for step in found["steps"]:
+        rows.append({
+            "shape": step["shape"], "format": step["format"], "kernels": step["kernels_of"], "batch": step["batch"],
+            "tok/s": f"{step['tok_s']:.1f}", "ms a step": f"{step['step_ms']:.2f}", "by the adapter's clock": f"{step['device_ms']:.2f}",
+            "outside of it": f"{100 * (1 - step['device_ms'] / step['step_ms']):.1f} %",
+            "MB a step": f"{step['bytes'] / 1e6:.0f}", "GB/s": f"{step['bytes'] / step['step_ms'] / 1e6:.0f}",
+        })
+        for stage in step["stages"]:
+            stages.append({
+                "kernels": step["kernels_of"], "batch": step["batch"], "stage": stage["stage"], "us": f"{stage['us']:.0f}",
+                "MB": f"{stage['bytes'] / 1e6:.1f}", "GB/s": f"{stage['bytes'] / stage['us'] / 1e3:.0f}",
+            })
+    tables = {"decode-wgpu": rows, "stages-wgpu": stages}
+    write("wgpu", found["commands"], found, tables, stolen, found["machine"], found["binary_sha256"])
+
+
 def cuda_kernels(stolen):
     """Kernels of recorded steps of one row, each alone on the device: their times add up to more than a step."""
     names = "line|heads|up_|experts_down|router|attend|rms|route|linear|gate|down|write|rope|kv|plain|gather|layer|add|argmax|embed"
@@ -362,7 +382,7 @@ def cuda_sanitizer(stolen, conformance, recorded):
 
 
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "cuda", "wgpu", "cuda-kernels", "cuda-sanitizer"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "cuda", "wgpu", "wgpu-steps", "cuda-kernels", "cuda-sanitizer"):
         raise SystemExit(__doc__)
     stolen = steal_ticks()
     match sys.argv[1]:
@@ -386,6 +406,8 @@ def main():
             cuda(stolen)
         case "wgpu":
             wgpu(stolen)
+        case "wgpu-steps":
+            wgpu_steps(stolen, sys.argv[2])
         case "cuda-kernels":
             cuda_kernels(stolen)
         case "cuda-sanitizer":
