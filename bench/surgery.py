@@ -35,7 +35,7 @@ from receipts import BINARY, NAME, ROOT, run, steal_ticks, write
 
 CALIBRATION = ["engine", "model", "serve", "text"]
 JUDGEMENT = ["backend-cpu", "checkpoint", "tensor"]
-CALIBRATION_TOKENS, ROUTER_TOKENS, JUDGED_TOKENS, PROBE_TOKENS = 65536, 32768, 8192, 2048
+CALIBRATION_TOKENS, ROUTER_TOKENS, JUDGED_TOKENS, PROBE_TOKENS = 65536, 16384, 8192, 2048
 
 
 def texts(crates):
@@ -190,7 +190,7 @@ def routers(stolen, work):
     stats, spare = Path(work) / "stats", Path(work) / "pruned"
     samples, commands, table = [], [], []
     for ratio in (0.25, 0.5):
-        for score, mtp in [("reap", "whole"), ("weighted_sum", "whole"), ("weighted_sum", "pruned")]:
+        for score, mtp in [("reap", "whole"), ("weighted_sum", "whole")]:
             pruned, out = fresh(spare), fresh(Path(work) / "recalibrated")
             options = ["--ratio", ratio, "--score", score, "--mtp", mtp]
             call("prune", "--stats", stats, *options, "--out", pruned)
@@ -208,7 +208,7 @@ def routers(stolen, work):
             print(table[-1], flush=True)
             shutil.rmtree(pruned)
             shutil.rmtree(out)
-    write("surgery-routers", commands, samples, {"surgery-routers": table}, stolen)
+            write("surgery-routers", commands, samples, {"surgery-routers": table}, stolen)
 
 
 def large(stolen, work, experts=24):

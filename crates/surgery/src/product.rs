@@ -6,7 +6,7 @@ use moellon_checkpoint::{TensorSpec, Writer, WriterOptions};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -156,13 +156,20 @@ fn read_journal(path: &Path) -> Result<(Option<Value>, HashMap<String, Value>)> 
     Ok((job, entries))
 }
 
-/// Opens the journal for appending, on a new line.
+/// Opens the journal for appending, on a new line, and locks it: two runs would write into the same shards.
 fn open_journal(path: &Path, resumed: bool) -> Result<File> {
     let io = |e| Error::io(path, e);
     if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         std::fs::create_dir_all(parent).map_err(io)?;
     }
     let mut file = OpenOptions::new().create(true).append(true).open(path).map_err(io)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            return Err(Error::mismatch(format!("{}", path.display()), "in use by another run", "one run at a time"));
+        }
+        Err(TryLockError::Error(e)) => return Err(io(e)),
+    }
     if resumed {
         file.write_all(b"\n").map_err(io)?;
     }
@@ -196,4 +203,25 @@ fn sync_parent(path: &Path) -> Result<()> {
     }
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(parent).and_then(|dir| dir.sync_all()).map_err(|e| Error::io(parent, e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moellon_tensor::Dtype;
+
+    #[test]
+    fn two_runs_do_not_share_a_product() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let begin = || {
+            let spec = TensorSpec { name: "a".to_owned(), dtype: Dtype::U8, shape: vec![4] };
+            Product::begin(&dir.path().join("model"), &json!({ "command": "test" }), vec![spec], 1000)
+                .map_err(|e| e.to_string())
+        };
+        let first = begin().expect("a new product");
+        let second = begin().err().expect("it is being written");
+        assert!(second.contains("model.journal is in use by another run"), "{second}");
+        drop(first);
+        begin().expect("the run that held it has ended");
+    }
 }
