@@ -213,7 +213,8 @@ def routers(stolen, work):
 
 def large(stolen, work, experts=24):
     """Whole commands on one MoE layer of GLM-5.2's shapes, files not in memory, and what the disk alone takes."""
-    model, stats, experts = Path(work) / "glm-layer", Path(work) / "glm-stats", int(experts)
+    experts = int(experts)
+    model, stats = Path(work) / "glm-layer", Path(work) / "glm-stats"
     shutil.rmtree(model, ignore_errors=True)
     subprocess.run([sys.executable, ROOT / "bench/large_checkpoint.py", model, "--glm-experts", str(experts)], check=True)
     os.sync()
@@ -227,26 +228,30 @@ def large(stolen, work, experts=24):
     def measure(what, options, out):
         fresh(out)
         forget(shards)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         _, seconds, peak = run(*options, "--out", out)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # What a busy machine does not change much.
+        core_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         written = sum(path.stat().st_size for path in out.iterdir())
         shown = " ".join(str(o) for o in options if not str(o).endswith(".rs")).replace(str(work), "WORK")
         commands.append(f"{NAME} {shown} --out OUT")
-        samples.append({"command": what, "seconds": seconds, "peak_resident_bytes": peak, "written_bytes": written})
+        samples.append({"command": what, "seconds": seconds, "core_seconds": core_seconds, "peak_resident_bytes": peak, "written_bytes": written})
         print(samples[-1], flush=True)
-        return seconds, peak, written
+        return seconds, core_seconds, peak, written
 
-    seconds, peak, written = measure("calibrate", ["calibrate", "-m", model, "--text", *texts(CALIBRATION), "--max-tokens", 1024, "--moments", "layer"], stats)
-    rows.append({"command": "calibrate --max-tokens 1024 --moments layer", "s": f"{seconds:.1f}", "weights a second, millions": "-", "GB written": f"{written / 1e9:.2f}", "disk alone, s": f"{read_s + write_seconds(Path(work) / 'probe', written):.1f}", "peak memory, GB": f"{peak / 1e9:.2f}", "peak / layer": f"{peak / layer_bytes:.2f}", "hours for 218 G weights": "-"})
+    seconds, core_seconds, peak, written = measure("calibrate", ["calibrate", "-m", model, "--text", *texts(CALIBRATION), "--max-tokens", 1024, "--moments", "layer"], stats)
+    rows.append({"command": "calibrate --max-tokens 1024 --moments layer", "experts": experts, "s": f"{seconds:.1f}", "core-seconds": f"{core_seconds:.1f}", "weights a second, millions": "-", "GB written": f"{written / 1e9:.2f}", "disk alone, s": f"{read_s + write_seconds(Path(work) / 'probe', written):.1f}", "peak memory, GB": f"{peak / 1e9:.2f}", "peak / layer": f"{peak / layer_bytes:.2f}", "hours for 218 G weights": "-", "by core-seconds, on two cores": "-"})
     weights = source_bytes / 2
-    for format, method in [("affine-3", "rtn"), ("nvfp4", "search"), ("affine-3", "search"), ("affine-3", "gptq")]:
+    for format, method in [("affine-3", "rtn"), ("affine-3", "search"), ("affine-3", "gptq"), ("nvfp4", "search")]:
         out = Path(work) / "glm-quantized"
         options = ["quantize", "-m", model, "--format", format, "--method", method, *(["--stats", stats] if method != "rtn" else [])]
-        seconds, peak, written = measure(f"{format} {method}", options, out)
+        seconds, core_seconds, peak, written = measure(f"{format} {method}", options, out)
         alone = read_s + write_seconds(Path(work) / "probe", written)
-        rows.append({"command": f"quantize --format {format} --method {method}", "s": f"{seconds:.1f}", "weights a second, millions": f"{weights / seconds / 1e6:.1f}", "GB written": f"{written / 1e9:.2f}", "disk alone, s": f"{alone:.1f}", "peak memory, GB": f"{peak / 1e9:.2f}", "peak / layer": f"{peak / layer_bytes:.2f}", "hours for 218 G weights": f"{218e9 / (weights / seconds) / 3600:.1f}"})
+        rows.append({"command": f"quantize --format {format} --method {method}", "experts": experts, "s": f"{seconds:.1f}", "core-seconds": f"{core_seconds:.1f}", "weights a second, millions": f"{weights / seconds / 1e6:.1f}", "GB written": f"{written / 1e9:.2f}", "disk alone, s": f"{alone:.1f}", "peak memory, GB": f"{peak / 1e9:.2f}", "peak / layer": f"{peak / layer_bytes:.2f}", "hours for 218 G weights": f"{218e9 / (weights / seconds) / 3600:.1f}", "by core-seconds, on two cores": f"{218e9 / (weights / core_seconds) / 7200:.1f}"})
         shutil.rmtree(out)
         # GPTQ takes longer than all before it: what there is is kept.
-        write("surgery-large", commands, samples, {"surgery-large": rows}, stolen)
+        write("surgery-large" if experts == 24 else f"surgery-large-{experts}", commands, samples, {"surgery-large": rows}, stolen)
     for folder in (model, stats):
         shutil.rmtree(folder)
 
