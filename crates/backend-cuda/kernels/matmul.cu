@@ -26,12 +26,13 @@ template <int F, bool FAST, int NT> DEVICE void gemv_linear(const MatmulArgs& a)
   const Packed* w[1] = {&part.w};
   u32 S = a.slices, per_block = WARPS / S, slice = warp % S;
   u32 row_tile = (blockIdx.x - a.first_block[k]) * per_block + warp / S, matrix = blockIdx.y;
-  u32 row_tiles = (part.w.rows + 15) / 16;
+  u32 row_tiles = (part.w.rows + 15) / 16, tiles = num_tiles(part.w);
   Stream<F, FAST, NT, 1> stream;
-  // A warp without a row tile of its own repeats one, and nobody reads its sums.
-  if (row_tile >= row_tiles) row_tile = 0;
+  bool active = row_tile < row_tiles;
+  u32 first = slice_start(slice, S, tiles), last = active ? slice_start(slice + 1, S, tiles) : 0;
+  if (!active) row_tile = 0;
   stream.start(ring);
-  stream.aim(w, matrix, row_tile, slice, S);
+  stream.aim(w, matrix, row_tile, first, last);
 #pragma unroll
   for (int i = 0; i < stream.D - 1; i++) stream.issue();
   pdl_wait();
@@ -40,7 +41,7 @@ template <int F, bool FAST, int NT> DEVICE void gemv_linear(const MatmulArgs& a)
   for (int nt = 0; nt < NT; nt++) rows[nt] = row_of<F>(a, nt, a.x.rows, matrix, [](u32 n) { return n; });
   float acc[1][NT][4] = {};
   const u8* scale_base[1] = {row_tile_scales(part.w, matrix, row_tile)};
-  stream.run(acc, w, scale_base, rows, a.x.rows, slice, S, [&] { stream.issue(); });
+  stream.run(acc, w, scale_base, rows, a.x.rows, first, last, [&] { stream.issue(); });
   put<NT>(red[warp], acc[0], lane);
   __syncthreads();
   for (u32 i = threadIdx.x; i < per_block * 16 * a.x.rows; i += blockDim.x) {
@@ -80,12 +81,15 @@ template <int F, bool FAST, int NT> DEVICE void gemv_gate_up(const MatmulArgs& a
   const Packed* w[2] = {&a.part[0].w, &a.part[1].w};
   u32 S = a.slices, per_block = WARPS / S, slice = warp % S;
   u32 row_tile = blockIdx.x * per_block + warp / S;
-  if (row_tile >= (w[0]->rows + 15) / 16) row_tile = 0;
+  u32 row_tiles = (w[0]->rows + 15) / 16, tiles = num_tiles(*w[0]);
+  bool active = row_tile < row_tiles;
+  u32 first = slice_start(slice, S, tiles), last = active ? slice_start(slice + 1, S, tiles) : 0;
+  if (!active) row_tile = 0;
   Stream<F, FAST, NT, 2> stream;
   stream.start(ring);
   u32 expert = 0, count = a.x.rows;
   auto fill = [&] {
-    stream.aim(w, expert, row_tile, slice, S);
+    stream.aim(w, expert, row_tile, first, last);
 #pragma unroll
     for (int i = 0; i < stream.D - 1; i++) stream.issue();
   };
@@ -117,7 +121,7 @@ template <int F, bool FAST, int NT> DEVICE void gemv_gate_up(const MatmulArgs& a
   for (int nt = 0; nt < NT; nt++) rows[nt] = row_of<F>(a, nt, count, 0, [&](u32 n) { return a.routing.ids ? (u32)list[n] : n; });
   float acc[2][NT][4] = {};
   const u8* scale_base[2] = {row_tile_scales(*w[0], expert, row_tile), row_tile_scales(*w[1], expert, row_tile)};
-  stream.run(acc, w, scale_base, rows, count, slice, S, [&] { stream.issue(); });
+  stream.run(acc, w, scale_base, rows, count, first, last, [&] { stream.issue(); });
   put<NT>(red[warp][0], acc[0], lane);
   put<NT>(red[warp][1], acc[1], lane);
   __syncthreads();
@@ -152,6 +156,7 @@ template <int F, bool FAST, int NT> DEVICE void gemv_down(const MatmulArgs& a) {
   const Packed* w[1] = {&a.part[0].w};
   const Routing& r = a.routing;
   u32 S = a.slices, side = WARPS / S, slice = warp % S, total = r.num_tokens * r.top_k;
+  u32 tiles = num_tiles(*w[0]), first = slice_start(slice, S, tiles), last = slice_start(slice + 1, S, tiles);
   if (threadIdx.x == 0) num_unique = 0;
   pdl_wait();
   __syncthreads();
@@ -170,7 +175,7 @@ template <int F, bool FAST, int NT> DEVICE void gemv_down(const MatmulArgs& a) {
   // The ring runs on from one expert to the next.
   auto issue = [&] {
     if (stream.left == 0 && ahead < count_unique) {
-      stream.aim(w, ids[unique[ahead]], blockIdx.x, slice, S);
+      stream.aim(w, ids[unique[ahead]], blockIdx.x, first, last);
       ahead += side;
     }
     stream.issue();
@@ -199,7 +204,7 @@ template <int F, bool FAST, int NT> DEVICE void gemv_down(const MatmulArgs& a) {
     for (int nt = 0; nt < NT; nt++) rows[nt] = row_of<F>(a, nt, count, 0, [&](u32 n) { return (u32)lists[warp][n]; });
     float acc[1][NT][4] = {};
     const u8* scale_base[1] = {row_tile_scales(*w[0], expert, blockIdx.x)};
-    stream.run(acc, w, scale_base, rows, count, slice, S, issue);
+    stream.run(acc, w, scale_base, rows, count, first, last, issue);
 #pragma unroll
     for (int nt = 0; nt < NT; nt++)
 #pragma unroll
@@ -311,7 +316,7 @@ template <int F, bool FAST> DEVICE void gemm(const MatmulArgs& a) {
     }
     asm volatile("cp.async.commit_group;");
   };
-  float acc[R][NT][4] = {}, sum[R][NT][4] = {}, total[R][NT][4] = {};
+  float acc[R][NT][4] = {}, total[R][NT][4] = {};
   Codes<F> codes[R];
   Scales<F, FAST> scales[R];
   auto fetch = [&](u32 j) {
@@ -323,25 +328,21 @@ template <int F, bool FAST> DEVICE void gemm(const MatmulArgs& a) {
       load_scales<F, FAST>(scales[r], w, scales_for<F, FAST>(w, matrix, tile, j), j, g, t);
     }
   };
-  // Where activations are copied from, and where weights are multiplied: the order of gemv's warps.
-  Order<F> ahead, order;
-  ahead.start(0, S, tiles);
-  order.start(0, S, tiles);
-  auto copy_next = [&](u32 q) { copy(q, ahead.slice < S ? ahead.j : tiles); if (ahead.slice < S) ahead.step(); };
 #pragma unroll
-  for (int s = 0; s < GEMM_STAGES - 1; s++) copy_next(s);
-  fetch(order.j);
-  for (u32 i = 0; i < tiles; i++) {
+  for (int s = 0; s < GEMM_STAGES - 1; s++) copy(s, s);
+  fetch(0);
+  // Slice after slice, as gemv's warps add them.
+  u32 slice = 0, end = slice_start(1, S, tiles);
+  for (u32 j = 0; j < tiles; j++) {
     asm volatile("cp.async.wait_group %0;" ::"n"(GEMM_STAGES - 2));
     __syncthreads();
-    const uint4* tile = tile_b[i % GEMM_STAGES];
-    copy_next(i + GEMM_STAGES - 1);
+    const uint4* tile = tile_b[j % GEMM_STAGES];
+    copy(j + GEMM_STAGES - 1, j + GEMM_STAGES - 1);
     Taken<F, FAST> taken[R];
     Scales<F, FAST> used[R];
 #pragma unroll
     for (int r = 0; r < R; r++) { take_apart<F, FAST>(taken[r], codes[r], scales[r]); used[r] = scales[r]; }
-    u32 ended = order.step();
-    fetch(order.slice < S ? order.j : tiles);
+    fetch(j + 1);
 #pragma unroll
     for (int nt = 0; nt < NT; nt++) {
       Columns<BYTES> x;
@@ -358,17 +359,15 @@ template <int F, bool FAST> DEVICE void gemm(const MatmulArgs& a) {
 #pragma unroll
       for (int r = 0; r < R; r++) accumulate<F, FAST>(acc[r][nt], taken[r], used[r], x, halves);
     }
-    if (ended) {
+    if (j + 1 == end) {
+      slice++;
+      end = slice_start(slice + 1, S, tiles);
 #pragma unroll
       for (int r = 0; r < R; r++)
 #pragma unroll
         for (int nt = 0; nt < NT; nt++)
 #pragma unroll
-          for (int k = 0; k < 4; k++) {
-            sum[r][nt][k] += acc[r][nt][k];
-            acc[r][nt][k] = 0.f;
-            if (ended == 2) { total[r][nt][k] += sum[r][nt][k]; sum[r][nt][k] = 0.f; }
-          }
+          for (int k = 0; k < 4; k++) { total[r][nt][k] += acc[r][nt][k]; acc[r][nt][k] = 0.f; }
     }
   }
 #pragma unroll

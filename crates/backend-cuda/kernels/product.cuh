@@ -1,4 +1,4 @@
-// What all matrix products share: arguments, fragments, the ring of tiles. One row of activations: step.cu; more: matmul.cu.
+// What all matrix products share: arguments, fragments, the ring of tiles. One row of activations: decode.cu; more: matmul.cu.
 #pragma once
 #include "packed.cuh"
 
@@ -30,30 +30,6 @@ struct MatmulArgs {
 
 // First tile of a slice: slices are neighbouring tiles.
 DEVICE u32 slice_start(u32 slice, u32 slices, u32 tiles) { return slice * tiles / slices; }
-
-// The order in which sums are taken, which all products share: slice after slice; in a slice of an affine format class after class, a
-// class being every fourth tile. Sums of classes are added in order to that of their slice, sums of slices to the result. (The kernels
-// of one row have a class in each lane of four: `Strip` of strip.cuh.)
-template <int F> struct Order {
-  static constexpr u32 STEP = Is<F>::affine ? 4 : 1;
-  u32 slice, slices, tiles;  // the slice, those in all, tiles in all
-  u32 first, last, j;        // tiles of the slice; the current one
-  METHOD void start(u32 slice_, u32 slices_, u32 tiles_) {
-    slice = slice_; slices = slices_; tiles = tiles_;
-    j = first = slice_start(slice, slices, tiles);
-    last = slice_start(slice + 1, slices, tiles);
-  }
-  // Moves to the next tile. 1: the one before ended a class; 2: a slice.
-  METHOD u32 step() {
-    j += STEP;
-    if (j < last) return 0;
-    u32 next = STEP == 1 ? STEP : (j - first) % STEP + 1;
-    j = first + next;
-    if (next < STEP && j < last) return 1;
-    if (++slice < slices) start(slice, slices, tiles);
-    return 2;
-  }
-};
 
 // c += a b for bytes: a 16x32 unsigned codes, b 32x8 signed digits.
 DEVICE void mma_bytes(int c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -243,9 +219,8 @@ struct Ring {
   static constexpr int RING = D * R * SLOT;
   static constexpr int SCALE_BYTES = FAST ? (Is<F>::e8m0 ? 32 : 64) : 0;  // others are read from memory when they are used
   u32 ring, put_at, take_at;  // shared memory: of this warp; offsets of the slots to fill and to read
-  const u8* code[R];          // the row tile
-  Order<F> ahead;             // the next tile of it
-  u32 tile_bytes;
+  const u8* code[R];          // this lane's part of the next tile
+  u64 stride;                 // bytes to the tile after it
   u32 left;                   // tiles of the slice that are not on their way yet
   u32 lane;
 
@@ -254,35 +229,32 @@ struct Ring {
     ring = (u32)__cvta_generic_to_shared(shared) + threadIdx.x / 32 * RING;
     put_at = take_at = left = 0;
   }
-  // Points the cursor at a slice.
-  METHOD void aim(const Packed* const w[R], u32 matrix, u32 row_tile, u32 slice, u32 slices) {
-    ahead.start(slice, slices, num_tiles(*w[0]));
-    left = ahead.last - ahead.first;
-    tile_bytes = w[0]->tile_words * 4;
+  // Points the cursor at the tiles from `first` to before `last`.
+  METHOD void aim(const Packed* const w[R], u32 matrix, u32 row_tile, u32 first, u32 last) {
+    left = first < last ? last - first : 0;
+    stride = (u64)w[0]->tile_words * 4;
 #pragma unroll
-    for (int r = 0; r < R; r++) code[r] = (const u8*)tile_at(*w[r], matrix, row_tile, 0);
+    for (int r = 0; r < R; r++) code[r] = (const u8*)tile_at(*w[r], matrix, row_tile, first);
   }
   // Starts copying the tile at the cursor, if there is one; counts in any case.
   METHOD void issue() {
     if (left) {
-      u32 at = ahead.j * tile_bytes;
-      ahead.step();
 #pragma unroll
       for (int r = 0; r < R; r++) {
-        const u8* tile = code[r] + at;
         u32 slot = ring + put_at + r * SLOT;
         constexpr int four = N / 4 * 4;
         if constexpr (four > 0) {
-          const u8* from = tile + lane * 16;
+          const u8* from = code[r] + lane * 16;
           u32 to = slot + lane * 16;
 #pragma unroll
           for (int k = 0; k < four; k += 4) copy_async<16>(to + k * 128, from + k * 128);
           if constexpr (SCALE_BYTES > 0) if (lane < SCALE_BYTES / 16) copy_async<16>(to + N * 128, from + N * 128);
         } else if constexpr (SCALE_BYTES > 0) {
-          if (lane < SCALE_BYTES / 16) copy_async<16>(slot + N * 128 + lane * 16, tile + N * 128 + lane * 16);
+          if (lane < SCALE_BYTES / 16) copy_async<16>(slot + N * 128 + lane * 16, code[r] + N * 128 + lane * 16);
         }
-        if constexpr (N % 4 >= 2) copy_async<8>(slot + four * 128 + lane * 8, tile + four * 128 + lane * 8);
-        if constexpr (N % 2 == 1) copy_async<4>(slot + (N - 1) * 128 + lane * 4, tile + (N - 1) * 128 + lane * 4);
+        if constexpr (N % 4 >= 2) copy_async<8>(slot + four * 128 + lane * 8, code[r] + four * 128 + lane * 8);
+        if constexpr (N % 2 == 1) copy_async<4>(slot + (N - 1) * 128 + lane * 4, code[r] + (N - 1) * 128 + lane * 4);
+        code[r] += stride;
       }
       left--;
     }
@@ -326,24 +298,22 @@ struct Stream : Ring<F, FAST, R> {
   static constexpr bool BYTES = Is<F>::affine;
   // Multiplies the tiles of a slice, which have been issued in this order, with `count` rows; `refill` keeps the ring full.
   template <typename Refill>
-  METHOD void run(float sum[R][NT][4], const Packed* const w[R], const u8* const scale_base[R], const Row rows[NT], u32 count, u32 slice, u32 slices, Refill refill) {
+  METHOD void run(float acc[R][NT][4], const Packed* const w[R], const u8* const scale_base[R], const Row rows[NT], u32 count, u32 first, u32 last, Refill refill) {
+    if (first >= last) return;
     u32 cols = w[0]->cols, t = lane % 4;
     bool halves = w[0]->group == 32;
-    Order<F> order;
-    order.start(slice, slices, num_tiles(*w[0]));
-    u32 left = order.last - order.first;
-    // This lane's activations of a tile.
-    auto columns = [&](Columns<BYTES> x[NT], u32 j) {
-      u32 at = BYTES ? j * DIGITS_BYTES : j * 64 + 8 * t;
+    // Offsets of this lane's activations, relative to each row.
+    u32 at = BYTES ? first * DIGITS_BYTES + 16 * t : first * 64 + 8 * t, step = BYTES ? DIGITS_BYTES : 64;
+    auto columns = [&](Columns<BYTES> x[NT]) {
 #pragma unroll
       for (int nt = 0; nt < NT; nt++) {
         if (NT > 2 && nt * 8 >= count) continue;
         if constexpr (BYTES) {
           const uint4 zero = make_uint4(0, 0, 0, 0);
-          x[nt].high = rows[nt].digits ? *(const uint4*)(rows[nt].digits + at + 16 * t) : zero;
-          x[nt].low = rows[nt].digits ? *(const uint4*)(rows[nt].digits + at + 16 * t + 64) : zero;
+          x[nt].high = rows[nt].digits ? *(const uint4*)(rows[nt].digits + at) : zero;
+          x[nt].low = rows[nt].digits ? *(const uint4*)(rows[nt].digits + at + 64) : zero;
 #pragma unroll
-          for (int k = 0; k < 2; k++) x[nt].about[k] = *(const float4*)(rows[nt].about[k] + at + 128);
+          for (int k = 0; k < 2; k++) x[nt].about[k] = *(const float4*)(rows[nt].about[k] + (at - 16 * t) + 128);
         } else {
 #pragma unroll
           for (int h = 0; h < 2; h++)
@@ -351,12 +321,11 @@ struct Stream : Ring<F, FAST, R> {
         }
       }
     };
-    float acc[R][NT][4] = {};
+    u32 j = first;
     auto tile = [&](Columns<BYTES> now[NT], Columns<BYTES>* next) {
-      u32 slot = Base::next(), j = order.j, ended = order.step();
-      left--;
+      u32 slot = Base::next();
       refill();
-      if (next && left) columns(next, order.j);
+      if (next && j + 1 < last) { at += step; columns(next); }
 #pragma unroll
       for (int r = 0; r < R; r++) {
         Codes<F> codes;
@@ -368,31 +337,23 @@ struct Stream : Ring<F, FAST, R> {
         for (int nt = 0; nt < NT; nt++)
           if (NT <= 2 || nt * 8 < count) accumulate<F, FAST>(acc[r][nt], taken, scales, now[nt], halves);
       }
-      if (ended) {
-#pragma unroll
-        for (int r = 0; r < R; r++)
-#pragma unroll
-          for (int nt = 0; nt < NT; nt++)
-#pragma unroll
-            for (int k = 0; k < 4; k++) { sum[r][nt][k] += acc[r][nt][k]; acc[r][nt][k] = 0.f; }
-      }
+      j++;
     };
-    if (left == 0) return;
     if constexpr (NT <= 2) {
       // The next columns are on their way while these are multiplied.
       Columns<BYTES> x[2][NT];
-      columns(x[0], order.j);
+      columns(x[0]);
       while (true) {
         tile(x[0], x[1]);
-        if (left == 0) break;
+        if (j >= last) break;
         tile(x[1], x[0]);
-        if (left == 0) break;
+        if (j >= last) break;
       }
     } else {
       // No registers are left for that.
       Columns<BYTES> x[NT];
-      while (left) {
-        columns(x, order.j);
+      for (; j < last; at += step) {
+        columns(x);
         tile(x, nullptr);
       }
     }

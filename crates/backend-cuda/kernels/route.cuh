@@ -1,4 +1,4 @@
-// The router's choice, by one warp a token. Nothing is unrolled: it runs once a layer, and its instructions are fetched from far away.
+// The router's choice, by one warp a token.
 #pragma once
 #include "common.cuh"
 
@@ -17,7 +17,6 @@ DEVICE u32 ordered(float x) { u32 b = __float_as_uint(x); return b ^ ((b >> 31) 
 // The first of the largest values of one lane's share.
 DEVICE void best_of_lane(const float* values, u32 n, u32 lane, u32& key, u32& at) {
   key = 0; at = 0xffffffffu;
-#pragma unroll 1
   for (u32 e = lane; e < n; e += 32) {
     u32 k = ordered(values[e]);
     if (at == 0xffffffffu || k > key) { key = k; at = e; }
@@ -35,33 +34,25 @@ DEVICE void route_row(const RouteArgs& a, u32 t, float* shared, u32& my_id, floa
   float *scores = shared, *choice = shared + n, *groups = shared + 2 * n;
   const float* logits = a.logits.p + (u64)t * a.logits.stride;
   if (a.scoring == 0) {
-#pragma unroll 1
     for (u32 e = lane; e < n; e += 32) scores[e] = sigmoid(logits[e]);
   } else if (a.scoring == 1) {
     float max = -INFINITY, sum = 0.f;
-#pragma unroll 1
     for (u32 e = lane; e < n; e += 32) max = fmaxf(max, logits[e]);
     max = warp_max(max);
-#pragma unroll 1
     for (u32 e = lane; e < n; e += 32) { float x = expf(logits[e] - max); scores[e] = x; sum += x; }
     sum = warp_sum(sum);
-#pragma unroll 1
     for (u32 e = lane; e < n; e += 32) scores[e] /= sum;
   } else {
-#pragma unroll 1
     for (u32 e = lane; e < n; e += 32) scores[e] = logits[e];
   }
-#pragma unroll 1
   for (u32 e = lane; e < n; e += 32) choice[e] = scores[e] + (a.correction_bias ? a.correction_bias[e] : 0.f);
   __syncwarp();
   u32 key, at;
   if (a.n_group > 1) {
     u32 size = n / a.n_group;
-#pragma unroll 1
     for (u32 g = lane; g < a.n_group; g += 32) {
       groups[a.n_group + g] = 0.f;  // becomes 1 where the group is kept
       float first = -INFINITY, second = -INFINITY;
-#pragma unroll 1
       for (u32 e = 0; e < size; e++) {
         float x = choice[g * size + e];
         if (x > first) { second = first; first = x; } else if (x > second) second = x;
@@ -69,7 +60,6 @@ DEVICE void route_row(const RouteArgs& a, u32 t, float* shared, u32& my_id, floa
       groups[g] = size > 1 ? first + second : first;
     }
     __syncwarp();
-#pragma unroll 1
     for (u32 k = 0; k < a.topk_group; k++) {
       best_of_lane(groups, a.n_group, lane, key, at);
       u32 g = best_of_warp(key, at);
@@ -77,14 +67,12 @@ DEVICE void route_row(const RouteArgs& a, u32 t, float* shared, u32& my_id, floa
       if (lane == 0) { groups[g] = -INFINITY; groups[a.n_group + g] = 1.f; }
       __syncwarp();
     }
-#pragma unroll 1
     for (u32 e = lane; e < n; e += 32) if (groups[a.n_group + e / size] != 1.f) choice[e] = -INFINITY;
     __syncwarp();
   }
   float mine = 0.f;
   my_id = 0;
   best_of_lane(choice, n, lane, key, at);
-#pragma unroll 1
   for (u32 k = 0; k < a.top_k; k++) {
     u32 e = best_of_warp(key, at);
     if (lane == k) { mine = scores[e]; my_id = e; }
@@ -99,13 +87,11 @@ DEVICE void route_row(const RouteArgs& a, u32 t, float* shared, u32& my_id, floa
     float max = warp_max(active ? mine : -INFINITY);
     mine = active ? expf(mine - max) : 0.f;
     float sum = 0.f;
-#pragma unroll 1
     for (u32 k = 0; k < a.top_k; k++) sum += __shfl_sync(0xffffffffu, mine, k);
     mine /= sum;
   }
   if (a.norm_topk_prob) {
     float sum = 0.f;
-#pragma unroll 1
     for (u32 k = 0; k < a.top_k; k++) sum += __shfl_sync(0xffffffffu, active ? mine : 0.f, k);
     mine /= sum + 1e-20f;
   }

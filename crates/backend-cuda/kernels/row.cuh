@@ -72,24 +72,14 @@ DEVICE void digits8(const float v[8], u8* tile) {
   }
 }
 
-// 1 / rms of a row in registers: sums of squares of the 256 columns of a warp in a step, then of those in order, step after step.
+// 1 / rms of a row in registers.
 DEVICE float inverse_rms(const float v[][8], int steps, u32 cols, float eps, float* scratch) {
-  __syncthreads();
-  u32 warp = threadIdx.x / 32, warps = (blockDim.x + 31) / 32, parts = 0;
+  float sum = 0.f;
 #pragma unroll
-  for (int i = 0; i < steps; i++) {
-    if (i * ROW_COLUMNS >= cols) break;
-    float sum = 0.f;
+  for (int i = 0; i < steps; i++)
 #pragma unroll
     for (int k = 0; k < 8; k++) sum = fmaf(v[i][k], v[i][k], sum);
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) scratch[i * 8 + warp] = sum;
-    parts = i * 8 + warps;
-  }
-  __syncthreads();
-  float sum = 0.f;
-  for (u32 i = 0; i < parts; i++) sum += scratch[i];
-  return rsqrtf(sum / (float)cols + eps);
+  return rsqrtf(block_sum(sum, scratch) / (float)cols + eps);
 }
 
 // Rotates one pair of the head that starts at column `head` of row `t`.

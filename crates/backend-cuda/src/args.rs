@@ -378,7 +378,7 @@ pub(crate) struct Twin {
     pub(crate) x: Mat,
 }
 
-/// `RowInput` of `step.cu`.
+/// `RowInput` of `decode.cu`.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct RowInput {
@@ -391,19 +391,20 @@ pub(crate) struct RowInput {
     pub(crate) out_digits: DevicePtr,
 }
 
-/// `LineStage` of `step.cu`.
+/// `LineArgs` of `decode.cu`.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
-pub(crate) struct LineStage {
+pub(crate) struct Line {
     pub(crate) part: [Part; 4],
     pub(crate) first_unit: [u32; 5],
     pub(crate) num_parts: u32,
+    pub(crate) slices: u32,
+    pub(crate) pad: u32,
     pub(crate) input: RowInput,
     pub(crate) residual: Mat,
-    pub(crate) route: Route,
 }
 
-/// `Latent` of `step.cu`.
+/// `Latent` of `decode.cu`.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct Latent {
@@ -422,86 +423,72 @@ pub(crate) struct Latent {
     pub(crate) eps: f32,
 }
 
-/// `HeadsStage` of `step.cu`.
+/// `HeadsArgs` of `decode.cu`.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
-pub(crate) struct HeadsStage {
+pub(crate) struct Heads {
     pub(crate) w: Packed,
     pub(crate) out: Mat,
     pub(crate) out_digits: DevicePtr,
     pub(crate) x: DevicePtr,
     pub(crate) x_head_stride: u32,
-    pub(crate) num_heads: u32,
+    pub(crate) slices: u32,
     pub(crate) joins: u32,
     pub(crate) has_latent: u32,
     pub(crate) attend: Attend,
     pub(crate) latent: Latent,
 }
 
-/// `PairStage` of `step.cu`.
+/// `RouterArgs` of `decode.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Router {
+    pub(crate) weights: DevicePtr,
+    pub(crate) bias: DevicePtr,
+    pub(crate) out: Mat,
+    pub(crate) input: RowInput,
+    pub(crate) rows: u32,
+    pub(crate) cols: u32,
+}
+
+/// `UpPair` of `decode.cu`.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
-pub(crate) struct PairStage {
+pub(crate) struct UpPair {
     pub(crate) gate: Packed,
     pub(crate) up: Packed,
     pub(crate) out: Mat,
-    pub(crate) input: RowInput,
-    pub(crate) router: DevicePtr,
-    pub(crate) router_bias: DevicePtr,
-    pub(crate) router_out: Mat,
-    pub(crate) router_rows: u32,
-    pub(crate) router_kind: u32,
-    pub(crate) top_k: u32,
-    pub(crate) pad: u32,
-    pub(crate) activation: Activation,
+    pub(crate) x: DevicePtr,
 }
 
-/// `DownStage` of `step.cu`.
+/// `UpArgs` of `decode.cu`.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
-pub(crate) struct DownStage {
+pub(crate) struct Up {
+    pub(crate) routed: UpPair,
+    pub(crate) shared: UpPair,
+    pub(crate) shared_blocks: u32,
+    pub(crate) slices: u32,
+    pub(crate) chooses: u32,
+    pub(crate) pad: u32,
+    pub(crate) route: Route,
+    pub(crate) activation: Activation,
+    pub(crate) h_digits: DevicePtr,
+    pub(crate) arrived: DevicePtr,
+}
+
+/// `DownArgs` of `decode.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Down {
     pub(crate) w: Packed,
     pub(crate) out: Mat,
+    pub(crate) weights: Mat,
     pub(crate) plus: Mat,
     pub(crate) residual: Mat,
-    pub(crate) h: DevicePtr,
-    pub(crate) top_k: u32,
-    pub(crate) pad: u32,
-}
-
-/// The stages of `StageKind` in `step.cu`, in its order.
-pub(crate) const STAGE_LINE: u32 = 0;
-pub(crate) const STAGE_HEADS: u32 = 1;
-pub(crate) const STAGE_PAIR: u32 = 2;
-pub(crate) const STAGE_DOWN: u32 = 3;
-
-/// What a stage does.
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub(crate) union StageBody {
-    pub(crate) line: LineStage,
-    pub(crate) heads: HeadsStage,
-    pub(crate) pair: PairStage,
-    pub(crate) down: DownStage,
-}
-
-/// `Stage` of `step.cu`.
-#[derive(Clone, Copy)]
-#[repr(C, align(16))]
-pub(crate) struct Stage {
-    pub(crate) kind: u32,
-    pub(crate) waits: u32,
+    pub(crate) ids: DevicePtr,
+    pub(crate) x: DevicePtr,
+    pub(crate) part_bytes: u64,
     pub(crate) slices: u32,
-    pub(crate) x_at: u32,
-    pub(crate) body: StageBody,
-}
-
-/// `StepArgs` of `step.cu`.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub(crate) struct Step {
-    pub(crate) stages: DevicePtr,
-    pub(crate) arrived: DevicePtr,
-    pub(crate) num_stages: u32,
-    pub(crate) pad: u32,
+    pub(crate) top_k: u32,
 }

@@ -1,8 +1,8 @@
 //! The back end: memory, weights, caches, and steps that are recorded and replayed.
 
+mod decode;
 mod operations;
 mod products;
-mod step;
 
 use crate::args;
 use crate::args::Mat;
@@ -20,7 +20,6 @@ use moellon_ops::{
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::path::PathBuf;
-use step::{Stages, Table};
 
 /// Rows up to which products stream weights once past all rows in registers (`gemv`); more go through `gemm`. The results
 /// are the same bits.
@@ -31,7 +30,7 @@ const WARPS: usize = 8;
 const DOWN_SLOTS: usize = 256;
 /// Keys that attention keeps in shared memory at a time (`TILE`).
 const TILE: u32 = 32;
-/// Counters that kernels of a step share: routed pairs of step.cu have one for 64 hidden values of the chosen experts.
+/// Counters that kernels of a step share: `up` has one for 64 hidden values of the chosen experts.
 const COUNTERS: usize = 4096;
 /// Most bytes of partial attention results at a time.
 const PARTIAL_BYTES: usize = 256 << 20;
@@ -86,7 +85,7 @@ pub struct CudaBackend {
     scratch: [Scratch; 2],
     partial: Scratch,
     sorted: Scratch,
-    /// Counters of routed pairs in step.cu: zero between two steps.
+    /// Counters of `up` in decode.cu: zero between two steps.
     arrived: Scratch,
     /// Whose choices `sorted` holds.
     sorted_for: Option<Tensor>,
@@ -95,8 +94,6 @@ pub struct CudaBackend {
     recording: Option<u64>,
     /// The operations of the step that is being recorded.
     program: Option<Vec<Op>>,
-    /// Those of them that wait to be launched as one kernel.
-    stages: Stages,
     kernels: Kernels,
     // Last: everything above is freed before the context is given back.
     device: Device,
@@ -106,10 +103,9 @@ pub struct CudaBackend {
 enum Recording {
     /// It ran once, operation by operation, which made all scratch memory.
     Seen,
-    /// It ran with operations fused, which loaded all kernels and made the tables of stages; the next time it is recorded.
-    Fused(Vec<Table>),
-    /// The graph points at the tables.
-    Ready(Graph, #[allow(dead_code)] Vec<Table>),
+    /// It ran with operations fused, which loaded all kernels; the next time it is recorded.
+    Fused,
+    Ready(Graph),
 }
 
 impl CudaBackend {
@@ -151,7 +147,6 @@ impl CudaBackend {
             graphs: HashMap::new(),
             recording: None,
             program: None,
-            stages: Stages::default(),
             kernels,
             device,
         })
@@ -281,7 +276,7 @@ impl Backend for CudaBackend {
 
     fn replay(&mut self, key: u64) -> Result<bool> {
         match self.graphs.get(&key) {
-            Some(Recording::Ready(graph, _)) => self.device.launch_graph(graph).map(|()| true),
+            Some(Recording::Ready(graph)) => self.device.launch_graph(graph).map(|()| true),
             _ => Ok(false),
         }
     }
@@ -307,19 +302,21 @@ impl Backend for CudaBackend {
             self.graphs.remove(&key);
             return Ok(());
         }
-        let Some(Recording::Fused(tables)) = self.graphs.remove(&key) else {
-            let (launched, tables) = self.run_program(&program, None);
-            launched?;
-            self.graphs.insert(key, Recording::Fused(tables));
+        if matches!(self.graphs.get(&key), Some(Recording::Seen)) {
+            self.run_program(&program)?;
+            self.graphs.insert(key, Recording::Fused);
             return Ok(());
-        };
+        }
         self.device.begin_capture()?;
-        let (launched, tables) = self.run_program(&program, Some(tables));
+        let launched = self.run_program(&program);
         let graph = self.device.end_capture();
-        launched?;
+        if let Err(error) = launched {
+            self.graphs.remove(&key);
+            return Err(error);
+        }
         let graph = graph?;
         self.device.launch_graph(&graph)?;
-        self.graphs.insert(key, Recording::Ready(graph, tables));
+        self.graphs.insert(key, Recording::Ready(graph));
         Ok(())
     }
 

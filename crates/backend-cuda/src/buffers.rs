@@ -155,12 +155,6 @@ impl DeviceBuffer {
         self.digits.iter().any(|d| d.current && d.region == region && d.parts == parts)
     }
 
-    /// Whether the view's twin is current.
-    pub(crate) fn has_twin(&self, tensor: Tensor) -> bool {
-        let region = Region::of(tensor);
-        self.twin.is_some() && self.current.iter().any(|r| r.contains(&region))
-    }
-
     /// Floats were written without the other forms.
     pub(crate) fn written_by_host(&mut self) {
         self.current.clear();

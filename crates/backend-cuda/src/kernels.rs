@@ -13,7 +13,7 @@ struct Images {
     pack: &'static [u8],
     matmul: &'static [u8],
     attention: &'static [u8],
-    step: &'static [u8],
+    decode: &'static [u8],
 }
 
 const IMAGES: [Images; 1] = [Images {
@@ -22,7 +22,7 @@ const IMAGES: [Images; 1] = [Images {
     pack: include_bytes!("../cubin/sm_90a/pack.cubin.gz"),
     matmul: include_bytes!("../cubin/sm_90a/matmul.cubin.gz"),
     attention: include_bytes!("../cubin/sm_90a/attention.cubin.gz"),
-    step: include_bytes!("../cubin/sm_90a/step.cubin.gz"),
+    decode: include_bytes!("../cubin/sm_90a/decode.cubin.gz"),
 }];
 
 /// Dynamic shared memory that attention kernels may ask for: what a multiprocessor of an H100 or H200 has, less the reserved kilobyte.
@@ -30,10 +30,10 @@ pub(crate) const ATTENTION_SHARED: u32 = 226 * 1024;
 /// The same for products: the ring of tiles and the results of 128 choices of experts.
 const PRODUCT_SHARED: u32 = 160 * 1024;
 
-/// Dynamic shared memory of `step`: the rings with their barriers, and behind them the rows (`RING_BYTES` of step.cu).
-pub(crate) const STEP_RING: u32 = 24 * 3 * (2304 + 16);
-/// Most bytes of rows.
-pub(crate) const STEP_ROWS: u32 = 48 << 10;
+/// Dynamic shared memory of a kernel for one row.
+fn decode_shared(name: &str) -> u32 {
+    if name.starts_with("router") { 0 } else { PRODUCT_SHARED }
+}
 
 fn unpacked(image: &[u8]) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
@@ -49,7 +49,7 @@ pub(crate) struct Kernels {
     pack: Module,
     matmul: Module,
     attention: Module,
-    step: Module,
+    decode: Module,
 }
 
 impl Kernels {
@@ -69,7 +69,7 @@ impl Kernels {
                 pack: load("pack")?,
                 matmul: load("matmul")?,
                 attention: load("attention")?,
-                step: load("step")?,
+                decode: load("decode")?,
             });
         }
         let Some(images) = IMAGES.iter().find(|i| i.capability == device.capability) else {
@@ -86,7 +86,7 @@ impl Kernels {
             pack: device.load_module("pack", &unpacked(images.pack)?)?,
             matmul: device.load_module("matmul", &unpacked(images.matmul)?)?,
             attention: device.load_module("attention", &unpacked(images.attention)?)?,
-            step: device.load_module("step", &unpacked(images.step)?)?,
+            decode: device.load_module("decode", &unpacked(images.decode)?)?,
         })
     }
 
@@ -103,10 +103,13 @@ impl Kernels {
         self.matmul.kernel(name, if streams { PRODUCT_SHARED } else { 0 })
     }
 
-    /// The kernel of steps of one row whose routed experts have one format and whose other weights have another, if these are a pair that
-    /// kernels were made for.
-    pub(crate) fn step(&mut self, experts: &str, rest: &str) -> Result<Option<Kernel>> {
-        self.step.find(&format!("step_{experts}_{rest}"), STEP_RING + STEP_ROWS)
+    pub(crate) fn decode(&mut self, name: &str) -> Result<Kernel> {
+        self.decode.kernel(name, decode_shared(name))
+    }
+
+    /// Whether there is such a kernel for one row.
+    pub(crate) fn has_decode(&mut self, name: &str) -> Result<bool> {
+        Ok(self.decode.find(name, decode_shared(name))?.is_some())
     }
 
     pub(crate) fn attention(&mut self, name: &str) -> Result<Kernel> {

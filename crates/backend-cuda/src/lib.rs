@@ -10,7 +10,7 @@
 //! | `program` | operations as values, so that a step can be looked at before it is launched |
 //!
 //! Kernels are CUDA C++ in `kernels/`; `packed.cuh` says how quantized weights lie in memory and why, `matmul.cu` and, for one row,
-//! `step.cu` how they are multiplied. Activations are f32; products with quantized weights round them to bfloat16 (what these models were trained
+//! `decode.cu` how they are multiplied. Activations are f32; products with quantized weights round them to bfloat16 (what these models were trained
 //! with) and sum in f32 on the tensor cores. Plain weights are multiplied in f32.
 
 mod args;

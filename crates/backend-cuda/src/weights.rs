@@ -53,6 +53,22 @@ pub(crate) fn ring_bytes(format: WeightFormat, matrices: u32) -> u32 {
     8 * slots * matrices * (words * 128 + 64)
 }
 
+/// Shared memory of a kernel for one row that streams tiles of `matrices` matrices: `Pipe` of decode.cu, for a block of eight warps.
+pub(crate) fn pipe_bytes(format: WeightFormat, matrices: u32) -> u32 {
+    let (tiles, slots) = match (matrices, lane_words(format) > 5) {
+        (1, false) => (4, 3),
+        (1, true) => (2, 4),
+        _ => (2, 3),
+    };
+    8 * (slots * matrices * tiles * tile_bytes(format) + 64)
+}
+
+/// Bytes of a tile with its scales behind it.
+pub(crate) fn tile_bytes(format: WeightFormat) -> u32 {
+    let scales = if matches!(format, WeightFormat::Mxfp4 | WeightFormat::Mxfp8) { 32 } else { 64 };
+    lane_words(format) as u32 * 128 + scales
+}
+
 /// Words of codes that a lane has in a tile (`Words` of packed.cuh).
 fn lane_words(format: WeightFormat) -> u64 {
     match format {

@@ -23,6 +23,11 @@ pub(super) struct Input {
 }
 
 impl Input {
+    /// Where the digits lie, 0 without.
+    pub(super) fn digits(&self) -> DevicePtr {
+        self.digits
+    }
+
     /// The arguments of a product, the weights left out.
     pub(super) fn args(&self, cols: usize, routing: Routing) -> Matmul {
         Matmul {
