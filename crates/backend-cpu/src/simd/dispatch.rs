@@ -207,6 +207,7 @@ impl Level {
     }
 
     /// Whether it has tile registers, so that [`Level::call_with_tiles`] may be called.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn has_tiles(self) -> bool {
         self.name == CpuLevel::Avx512Amx
     }
