@@ -44,8 +44,8 @@ def exercise(server, operation, mode, examples):
 def main():
     examples = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
     stolen, samples = steal_ticks(), []
-    # Short answers: how long they are does not matter to what may be asked.
-    with Server("--max-tokens", 4) as server:
+    # Short answers: how long they are does not matter to what may be asked, and a legal request may ask for any length.
+    with Server("--max-tokens", 4, "--context", 512) as server:
         document = schemathesis.openapi.from_url(f"http://127.0.0.1:{server.port}/openapi.json")
         for found in document.get_all_operations():
             operation = found.ok()

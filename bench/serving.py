@@ -419,7 +419,7 @@ def thinking(stolen):
         total = lambda key: sum(sample[key] for sample in of) / 8
         rows.append({
             "--thinking": policy, "steps": len(session), "of them with a thought": f"{sum(s['thinking'] > 0 for s in of) / 8:.1f}",
-            "tokens a session": f"{total('tokens'):.0f}", "of them thinking": f"{total('thinking'):.0f}", "seconds a session": f"{total('seconds'):.2f}",
+            "tokens a session": f"{total('tokens'):.0f}", "of them thinking": f"{total('thinking'):.0f}",
         })
     print(rows, file=sys.stderr)
     write("serving-thinking", commands, samples, {"serving-thinking": rows}, stolen)
