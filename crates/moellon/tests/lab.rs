@@ -111,7 +111,7 @@ fn a_lever_leaves_a_receipt_that_holds_and_a_report_shows_it() {
     std::fs::write(folder.path().join("receipts/half.json"), "{\"schema\": 2, ").expect("written");
     let said = stdout(&["doctor", "--receipts", &receipts]);
     assert!(said.contains("not a receipt") && said.contains("half.json: EOF while parsing"), "{said}");
-    assert!(said.contains("Measured here: two at once") || said.contains("No lever was tested"), "{said}");
+    assert!(!said.contains("No lever was tested"), "{said}");
     let report: Value = serde_json::from_str(&stdout(&["report", "--receipts", &receipts, "--json"])).expect("JSON");
     assert_eq!(report["unread_receipts"].as_array().map(Vec::len), Some(1));
 }

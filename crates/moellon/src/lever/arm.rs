@@ -52,7 +52,9 @@ pub fn refusal(base: &Base, setting: &Setting) -> Option<String> {
         return Some(format!("this machine has {} cores", base.machine.cores));
     }
     if setting.steps.as_deref() == Some("persistent") {
-        return Some("this build runs a step as a graph; it has no persistent kernel".to_owned());
+        return Some(
+            "this build runs a step as a graph: the persistent kernel was slower and was taken out".to_owned(),
+        );
     }
     match setting.backend.as_deref() {
         Some("cuda") if !has_nvidia(&base.machine) => Some("needs an NVIDIA GPU".to_owned()),
