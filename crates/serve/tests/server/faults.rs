@@ -243,7 +243,8 @@ async fn a_request_is_one_line_of_the_log_and_keys_are_in_none() {
     let miss = moellon_engine::CacheMiss { position: 3, found: id("b"), cached: Some(id("a")) };
     let server = TestServer::start(options, move |prompt, _| ScriptedAnswer {
         cached_tokens: 3,
-        miss: prompt.contains("hi").then(|| miss.clone()),
+        // Not "hi": the template says "think".
+        miss: prompt.contains("hello").then(|| miss.clone()),
         ..ScriptedAnswer::text("thought</think>one two")
     })
     .await;
@@ -251,9 +252,9 @@ async fn a_request_is_one_line_of_the_log_and_keys_are_in_none() {
         let body = json!({"messages": [{"role": "user", "content": content}]}).to_string();
         server.request("POST", PATH, headers, body.as_bytes()).await.status
     };
-    assert_eq!(ask("hi", &[("authorization", "Bearer sk-very-secret"), ("x-request-id", "mine")]).await, 200);
+    assert_eq!(ask("hello", &[("authorization", "Bearer sk-very-secret"), ("x-request-id", "mine")]).await, 200);
     assert_eq!(ask("you", &[("x-api-key", "sk-very-secret"), ("x-request-id", "mine-too")]).await, 200);
-    assert_eq!(ask("hi", &[("x-api-key", "sk-almost-secret")]).await, 401);
+    assert_eq!(ask("hello", &[("x-api-key", "sk-almost-secret")]).await, 401);
     let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
     assert!(!text.contains("very-secret") && !text.contains("almost-secret"), "{text}");
     let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
