@@ -52,7 +52,13 @@ fn a_lever_leaves_a_receipt_that_holds_and_a_report_shows_it() {
     assert_eq!((receipt["schema"].as_u64(), receipt["kind"].as_str()), (Some(2), Some("levers")));
     // Two sequences beside each other write what one writes alone.
     assert_eq!(point["measured"]["same_output"], true);
-    assert!(point["measured"]["a"]["samples_s"].as_array().is_some_and(|samples| !samples.is_empty()), "{point}");
+    // On a machine that others keep busy every window is discarded, and the receipt says so.
+    let samples = point["measured"]["a"]["samples_s"].as_array().map(Vec::len);
+    let kept = point["measured"]["windows"]["kept"].as_u64();
+    assert!(
+        samples.is_some_and(|samples| samples > 0) || (kept, &point["verdict"]) == (Some(0), &Value::from("undecided")),
+        "{point}"
+    );
     assert!(point["bytes"][1]["bytes_per_token"].as_f64() < point["bytes"][0]["bytes_per_token"].as_f64());
     assert_eq!(receipt["verdicts"][1]["verdict"], "not_applicable");
     // What was claimed before stands beside what was found, in the same unit.
@@ -65,7 +71,7 @@ fn a_lever_leaves_a_receipt_that_holds_and_a_report_shows_it() {
 
     // Again: the same program, lever, model and machine. Whether the verdict is the same is up to how busy the machine is.
     let again = stdout(&["lever", "run", "quick", "--levers", &levers, "--receipts", &receipts, "--name", "u"]);
-    assert!(again.contains(" of 1 verdicts as before"), "{again}");
+    assert!(again.contains("verdicts as before"), "{again}");
     let fresh = ["lever", "run", "quick", "--levers", &levers, "--receipts", &receipts, "--no-receipt", "--fresh"];
     assert!(!stdout(&fresh).contains("as before"));
 

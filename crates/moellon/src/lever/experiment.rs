@@ -96,7 +96,8 @@ impl Reads {
 
     fn bytes(&self, side: &Side) -> Option<ArmBytes> {
         let (bytes_per_token, read_gb_s) = (self.bytes_per_token(side)?, self.cost.bandwidth / 1e9);
-        let gb_s = bytes_per_token / side.median_s / 1e9;
+        // Without a window that counts there is no rate; an infinite one could not be read back from the receipt.
+        let gb_s = if side.median_s > 0.0 { bytes_per_token / side.median_s / 1e9 } else { 0.0 };
         Some(ArmBytes { bytes_per_token, gb_s, bandwidth_share: gb_s / read_gb_s, read_gb_s })
     }
 }
