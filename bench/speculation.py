@@ -4,6 +4,7 @@
     python3 bench/speculation.py bundled       # plain and speculating decoding of the bundled model, text by text
     python3 bench/speculation.py experiments   # MTP acceptance with whole and with broken heads, DSA, fewer experts, batches
     python3 bench/speculation.py replay qwen3-30b-a3b:layers=4   # verify cost and gain on published shapes
+    python3 bench/speculation.py floor qwen3-30b-a3b:layers=4    # what the governor costs where no draft is right
     python3 bench/speculation.py replay-lines PRESET FILE COMMAND  # the same from what a run on another machine printed
     cargo xtask docs --write
 
@@ -362,6 +363,18 @@ def replay(stolen, preset, *flags):
     replay_receipt(stolen, preset, [f"{NAME} {' '.join(arguments)}"], [json.loads(line) for line in lines])
 
 
+def floor(stolen, preset, *flags):
+    """Plain and governed decoding in turn, in one engine, where every draft is wrong or nearly every one."""
+    arguments = ["bench", "--synthetic", preset, "--speculate", "replay:p=0.0/0.1,overlap=0.26", "--batch", "1,4", "--windows", "9", "--steps", "60", *flags]
+    reports = [json.loads(line) for line in receipts.run(*arguments, "--json")[0].splitlines()]
+    rows = [
+        {"model": preset, "right": report["acceptance"], "batch": r["batch"], "plain, ms a token": f"{r['plain_ms']:.2f}", "governed": f"{r['drafted_ms']:.2f}", "factor": f"{r['factor']:.3f}x", "drafts a step": f"{r['depth']:.2f}"}
+        for report in reports for r in report["results"]
+    ]
+    where = "-cuda" if reports[0]["backend"].startswith("cuda") else ""
+    write(f"speculation-floor-{preset.split(':')[0]}{where}", [f"{NAME} {' '.join(arguments)}"], reports, {"speculation-floor": rows}, stolen)
+
+
 def replay_receipt(stolen, preset, commands, reports, machine=None):
     rows, verify, seen = [], [], set()
     for report in reports:
@@ -410,6 +423,8 @@ def main():
             experiments(stolen)
         case ["replay", preset, *flags]:
             replay(stolen, preset, *flags)
+        case ["floor", preset, *flags]:
+            floor(stolen, preset, *flags)
         case ["replay-lines", preset, path, *command]:
             # What a machine without Python has printed.
             reports = [json.loads(line) for line in Path(path).read_text().splitlines()]

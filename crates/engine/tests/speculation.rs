@@ -51,10 +51,15 @@ fn engine(speculation: Option<SpeculationOptions>) -> Engine {
 }
 
 fn engine_with_draft_model() -> Engine {
+    drafted_by_layers(3, always(false, false))
+}
+
+/// The first layers of the model draft for it; all of them are always right.
+fn drafted_by_layers(layers: usize, speculation: SpeculationOptions) -> Engine {
     let mut backend = support::cpu();
     let model = decoder(backend.as_mut(), None);
-    let draft = decoder(backend.as_mut(), Some(3));
-    let options = EngineOptions { speculation: Some(always(false, false)), ..EngineOptions::default() };
+    let draft = decoder(backend.as_mut(), Some(layers));
+    let options = EngineOptions { speculation: Some(speculation), ..EngineOptions::default() };
     Engine::with_drafter(model, Some(Drafter::Model(Box::new(draft))), backend, options).expect("the engine starts")
 }
 
@@ -302,6 +307,32 @@ fn a_draft_model_of_other_tokens_is_refused() {
     };
     assert!(matches!(error, EngineError::DraftModel { what: "vocab_size", .. }), "{error}");
     assert!(error.to_string().contains("expected 4096"), "{error}");
+}
+
+#[test]
+fn a_draft_model_computes_nothing_where_it_cannot_pay() {
+    let ids = tokenizer().encode(PROMPTS[0], false).expect("text is encoded");
+    let plain = ids_of(&answers(&mut engine(None), vec![request(ids.clone(), 100)], 1)[0]);
+    let run = |layers: usize, draft: f64| {
+        let cost = CostCurve::from_points(vec![(1, 1e-3), (64, 2e-3)], vec![(1, draft), (64, 2.0 * draft)]);
+        let options = SpeculationOptions { suffix: false, cost: Some(cost), ..SpeculationOptions::default() };
+        let mut engine = drafted_by_layers(layers, options);
+        // A second request starts with what the first one taught.
+        for _ in 0..2 {
+            let events = answers(&mut engine, vec![request(ids.clone(), 100)], 1);
+            assert_eq!(ids_of(&events[0]), plain);
+        }
+        stats(&mut engine)
+    };
+    // Every draft would be right, and still it takes longer to make one than to do without.
+    let dear = run(usize::MAX, 1.1e-3);
+    assert_eq!((dear.head_rows, dear.head_by_depth.len()), (0, 0), "{dear:?}");
+    // It reads the prompt and drafts, until its real time says otherwise: here it takes as long as the model.
+    let good = run(usize::MAX, 1e-4);
+    assert!(good.head.accepted_tokens > 10 && good.head_rows as usize > ids.len(), "{good:?}");
+    // One layer says other things than the model: it is let go, rows and all.
+    let bad = run(1, 0.5e-3);
+    assert!(bad.head_rows < 250, "{bad:?}");
 }
 
 /// A draft and the row that verifies it cost half a step and more.

@@ -28,6 +28,7 @@ use clap::Parser;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    end_quietly_without_a_reader();
     let arguments = cli::Arguments::parse();
     cli::init_logging(&arguments);
     let result = match arguments.command {
@@ -56,6 +57,19 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// `println!` panics where the reader of our output went away (`moellon receipt diff A B | head`): that ends the program, and is
+/// no error of ours.
+fn end_quietly_without_a_reader() {
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let message = panic.payload_as_str().unwrap_or_default();
+        if message.starts_with("failed printing to stdout") && message.contains("Broken pipe") {
+            std::process::exit(0);
+        }
+        default(panic);
+    }));
 }
 
 /// Whether the reader of our output went away (`moellon run | head`), which is no error of ours.

@@ -129,6 +129,28 @@ fn prompt_comes_from_standard_input() {
 }
 
 #[test]
+fn output_that_nobody_reads_is_no_error() {
+    let mut receipts = std::fs::read_dir(repository().join("receipts")).expect("there are receipts").flatten();
+    let receipt =
+        receipts.find(|entry| entry.path().extension().is_some_and(|e| e == "json")).expect("one at least").path();
+    let receipt = receipt.to_str().expect("the path is UTF-8");
+    for arguments in [&["inspect"][..], &["receipt", "diff", receipt, receipt], &["run", "-p", "Hello", "-n", "4"]] {
+        let (reader, writer) = std::io::pipe().expect("there are pipes");
+        drop(reader);
+        let output = Command::new(env!("CARGO_BIN_EXE_moellon"))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(writer)
+            .stderr(Stdio::piped())
+            .spawn()
+            .and_then(std::process::Child::wait_with_output)
+            .expect("the program starts");
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success() && !errors.contains("panicked"), "{arguments:?}: {errors}");
+    }
+}
+
+#[test]
 fn inspect_counts_the_bundled_model() {
     let report = json(&["inspect", "--json", "--bandwidth", "614"]);
     assert_eq!(report["architecture"], "glm_moe_dsa");

@@ -1,9 +1,10 @@
 //! Which rows of a sequence the head gets.
 //!
-//! A draft model follows all of a text. An MTP layer or an EAGLE-3 head reads the model's own hidden states, which say most
-//! of what it needs, so it follows only from where drafting may pay: the last rows of a prompt, or the newest rows of a
-//! running text. Rows that it would have to compute and nobody would draft from are never computed, and a head that does not
-//! follow costs nothing at all. ([`Policy::Always`], for experiments, follows everything.)
+//! A draft model reads whole prompts, as long as it may be worth its time. An MTP layer or an EAGLE-3 head reads the model's
+//! own hidden states, which say most of what it needs, so it follows only from where drafting may pay: the last rows of a
+//! prompt. Both begin anew with the newest rows of a running text. Rows that a head would have to compute and nobody would
+//! draft from are never computed, and a head that does not follow costs nothing at all. ([`Policy::Always`], for
+//! experiments, follows everything.)
 
 use super::head::HeadKind;
 use super::step::PATIENCE;
@@ -23,6 +24,10 @@ pub(super) const FEW_ROWS: usize = 16;
 /// Rows of a sequence that wait while nothing is drafted; with more of them it is better to begin anew.
 const MANY_WAITING: usize = 64;
 
+/// Steps for which a head that is not to follow is not thought about again: thinking takes 5 us, which on the bundled model is
+/// 1 % of a step.
+const REST: usize = 8;
+
 impl Engine {
     /// Says whether the head can follow a sequence that begins with `computed` cached tokens.
     pub(crate) fn begin_head(&mut self, sequence: &mut Sequence) {
@@ -30,7 +35,8 @@ impl Engine {
         let Some(head) = &speculation.head else { return };
         let covered = head.covers(&sequence.blocks, sequence.computed);
         let short = sequence.tokens.len() - sequence.computed <= speculation.window_rows();
-        let whole = covered && (speculation.follows_all() || (short && !speculation.is_hopeless(None)));
+        let reads_prompts = short || head.kind() == HeadKind::Model;
+        let whole = covered && (speculation.follows_all() || (reads_prompts && !speculation.is_hopeless(None)));
         sequence.track.head.window = Window::default();
         sequence.track.head.next_row = (speculation.enabled && whole).then_some(sequence.computed);
         sequence.track.head.patience = PATIENCE.0;
@@ -108,6 +114,9 @@ impl Engine {
     pub(super) fn hand_to_head(&mut self, index: usize, row: usize, computed: usize) -> Result<(), EngineError> {
         let Some(speculation) = &mut self.speculation else { return Ok(()) };
         let Some(kind) = speculation.head.as_ref().map(super::head::Head::kind) else { return Ok(()) };
+        if self.running[index].track.head.rests() {
+            return Ok(());
+        }
         // The positions that the step computed are `start .. end`; a token after them is known.
         let start = self.running[index].computed;
         let end = start + computed;
@@ -128,7 +137,7 @@ impl Engine {
                 if let Some(head) = &mut speculation.head {
                     head.drop_waiting_of(sequence.number);
                 }
-                match self.begin_window(index, kind, start, end) {
+                match self.begin_window(index, start, end) {
                     Some(first) => first,
                     None => return Ok(()),
                 }
@@ -138,11 +147,15 @@ impl Engine {
     }
 
     /// Begins a new window with the newest rows of a step that computed `start .. end`, if drafting may pay; its first row.
-    fn begin_window(&mut self, index: usize, kind: HeadKind, start: usize, end: usize) -> Option<usize> {
+    fn begin_window(&mut self, index: usize, start: usize, end: usize) -> Option<usize> {
         let speculation = self.speculation.as_mut()?;
         let sequence = &self.running[index];
         let decodes = sequence.generated() > 0 && sequence.tokens.len() == end + 1;
-        if kind == HeadKind::Model || !decodes || !speculation.wants_to_follow(sequence) {
+        if !speculation.enabled || !decodes {
+            return None;
+        }
+        if !speculation.wants_to_follow(sequence) {
+            self.running[index].track.head.rest = REST;
             return None;
         }
         let rows = if speculation.options.policy == Policy::Always { end } else { speculation.window_rows() };
@@ -212,7 +225,7 @@ impl Speculation {
 
     /// Whether the head gets every row of every text.
     pub(super) fn follows_all(&self) -> bool {
-        self.has_model() || self.options.policy == Policy::Always
+        self.options.policy == Policy::Always
     }
 
     /// Rows of a prompt that a head begins with: as many as cost no more than a plain step.
@@ -225,9 +238,6 @@ impl Speculation {
 
     /// Whether the head is to follow a sequence from now on.
     fn wants_to_follow(&self, sequence: &Sequence) -> bool {
-        if !self.enabled {
-            return false;
-        }
         if self.options.policy == Policy::Always {
             return true;
         }

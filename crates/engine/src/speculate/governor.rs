@@ -8,7 +8,7 @@ use super::cost::RunningCost;
 const MARGIN: f64 = 1.02;
 
 /// Loss that the engine may run into before anything was saved, in plain steps.
-const GRANT_STEPS: f64 = 2.5;
+const GRANT_STEPS: f64 = 3.5;
 
 /// Share of all time that may be lost beyond it: the floor.
 const MAX_LOSS: f64 = 0.003;
@@ -19,8 +19,9 @@ const MAX_SAVED_STEPS: f64 = 6.0;
 /// Chooses how many of each sequence's drafts to verify.
 ///
 /// `chances[s][d]` is the chance that drafts `0..=d` of decoding sequence `s` are all accepted, so it never rises with
-/// `d`. `rows` are the rows of the step without drafts; at most `max_drafts` are added, and no more than may be lost in
-/// `budget` seconds. Any best choice takes the likeliest drafts first, so all choices are tried in that order.
+/// `d`. `rows` are the rows of the step without drafts, those of prompts too; at most `max_drafts` are added, and no more than
+/// may be lost in `budget` seconds. Any best choice takes the likeliest drafts first, so all choices are tried in that order.
+/// A prompt's rows take their time whatever is drafted: drafts must be worth the time that they add.
 pub(crate) fn drafts_worth_verifying(
     chances: &[Vec<f64>],
     rows: usize,
@@ -30,14 +31,14 @@ pub(crate) fn drafts_worth_verifying(
 ) -> Vec<usize> {
     let mut counts = vec![0; chances.len()];
     let candidates = likeliest_first(chances);
-    let plain = cost.plain(rows);
+    let plain = cost.plain(chances.len());
     let mut tokens = chances.len() as f64;
     let mut best = (MARGIN * tokens / plain, 0);
     for (added, (chance, _)) in candidates.iter().take(max_drafts).enumerate() {
         tokens += chance;
-        let seconds = cost.verify(rows + added + 1);
-        let rate = tokens / seconds;
-        if rate > best.0 && seconds - plain <= budget {
+        let more = cost.verify(rows + added + 1) - cost.plain(rows);
+        let rate = tokens / (plain + more);
+        if rate > best.0 && more <= budget {
             best = (rate, added + 1);
         }
     }
@@ -152,6 +153,15 @@ mod tests {
         let cheap = cost(&[(1, 1.0), (2, 1.37), (3, 1.70), (4, 2.00)], 0.024);
         assert_eq!(depths_worth_drafting(&chances(0.9), 1, 1, 9.0, &cheap), [3]);
         assert_eq!(depths_worth_drafting(&chances(0.9), 1, 1, 0.5, &cheap), [1]);
+    }
+
+    #[test]
+    fn drafts_beside_a_prompt_must_be_worth_the_time_that_they_add() {
+        // Every row costs as much as a step: a draft that is right gains nothing, however many rows a prompt has.
+        let dear = cost(&(1..=64).map(|rows| (rows, rows as f64)).collect::<Vec<_>>(), 0.0);
+        assert_eq!(drafts_worth_verifying(&[vec![0.99]], 41, 8, 9.0, &dear), [0]);
+        let flat = cost(&[(1, 1.0), (64, 2.0)], 0.0);
+        assert_eq!(drafts_worth_verifying(&[vec![0.99]], 41, 8, 9.0, &flat), [1]);
     }
 
     #[test]

@@ -121,7 +121,7 @@ impl Engine {
         self.draft(&depths)?;
         self.leave_rows(ended)?;
         if prompts {
-            // A draft model reads prompts too: that is the price of having one, not of drafting.
+            // A draft model that may pay reads prompts too: that is the price of having one, not of drafting.
             if let Some(speculation) = self.speculation.as_mut().filter(|s| s.has_model()) {
                 speculation.expected_drafting = 0.0;
             }
@@ -142,6 +142,10 @@ impl Engine {
         let may_draft: Vec<usize> = (0..self.running.len())
             .filter(|index| !ended.contains(index) && self.running[*index].generated() > 0)
             .collect();
+        if may_draft.iter().all(|index| self.running[*index].track.head.next_row.is_none()) {
+            may_draft.iter().for_each(|index| self.running[*index].track.head.idle_steps += 1);
+            return depths;
+        }
         let is_replayed = speculation.replay.is_some();
         let rooms: Vec<usize> = may_draft
             .iter()
@@ -173,7 +177,7 @@ impl Engine {
             track.idle_steps += 1;
             let sequence = &self.running[*index];
             let hopeless = speculation.is_hopeless(Some(sequence));
-            if kind == HeadKind::Hidden && hopeless && !sequence.track.head.is_soon() {
+            if hopeless && !sequence.track.head.is_soon() {
                 if let Some(head) = &mut speculation.head {
                     head.drop_waiting_of(sequence.number);
                 }
@@ -414,17 +418,23 @@ impl Speculation {
         if seen.chances.iter().sum::<f64>() >= head.iter().sum::<f64>() { Vec::new() } else { head }
     }
 
-    /// Whether not even drafts that are always the likeliest token would pay.
+    /// Whether not even drafts that are always the likeliest token would pay: it is drawn too seldom, or the head is too dear.
     pub(super) fn is_out_of_question(&self, sequence: &Sequence) -> bool {
-        let Some(ceiling) = sequence.track.head.ceiling() else { return false };
-        let best = (1..=MAX_HEAD_DEPTH).map(|depth| ceiling.powi(depth as i32)).collect();
-        ceiling < 1.0 && depths_worth_drafting(&[best], 1, 1, f64::INFINITY, &self.cost) == [0]
+        !self.pays_at(sequence.track.head.ceiling().unwrap_or(1.0))
+    }
+
+    /// Whether drafting one sequence would pay if every draft were right with this chance.
+    fn pays_at(&self, chance: f64) -> bool {
+        let depth = MAX_HEAD_DEPTH.min(self.options.max_depth);
+        let best = (1..=depth).map(|depth| chance.powi(depth as i32)).collect();
+        depths_worth_drafting(&[best], 1, 1, f64::INFINITY, &self.cost) != [0]
     }
 
     /// Whether drafting with the head would not pay even if it were as good as the evidence allows: the sequence's, or that
     /// of all.
     pub(super) fn is_hopeless(&self, sequence: Option<&Sequence>) -> bool {
-        if sequence.is_some_and(|sequence| self.is_out_of_question(sequence)) {
+        let out_of_question = sequence.map_or_else(|| !self.pays_at(1.0), |sequence| self.is_out_of_question(sequence));
+        if out_of_question {
             return true;
         }
         let trials = match sequence {

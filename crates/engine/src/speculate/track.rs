@@ -75,6 +75,8 @@ impl Window {
 pub(crate) struct HeadTrack {
     /// Position of the next row that the head is to get; `None` while it does not follow.
     pub(crate) next_row: Option<usize>,
+    /// Steps for which nobody asks whether it should.
+    pub(crate) rest: usize,
     /// What it sees while it follows.
     pub(crate) window: Window,
     /// How likely this sequence's most likely tokens were, lately: no draft is right more often.
@@ -232,6 +234,13 @@ impl HeadTrack {
         let ceiling = self.certainty.ceiling().unwrap_or(1.0);
         let estimate = counts.estimate(experience.head(depth).mean * ceiling, OTHERS);
         Estimate { mean: estimate.mean.min(ceiling), ..estimate }
+    }
+
+    /// Whether it neither follows nor is thought about in this step.
+    pub(crate) fn rests(&mut self) -> bool {
+        let rests = self.next_row.is_none() && self.rest > 0;
+        self.rest = self.rest.saturating_sub(1);
+        rests
     }
 
     /// Whether its window up to position `end` holds enough to draft from.
