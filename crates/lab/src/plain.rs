@@ -1,9 +1,8 @@
 //! A back end without its advantages, to measure what they bring: experts one by one, steps launched operation by operation.
 
 use moellon_ops::{
-    Add, Argmax, AttendGqa, AttendMla, Backend, Buffer, Cache, CacheDtype, Caps, ElementType, Embed, Experts,
-    ExpertsSource, GateUp, GatherRows, IndexScore, IndexTopk, KvStore, LayerNorm, Linear, LinearHeads, MoeDown,
-    MoeGateUp, Result, RmsNorm, Rope, RopeTable, Route, Stage, Tensor, Weight, WeightSource,
+    Backend, Buffer, ElementType, Experts, ExpertsSource, GateUp, Linear, MoeDown, MoeGateUp, Result, Tensor, Weight,
+    WeightSource,
 };
 
 /// What is taken away.
@@ -48,65 +47,12 @@ impl PlainBackend {
     }
 }
 
-macro_rules! forwarded {
-    ($($method:ident: $op:ty),* $(,)?) => {
-        $(fn $method(&mut self, op: &$op) -> Result<()> {
-            self.inner.$method(op)
-        })*
-    };
-}
-
 impl Backend for PlainBackend {
-    fn caps(&self) -> &Caps {
-        self.inner.caps()
-    }
-
-    fn alloc(&mut self, what: &str, element: ElementType, len: usize) -> Result<Buffer> {
-        self.inner.alloc(what, element, len)
-    }
-
-    fn free(&mut self, buffer: Buffer) {
-        self.inner.free(buffer);
-    }
-
-    fn write_f32(&mut self, dst: Tensor, src: &[f32]) -> Result<()> {
-        self.inner.write_f32(dst, src)
-    }
-
-    fn write_u32(&mut self, dst: Tensor, src: &[u32]) -> Result<()> {
-        self.inner.write_u32(dst, src)
-    }
-
-    fn read_f32(&mut self, src: Tensor, dst: &mut [f32]) -> Result<()> {
-        self.inner.read_f32(src, dst)
-    }
-
-    fn read_u32(&mut self, src: Tensor, dst: &mut [u32]) -> Result<()> {
-        self.inner.read_u32(src, dst)
-    }
-
-    fn synchronize(&mut self) -> Result<()> {
-        self.inner.synchronize()
-    }
-
-    fn measure_read(&mut self) -> Result<Option<f64>> {
-        self.inner.measure_read()
-    }
-
-    fn alloc_cache(&mut self, what: &str, dtype: CacheDtype, num_slots: usize, width: usize) -> Result<Cache> {
-        self.inner.alloc_cache(what, dtype, num_slots, width)
-    }
-
-    fn read_cache(&mut self, cache: Cache, first_slot: usize, dst: &mut [u8]) -> Result<()> {
-        self.inner.read_cache(cache, first_slot, dst)
-    }
-
-    fn write_cache(&mut self, cache: Cache, first_slot: usize, src: &[u8]) -> Result<()> {
-        self.inner.write_cache(cache, first_slot, src)
-    }
-
-    fn load_weight(&mut self, source: &WeightSource<'_>) -> Result<Weight> {
-        self.inner.load_weight(source)
+    moellon_ops::forward_backend! {
+        inner: caps alloc free write_f32 write_u32 read_f32 read_u32 synchronize measure_read
+            alloc_cache read_cache write_cache load_weight stage
+            embed rope_table rms_norm layer_norm linear linear_heads rope kv_store attend_gqa attend_mla
+            index_score index_topk route gate_up add gather_rows argmax
     }
 
     fn load_experts(&mut self, source: &ExpertsSource<'_>) -> Result<Experts> {
@@ -128,30 +74,6 @@ impl Backend for PlainBackend {
         }
         self.experts.push(experts);
         Ok(described)
-    }
-
-    fn stage(&mut self, stage: Stage) {
-        self.inner.stage(stage);
-    }
-
-    forwarded! {
-        embed: Embed,
-        rope_table: RopeTable,
-        rms_norm: RmsNorm,
-        layer_norm: LayerNorm,
-        linear: Linear<'_>,
-        linear_heads: LinearHeads,
-        rope: Rope,
-        kv_store: KvStore<'_>,
-        attend_gqa: AttendGqa,
-        attend_mla: AttendMla,
-        index_score: IndexScore,
-        index_topk: IndexTopk,
-        route: Route,
-        gate_up: GateUp,
-        add: Add,
-        gather_rows: GatherRows,
-        argmax: Argmax,
     }
 
     fn moe_gate_up(&mut self, op: &MoeGateUp) -> Result<()> {

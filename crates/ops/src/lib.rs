@@ -21,6 +21,7 @@ pub mod backend;
 pub mod buffer;
 pub mod conformance;
 pub mod error;
+mod forward;
 pub mod ops;
 pub mod profile;
 pub mod reference;

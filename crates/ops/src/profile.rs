@@ -4,10 +4,9 @@
 //! for the stream after every operation: use it for tables of stages, not for the speed of a step.
 
 use crate::Result;
-use crate::backend::{Backend, Caps, Stage};
-use crate::buffer::{Buffer, Cache, CacheDtype, ElementType, Tensor};
+use crate::backend::{Backend, Stage};
+use crate::buffer::Tensor;
 use crate::ops::*;
-use crate::weight::{Experts, ExpertsSource, Weight, WeightSource};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
@@ -113,56 +112,9 @@ macro_rules! timed_operations {
 }
 
 impl Backend for Profiler<'_> {
-    fn caps(&self) -> &Caps {
-        self.backend.caps()
-    }
-
-    fn alloc(&mut self, what: &str, element: ElementType, len: usize) -> Result<Buffer> {
-        self.backend.alloc(what, element, len)
-    }
-
-    fn free(&mut self, buffer: Buffer) {
-        self.backend.free(buffer);
-    }
-
-    fn write_f32(&mut self, dst: Tensor, src: &[f32]) -> Result<()> {
-        self.backend.write_f32(dst, src)
-    }
-
-    fn write_u32(&mut self, dst: Tensor, src: &[u32]) -> Result<()> {
-        self.backend.write_u32(dst, src)
-    }
-
-    fn read_f32(&mut self, src: Tensor, dst: &mut [f32]) -> Result<()> {
-        self.backend.read_f32(src, dst)
-    }
-
-    fn read_u32(&mut self, src: Tensor, dst: &mut [u32]) -> Result<()> {
-        self.backend.read_u32(src, dst)
-    }
-
-    fn synchronize(&mut self) -> Result<()> {
-        self.backend.synchronize()
-    }
-
-    fn alloc_cache(&mut self, what: &str, dtype: CacheDtype, num_slots: usize, width: usize) -> Result<Cache> {
-        self.backend.alloc_cache(what, dtype, num_slots, width)
-    }
-
-    fn read_cache(&mut self, cache: Cache, first_slot: usize, dst: &mut [u8]) -> Result<()> {
-        self.backend.read_cache(cache, first_slot, dst)
-    }
-
-    fn write_cache(&mut self, cache: Cache, first_slot: usize, src: &[u8]) -> Result<()> {
-        self.backend.write_cache(cache, first_slot, src)
-    }
-
-    fn load_weight(&mut self, source: &WeightSource<'_>) -> Result<Weight> {
-        self.backend.load_weight(source)
-    }
-
-    fn load_experts(&mut self, source: &ExpertsSource<'_>) -> Result<Experts> {
-        self.backend.load_experts(source)
+    crate::forward_backend! {
+        backend: caps alloc free write_f32 write_u32 read_f32 read_u32 synchronize
+            alloc_cache read_cache write_cache load_weight load_experts
     }
 
     fn stage(&mut self, stage: Stage) {

@@ -245,57 +245,11 @@ fn module_name(name: &str) -> String {
     }
 }
 
-macro_rules! unobserved {
-    ($($method:ident: $op:ty),* $(,)?) => {
-        $(fn $method(&mut self, op: &$op) -> Result<()> {
-            self.backend.$method(op)
-        })*
-    };
-}
-
 impl Backend for Observer {
-    fn caps(&self) -> &Caps {
-        self.backend.caps()
-    }
-
-    fn alloc(&mut self, what: &str, element: ElementType, len: usize) -> Result<Buffer> {
-        self.backend.alloc(what, element, len)
-    }
-
-    fn free(&mut self, buffer: Buffer) {
-        self.backend.free(buffer);
-    }
-
-    fn write_f32(&mut self, dst: Tensor, src: &[f32]) -> Result<()> {
-        self.backend.write_f32(dst, src)
-    }
-
-    fn write_u32(&mut self, dst: Tensor, src: &[u32]) -> Result<()> {
-        self.backend.write_u32(dst, src)
-    }
-
-    fn read_f32(&mut self, src: Tensor, dst: &mut [f32]) -> Result<()> {
-        self.backend.read_f32(src, dst)
-    }
-
-    fn read_u32(&mut self, src: Tensor, dst: &mut [u32]) -> Result<()> {
-        self.backend.read_u32(src, dst)
-    }
-
-    fn synchronize(&mut self) -> Result<()> {
-        self.backend.synchronize()
-    }
-
-    fn alloc_cache(&mut self, what: &str, dtype: CacheDtype, num_slots: usize, width: usize) -> Result<Cache> {
-        self.backend.alloc_cache(what, dtype, num_slots, width)
-    }
-
-    fn read_cache(&mut self, cache: Cache, first_slot: usize, dst: &mut [u8]) -> Result<()> {
-        self.backend.read_cache(cache, first_slot, dst)
-    }
-
-    fn write_cache(&mut self, cache: Cache, first_slot: usize, src: &[u8]) -> Result<()> {
-        self.backend.write_cache(cache, first_slot, src)
+    moellon_ops::forward_backend! {
+        backend: caps alloc free write_f32 write_u32 read_f32 read_u32 synchronize alloc_cache read_cache write_cache stage
+            embed rope_table rms_norm layer_norm rope kv_store attend_gqa attend_mla index_score index_topk route add
+            gather_rows argmax
     }
 
     fn load_weight(&mut self, source: &WeightSource<'_>) -> Result<Weight> {
@@ -309,10 +263,6 @@ impl Backend for Observer {
         let block = source.name.strip_suffix(".experts").unwrap_or(source.name);
         self.experts.insert(experts.id, block.to_owned());
         Ok(experts)
-    }
-
-    fn stage(&mut self, stage: Stage) {
-        self.backend.stage(stage);
     }
 
     fn linear(&mut self, op: &Linear<'_>) -> Result<()> {
@@ -399,22 +349,5 @@ impl Backend for Observer {
             sums[4][expert] = sums[4][expert].max(norm);
         }
         self.backend.moe_down(op)
-    }
-
-    unobserved! {
-        embed: Embed,
-        rope_table: RopeTable,
-        rms_norm: RmsNorm,
-        layer_norm: LayerNorm,
-        rope: Rope,
-        kv_store: KvStore<'_>,
-        attend_gqa: AttendGqa,
-        attend_mla: AttendMla,
-        index_score: IndexScore,
-        index_topk: IndexTopk,
-        route: Route,
-        add: Add,
-        gather_rows: GatherRows,
-        argmax: Argmax,
     }
 }
