@@ -355,6 +355,8 @@ def wide_model(folder, num_tokens):
             merges.append(pair)
             next_id += 1
     path.write_text(json.dumps(tokenizer))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": num_tokens}))
     return model
 
 

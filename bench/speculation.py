@@ -5,7 +5,7 @@
     python3 bench/speculation.py experiments   # MTP acceptance with whole and with broken heads, DSA, fewer experts, batches
     python3 bench/speculation.py replay qwen3-30b-a3b:layers=4   # verify cost and gain on published shapes
     python3 bench/speculation.py floor qwen3-30b-a3b:layers=4    # what the governor costs where no draft is right
-    python3 bench/speculation.py replay-lines PRESET FILE COMMAND  # the same from what a run on another machine printed
+    python3 bench/speculation.py replay-lines PRESET FILE COMMAND  # the same from what a run on another machine printed; floor-lines too
     cargo xtask docs --write
 
 Runs of a pair are interleaved; outputs are compared byte for byte. Needs nothing but Python.
@@ -114,16 +114,20 @@ def interleaved(prompt, modes, rounds, seeds=False, **options):
     return results
 
 
-def bundled(stolen, rounds=9, floor_rounds=21):
+def bundled(stolen, rounds=9, floor_rounds=31):
     rows, samples, commands = [], [], []
     for text, (prompt, sampling) in TEXTS.items():
         fails = bool(sampling)
         greedy = sampling or ["--temp", "0"]
         modes = {mode: [*greedy, "--speculate", mode] for mode in ("off", "auto", "mtp", "ngram")}
+        # Plain decoding once more: what processes differ without a reason.
+        modes["again"] = modes["off"]
         results = interleaved(prompt, modes, floor_rounds if fails else rounds, seeds=fails)
         commands.append(f"{NAME} run --raw -p .. -n 400 --json {' '.join(greedy)} --speculate off|auto|mtp|ngram")
         plain = [ms_per_token(r) for r in results["off"]]
-        row = {"text": text, "plain, ms a token": spread(plain)}
+        again = [ms_per_token(r) for r in results["again"]]
+        row = {"text": text, "plain, ms a token": spread(plain), "plain again": f"{statistics.median(a / b for a, b in zip(plain, again)):.2f}x"}
+        samples.append({"text": text, "mode": "again", "plain_ms": plain, "ms": again})
         for mode in ("auto", "mtp", "ngram"):
             times = [ms_per_token(r) for r in results[mode]]
             row[mode] = f"{statistics.median(a / b for a, b in zip(plain, times)):.2f}x"
@@ -216,14 +220,24 @@ def keep_experts(values, layer, keep):
         values[name] = (dtype, [len(keep), *shape[1:]], b"".join(data[old * size : (old + 1) * size] for old in keep))
 
 
-def mismatched_router(values):
-    """The 0 %: the first 7 of 24 experts under the router of all 24, and the trunk's norm before the head. Where such a
-    loader reads past its experts, nothing of this layer's is found; here those experts give nothing."""
+def mismatched_router(values, behind):
+    """The 0 %: the first 7 of 24 experts under the router of all 24, and the trunk's norm before the head. Such a loader reads past
+    its experts; `behind` says what is in memory there."""
     for name in [n for n in values if n.startswith(f"{MTP}.mlp.experts.")]:
         if int(name.split(".")[5]) >= 7:
             dtype, shape, data = values[name]
-            values[name] = (dtype, shape, bytes(len(data)))
+            found = {"zeros": lambda: bytes(len(data)), "weights of layer 5": lambda: values[name.replace(MTP, "model.layers.5")][2], "random bytes": lambda: finite(random.Random(name).randbytes(len(data)))}
+            values[name] = (dtype, shape, found[behind]())
     values[f"{MTP}.shared_head.norm.weight"] = values["model.norm.weight"]
+
+
+def finite(data):
+    """bf16 numbers, any but infinity and NaN: a loader would refuse those."""
+    data = bytearray(data)
+    for at in range(0, len(data), 2):
+        if data[at + 1] & 0x7F == 0x7F:
+            data[at] &= 0x7F
+    return bytes(data)
 
 
 def acceptance(prompts, model, flags=(), **options):
@@ -247,8 +261,10 @@ def experiments(stolen):
         heads = {
             "whole": variant(folder / "whole"),
             "pruned to 7 of 24 by another layer's indices": variant(folder / "pruned", None, lambda v: keep_experts(v, 6, trunk_choice)),
-            "7 of 24 experts under the router of 24, wrong norm": variant(folder / "mismatched", None, mismatched_router),
         }
+        for behind in ("zeros", "weights of layer 5", "random bytes"):
+            name = f"7 of 24 experts under the router of 24, wrong norm, behind them {behind}"
+            heads[name] = variant(folder / f"mismatched {behind}", None, lambda v, behind=behind: mismatched_router(v, behind))
         for name, model in heads.items():
             trials = acceptance(prompts, model)
             rate = [100 * hits / max(1, n) for n, hits in trials]
@@ -281,12 +297,12 @@ def experiments(stolen):
             row("MTP, drafts right", f"a head of {count} of 4096 tokens", f"{100 * trials[0][1] / max(1, trials[0][0]):.0f} %", "spec: 32 k of 155 k")
             samples.append({"draft_vocab": count, "trials": trials})
         # DSA: how many positions attention sees, at a context beyond all of them.
-        long = (CODE + PYTHON + EDITED) * 4
         models = {k: variant(folder / f"topk{k}", lambda config, k=k: config.update(index_topk=k)) for k in (16, 32, 64, 128, 2048)}
         times = {k: [] for k in models}
         for _ in range(5):
             for k, model in models.items():
-                times[k].append(ms_per_token(run(long, "--temp", 0, "--speculate", "off", model=model, tokens=150)))
+                out = json.loads(receipts.run("bench", "-m", model, "--batch", "1", "--context", "1000", "--prompt", "64", "--windows", "5", "--json")[0])
+                times[k].append(out["results"][0]["step_ms"])
         base = statistics.median(times[64])
         samples.append({"index_topk": times})
         for k in models:
@@ -366,13 +382,21 @@ def replay(stolen, preset, *flags):
 def floor(stolen, preset, *flags):
     """Plain and governed decoding in turn, in one engine, where every draft is wrong or nearly every one."""
     arguments = ["bench", "--synthetic", preset, "--speculate", "replay:p=0.0/0.1,overlap=0.26", "--batch", "1,4", "--windows", "9", "--steps", "60", *flags]
-    reports = [json.loads(line) for line in receipts.run(*arguments, "--json")[0].splitlines()]
+    lines = receipts.run(*arguments, "--json")[0].splitlines()
+    floor_receipt(stolen, preset, [f"{NAME} {' '.join(arguments)}"], [json.loads(line) for line in lines])
+
+
+def floor_receipt(stolen, preset, commands, reports, machine=None):
     rows = [
-        {"model": preset, "right": report["acceptance"], "batch": r["batch"], "plain, ms a token": f"{r['plain_ms']:.2f}", "governed": f"{r['drafted_ms']:.2f}", "factor": f"{r['factor']:.3f}x", "drafts a step": f"{r['depth']:.2f}"}
+        {"model": preset, "on": report["backend"].split(",")[0], "right": f"{100 * report['acceptance']:.0f} %", "batch": r["batch"], "plain, ms a token": f"{r['plain_ms']:.3f}", "governed": f"{r['drafted_ms']:.3f}", "factor": f"{r['factor']:.3f}x", "drafts a step": f"{r['depth']:.3f}"}
         for report in reports for r in report["results"]
     ]
-    where = "-cuda" if reports[0]["backend"].startswith("cuda") else ""
-    write(f"speculation-floor-{preset.split(':')[0]}{where}", [f"{NAME} {' '.join(arguments)}"], reports, {"speculation-floor": rows}, stolen)
+    write(f"speculation-floor-{where(preset, reports)}", commands, reports, {"speculation-floor": rows}, stolen, machine)
+
+
+def where(preset, reports):
+    """What a receipt's name says of a shape and a back end."""
+    return preset.split(":")[0] + ("-cuda" if reports[0]["backend"].startswith("cuda") else "")
 
 
 def replay_receipt(stolen, preset, commands, reports, machine=None):
@@ -386,8 +410,7 @@ def replay_receipt(stolen, preset, commands, reports, machine=None):
         seen.add(overlap)
         for v in report["verify"]:
             verify.append({"model": preset, "overlap": overlap, "rows": v["rows"], "ms": f"{v['ms']:.2f}", "cost": f"{v['cost']:.2f}", "cost by bytes": f"{v['bytes_cost']:.2f}", "experts a layer": f"{v['distinct_experts']:.1f}"})
-    where = "-cuda" if reports[0]["backend"].startswith("cuda") else ""
-    write(f"speculation-replay-{preset.split(':')[0]}{where}", commands, reports, {"speculation-replay": rows, "speculation-verify": verify, "speculation-truncation": truncation(preset, reports)}, stolen, machine)
+    write(f"speculation-replay-{where(preset, reports)}", commands, reports, {"speculation-replay": rows, "speculation-verify": verify, "speculation-truncation": truncation(preset, reports)}, stolen, machine)
 
 
 def truncation(preset, reports):
@@ -425,12 +448,13 @@ def main():
             replay(stolen, preset, *flags)
         case ["floor", preset, *flags]:
             floor(stolen, preset, *flags)
-        case ["replay-lines", preset, path, *command]:
+        case ["replay-lines" | "floor-lines" as kind, preset, path, *command]:
             # What a machine without Python has printed.
             reports = [json.loads(line) for line in Path(path).read_text().splitlines()]
             here = reports[0]["machine"]
             machine = {"cpu": here["cpu"], "cores": here["cores"], "memory_bytes": here["memory_bytes"], "gpu": reports[0]["backend"]}
-            replay_receipt(stolen, preset, [" ".join(command)], reports, machine)
+            keep = replay_receipt if kind == "replay-lines" else floor_receipt
+            keep(stolen, preset, [" ".join(command)], reports, machine)
         case _:
             raise SystemExit(__doc__)
 

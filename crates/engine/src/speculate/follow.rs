@@ -1,10 +1,10 @@
 //! Which rows of a sequence the head gets.
 //!
-//! A draft model reads whole prompts, as long as it may be worth its time. An MTP layer or an EAGLE-3 head reads the model's
-//! own hidden states, which say most of what it needs, so it follows only from where drafting may pay: the last rows of a
-//! prompt. Both begin anew with the newest rows of a running text. Rows that a head would have to compute and nobody would
-//! draft from are never computed, and a head that does not follow costs nothing at all. ([`Policy::Always`], for
-//! experiments, follows everything.)
+//! A head follows only from where drafting may pay: the last rows of a prompt, or the newest rows of a running text. An MTP layer
+//! or an EAGLE-3 head reads the model's own hidden states, which say most of what it needs. A draft model sees nothing else, so
+//! it reads whole prompts once its drafts have proved worth their time. Rows that a head would have to compute and nobody would
+//! draft from are never computed, and a head that does not follow costs nothing at all. ([`Policy::Always`], for experiments,
+//! follows everything.)
 
 use super::head::HeadKind;
 use super::step::PATIENCE;
@@ -35,8 +35,9 @@ impl Engine {
         let Some(head) = &speculation.head else { return };
         let covered = head.covers(&sequence.blocks, sequence.computed);
         let short = sequence.tokens.len() - sequence.computed <= speculation.window_rows();
-        let reads_prompts = short || head.kind() == HeadKind::Model;
-        let whole = covered && (speculation.follows_all() || (reads_prompts && !speculation.is_hopeless(None)));
+        let reads_prompts = head.kind() == HeadKind::Model && speculation.is_proven();
+        let begins_whole = reads_prompts || (short && !speculation.is_hopeless(None));
+        let whole = covered && (speculation.follows_all() || begins_whole);
         sequence.track.head.window = Window::default();
         sequence.track.head.next_row = (speculation.enabled && whole).then_some(sequence.computed);
         sequence.track.head.patience = PATIENCE.0;
@@ -218,9 +219,10 @@ impl Engine {
 }
 
 impl Speculation {
-    /// Whether a smaller model drafts.
-    pub(super) fn has_model(&self) -> bool {
-        self.head.as_ref().is_some_and(|head| head.kind() == HeadKind::Model)
+    /// Whether a smaller model drafts that reads whole prompts.
+    pub(super) fn reads_prompts(&self) -> bool {
+        let is_model = self.head.as_ref().is_some_and(|head| head.kind() == HeadKind::Model);
+        is_model && (self.follows_all() || self.is_proven())
     }
 
     /// Whether the head gets every row of every text.

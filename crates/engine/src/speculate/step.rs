@@ -114,15 +114,16 @@ impl Engine {
             row += share.num_tokens;
         }
         let prompts = shares.iter().any(|share| self.running[share.sequence].generated() < 2);
-        if prompts && self.speculation.as_ref().is_some_and(Speculation::has_model) {
+        let reads_prompts = prompts && self.speculation.as_ref().is_some_and(Speculation::reads_prompts);
+        if reads_prompts {
             self.head_catches_up(&[])?;
         }
         let depths = self.head_depths(ended);
         self.draft(&depths)?;
         self.leave_rows(ended)?;
-        if prompts {
-            // A draft model that may pay reads prompts too: that is the price of having one, not of drafting.
-            if let Some(speculation) = self.speculation.as_mut().filter(|s| s.has_model()) {
+        if reads_prompts {
+            // A draft model that pays reads prompts too: that is the price of having one, not of drafting.
+            if let Some(speculation) = &mut self.speculation {
                 speculation.expected_drafting = 0.0;
             }
         }
@@ -428,6 +429,19 @@ impl Speculation {
         let depth = MAX_HEAD_DEPTH.min(self.options.max_depth);
         let best = (1..=depth).map(|depth| chance.powi(depth as i32)).collect();
         depths_worth_drafting(&[best], 1, 1, f64::INFINITY, &self.cost) != [0]
+    }
+
+    /// Whether drafts of the head pay by what all sequences have shown.
+    pub(super) fn is_proven(&self) -> bool {
+        if self.experience.head[0].trials() < FEW_TRIALS {
+            return false;
+        }
+        let mut chance = 1.0;
+        let chances = (0..MAX_HEAD_DEPTH.min(self.options.max_depth)).map(|depth| {
+            chance *= self.experience.head(depth).lower();
+            chance
+        });
+        depths_worth_drafting(&[chances.collect()], 1, 1, f64::INFINITY, &self.cost) != [0]
     }
 
     /// Whether drafting with the head would not pay even if it were as good as the evidence allows: the sequence's, or that
