@@ -9,7 +9,7 @@
     python3 bench/receipts.py verify [SHAPE ..] # steps of several rows of one sequence against their bytes
     python3 bench/receipts.py resident DIRECTORY # memory of a large checkpoint, loaded and decoding
     python3 bench/receipts.py kernels           # one linear layer by format and rows (examples/kernel_speed)
-    python3 bench/receipts.py cuda              # the same on an NVIDIA GPU, up to the whole GLM-5.2-77; text against the CPU's
+    python3 bench/receipts.py cuda [SHAPE/FORMAT ..]  # the same on an NVIDIA GPU, up to the whole GLM-5.2-77; text against the CPU's
     python3 bench/receipts.py wgpu              # a slice on the portable GPU back end, stages by the adapter's clock; text against the CPU's
     python3 bench/receipts.py wgpu-steps FILE   # what examples/step_speed wrote on another machine: {"machine", "binary_sha256", "commands", "steps", "notes"}
     python3 bench/receipts.py cuda-kernels      # each kernel of a step under Nsight Compute: microseconds, bytes (needs ncu)
@@ -257,10 +257,12 @@ def kernels(stolen):
     write("kernels-cpu", ["target/release/examples/kernel_speed " + " ".join(formats)], lines, {"kernels-cpu": rows}, stolen)
 
 
-def cuda(stolen):
+def cuda(stolen, chosen):
+    """All plans, or those named as SHAPE/FORMAT."""
     more = ["--backend", "cuda", "--windows", "7", "--steps", "20"]
     slices = [("glm-5.2-77:layers=12", f, "1,2,4,8,16,32", *more) for f in ("affine-4", "nvfp4", "affine-3")]
     plans = [("glm-5.2-77", "q3a4", "1,2,4,8,16,32", *more), *slices, ("qwen3-30b-a3b:layers=40", "affine-4", "1,2,4,8,16,32", *more)]
+    plans = [plan for plan in plans if not chosen or f"{plan[0]}/{plan[1]}" in chosen]
     reports, rows, commands = bench(plans, "512")
     prompts = ["def quicksort(items):", "fn main() {\n    let mut", "class Stack:\n    def __init__(self):"]
     texts = []
@@ -333,15 +335,15 @@ def wgpu_steps(stolen, path):
 
 
 def cuda_kernels(stolen):
-    """Kernels of recorded steps of one row, each alone on the device: their times add up to more than a step."""
-    names = "line|heads|up_|experts_down|router|attend|rms|route|linear|gate|down|write|rope|kv|plain|gather|layer|add|argmax|embed"
+    """Kernels of recorded steps, each alone on the device: their times add up to more than a step."""
+    names = "line|heads|up_|experts_down|router|attend|rms|route|linear|gate|down|write|rope|plain|gather|layer|add|argmax|embed|few|latent"
     metrics = ["gpu__time_duration.sum", "dram__bytes_read.sum", "smsp__issue_active.avg.pct_of_peak_sustained_active"]
     rows, samples, commands = [], [], []
-    for model, form in (("glm-5.2-77:layers=4", "affine-4"), ("glm-5.2-77:layers=4", "q3a4")):
-        command = ["bench", "--synthetic", model, "--format", form, "--backend", "cuda", "--batch", "1", "--prompt", "1"]
+    for model, form, batch in (("glm-5.2-77:layers=4", form, batch) for form, batch in (("affine-4", 8), ("affine-4", 32), ("affine-4", 1), ("q3a4", 1))[:int(os.environ.get("MOELLON_PROFILES", 4))]):
+        command = ["bench", "--synthetic", model, "--format", form, "--backend", "cuda", "--batch", str(batch), "--prompt", "1"]
         # The steps before the first that is fused are skipped.
         profiler = ["ncu", "--clock-control", "none", "--cache-control", "none", "-k", f"regex:^({names})", "--metrics", ",".join(metrics)]
-        words = [*profiler, "--launch-skip", "200", "--launch-count", "300", "--csv", BINARY, *command]
+        words = [*profiler, "--launch-skip", "260", "--launch-count", "180", "--csv", BINARY, *command]
         out = subprocess.run(words, capture_output=True, text=True, check=True).stdout
         commands.append(" ".join([*profiler[:5], "..", NAME, *command]))
         launches = {}
@@ -355,7 +357,7 @@ def cuda_kernels(stolen):
         for (name, grid), values in sorted(kernels.items(), key=lambda item: -sum(value[0] for value in item[1])):
             ns, read, issue = (statistics.median(column) for column in zip(*values))
             rows.append({
-                "model": f"{model}, {form}", "kernel": name, "grid": grid, "launches": len(values), "us": round(ns / 1e3, 1),
+                "model": f"{model}, {form}", "rows": batch, "kernel": name, "grid": grid, "launches": len(values), "us": round(ns / 1e3, 1),
                 "MB read": round(read / 1e6, 1), "TB/s": round(read / ns / 1e3, 2), "issue slots used": f"{issue:.0f} %",
             })
     write("cuda-kernels", commands, samples, {"cuda-kernels": rows}, stolen)
@@ -403,7 +405,7 @@ def main():
         case "kernels":
             kernels(stolen)
         case "cuda":
-            cuda(stolen)
+            cuda(stolen, sys.argv[2:])
         case "wgpu":
             wgpu(stolen)
         case "wgpu-steps":

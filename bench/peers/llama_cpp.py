@@ -14,6 +14,7 @@ both; a number is the median over the rounds.
 import argparse
 import ctypes
 import datetime
+import hashlib
 import json
 import os
 import random
@@ -26,6 +27,8 @@ import gguf
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+# Another binary than the one that cargo has built last, as in bench/receipts.py.
+BINARY = Path(os.environ.get("MOELLON_BINARY", ROOT / "target/release/moellon")).resolve()
 NAME = "target/release/moellon"
 SPEC = "qwen3-30b-a3b:layers=8,vocab=32768"
 LAYERS, VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, EXPERTS, TOP_K, WIDTH = 8, 32768, 2048, 32, 4, 128, 128, 8, 768
@@ -226,7 +229,7 @@ def main():
     command += ["--prompt", str(PROMPT), "--windows", "3", "--threads", str(options.threads), "--json"]
     for _ in range(options.rounds):
         theirs.append(peer.measure(rng))
-        run = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        run = subprocess.run([BINARY, *command[1:]], cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         ours.append(json.loads(run.stdout))
     median = statistics.median
     read = median(report["measured_read_gb_s"] for report in ours)
@@ -244,12 +247,13 @@ def main():
         "what": f"prefill of {PROMPT}, tok/s", "moellon affine-4": f"{us:.0f}", "llama.cpp Q4_K_M": f"{them:.0f}",
         "ratio": f"{us / them:.2f}",
     })
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    git = lambda: subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     receipt = {
         "schema": 1,
         "name": "peers-llama-cpp",
         "date": datetime.date.today().isoformat(),
-        "commit": git.stdout.strip(),
+        "commit": os.environ.get("MOELLON_COMMIT") or git(),
+        "binary_sha256": hashlib.sha256(BINARY.read_bytes()).hexdigest(),
         "machine": ours[0]["machine"] | {"backend": ours[0]["backend"], "read_gb_s": read},
         "peer": f"llama.cpp {release}, prebuilt by node-llama-cpp",
         "peer_token_bytes": token_bytes,
@@ -265,6 +269,7 @@ def main():
     temporary = out.with_suffix(".tmp")
     temporary.write_text(json.dumps(receipt, indent=1) + "\n")
     temporary.rename(out)
+    subprocess.run([BINARY, "receipt", "seal", out], check=True)
     print(out.relative_to(ROOT), *(" | ".join(row.values()) for row in rows), sep="\n")
 
 

@@ -64,6 +64,73 @@ impl Int8Layout {
     }
 }
 
+/// Scales and sums of many 8-bit rows once more, those of neighbouring rows side by side: tile registers take 16 rows at
+/// once, and finding the numbers of 16 rows would take as many instructions as using them.
+///
+/// `[blocks]` scales, then the three arrays of [`Int8Layout::sums`]; each of these numbers is `stride` floats, one a row.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Across {
+    first: *mut f32,
+    stride: usize,
+}
+
+impl Across {
+    /// Rows that are read at once: so many behind the last one may be read, too.
+    pub(crate) const ROWS: usize = 16;
+
+    /// Floats for `num_rows` rows.
+    pub(crate) fn num_floats(layout: &Int8Layout, num_rows: usize) -> usize {
+        let numbers = 2 * layout.blocks + layout.blocks.div_ceil(2) + layout.blocks.div_ceil(4);
+        numbers * Self::new(std::ptr::null_mut(), num_rows).stride + Self::ROWS
+    }
+
+    /// For `num_rows` rows, in memory of [`Across::num_floats`].
+    pub(crate) fn new(first: *mut f32, num_rows: usize) -> Self {
+        // An odd number of lines: all the numbers of a row would share a few sets of the nearest cache otherwise.
+        Across { first, stride: (num_rows.div_ceil(Self::ROWS) | 1) * Self::ROWS }
+    }
+
+    /// Rows from `row` on.
+    pub(crate) fn at_row(self, row: usize) -> Self {
+        Across { first: self.first.wrapping_add(row), ..self }
+    }
+
+    /// Floats between two numbers of a row.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// The scale of block `block` of the first row.
+    pub(crate) fn scale(&self, block: usize) -> *mut f32 {
+        self.first.wrapping_add(block * self.stride)
+    }
+
+    /// Sum `number` over `group` (32, 64 or 128) columns of the first row.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn sum(&self, layout: &Int8Layout, group: usize, number: usize) -> *mut f32 {
+        // Here they follow each other as they do in a row.
+        self.scale((layout.sums_of_group(group) - layout.scales) / 4 + number)
+    }
+
+    /// Copies the numbers of blocks `first_block..end_block` (as [`round_part_to_int8`]) of an 8-bit row to the first row.
+    ///
+    /// # Safety
+    /// `row` is an 8-bit row with these blocks; no other thread touches their numbers here.
+    pub(crate) unsafe fn copy(&self, layout: &Int8Layout, row: *const u8, [first_block, end_block]: [usize; 2]) {
+        let all = std::iter::once((0, 1)).chain((0..3).map(|i| ((layout.sums[i] - layout.scales) / 4, 1 << i)));
+        for (start, blocks) in all {
+            for number in start + first_block / blocks..start + end_block.div_ceil(blocks) {
+                // SAFETY: the caller's promise; numbers follow each other in the row and here.
+                unsafe {
+                    let from = row.add(layout.scales + 4 * number).cast::<f32>();
+                    self.scale(number).write(from.read_unaligned());
+                }
+            }
+        }
+    }
+}
+
 /// Rounds columns of one row to 8 bits.
 pub(crate) struct RoundToInt8 {
     /// The f32 row, `[cols]`.
@@ -113,45 +180,62 @@ impl Kernel for RoundToInt8 {
             let sums = [0, 1, 2].map(|i| args.row.add(layout.sums[i]).cast::<f32>());
             let starts_16 = args.row.add(layout.e2m1_starts_16).cast::<i32>();
             let starts_32 = args.row.add(layout.e2m1_starts_32).cast::<i32>();
-            for block in args.first_block..args.end_block {
-                let first = block * BLOCK_COLS;
-                let (low, high) = if first + BLOCK_COLS <= layout.cols {
-                    (s.load(args.x.add(first)), s.load(args.x.add(first + 16)))
-                } else {
-                    let left = layout.cols - first;
-                    let low = s.load_partial(args.x.add(first), left.min(16));
-                    let high = if left > 16 { s.load_partial(args.x.add(first + 16), left - 16) } else { s.splat(0.0) };
-                    (low, high)
-                };
-                let largest = s.max_lane(s.max(abs(s, low), abs(s, high)));
-                // Infinities and NaN give NaN here (and zero otherwise), and a scale of NaN gives outputs of NaN.
+            // Four at a time: a sum over the lanes of four vectors takes hardly more than one over those of one.
+            for four in (args.first_block..args.end_block).step_by(4) {
                 let zero = s.splat(0.0);
-                let poison = s.sum(s.mul_add(low, zero, s.mul(high, zero)));
-                // Below this the reciprocal overflows; such a block counts as zeros.
-                let tiny = largest < 1e-35;
-                let (scale, inverse) = if tiny { (0.0, 0.0) } else { (largest / 127.0, 127.0 / largest) };
-                let scale = scale + poison;
-                let inverse = s.splat(inverse);
-                let (low, high) = (s.to_i(s.mul(low, inverse)), s.to_i(s.mul(high, inverse)));
-                s.store_low_bytes(low, args.row.add(first));
-                s.store_low_bytes(high, args.row.add(first + 16));
-                let (sum_low, sum_high) = (s.sum_i(low), s.sum_i(high));
-                scales.add(block).write_unaligned(scale);
-                starts_16.add(2 * block).write_unaligned(sum_low.wrapping_mul(-12));
-                starts_16.add(2 * block + 1).write_unaligned(sum_high.wrapping_mul(-12));
-                let sum = sum_low.wrapping_add(sum_high);
-                starts_32.add(block).write_unaligned(sum.wrapping_mul(-12));
-                let sum = scale * sum as f32;
-                sums[0].add(block).write_unaligned(sum);
-                // Trees over 2 and 4 blocks, written when the last block of each is there.
-                let last = block + 1 == layout.blocks;
-                if block % 2 == 1 || last {
-                    let pair = if block % 2 == 1 { sums[0].add(block - 1).read_unaligned() + sum } else { sum };
-                    sums[1].add(block / 2).write_unaligned(pair);
-                    if block % 4 == 3 || last {
-                        let four =
-                            if block % 4 >= 2 { sums[1].add(block / 2 - 1).read_unaligned() + pair } else { pair };
-                        sums[2].add(block / 4).write_unaligned(four);
+                let (mut low, mut high) = ([zero; 4], [zero; 4]);
+                let count = (args.end_block - four).min(4);
+                for i in 0..count {
+                    let first = (four + i) * BLOCK_COLS;
+                    (low[i], high[i]) = if first + BLOCK_COLS <= layout.cols {
+                        (s.load(args.x.add(first)), s.load(args.x.add(first + 16)))
+                    } else {
+                        let left = layout.cols - first;
+                        let low = s.load_partial(args.x.add(first), left.min(16));
+                        (low, if left > 16 { s.load_partial(args.x.add(first + 16), left - 16) } else { zero })
+                    };
+                }
+                let (mut magnitudes, mut poisons) = ([zero; 4], [zero; 4]);
+                for i in 0..4 {
+                    magnitudes[i] = s.max(abs(s, low[i]), abs(s, high[i]));
+                    // Infinities and NaN give NaN here (and zero otherwise), and a scale of NaN gives outputs of NaN.
+                    poisons[i] = s.mul_add(low[i], zero, s.mul(high[i], zero));
+                }
+                let (largest, poisons) = (s.max_lane_4(magnitudes), s.sum_4(poisons));
+                let mut block_scales = [0.0; 4];
+                let (mut low_codes, mut high_codes) = ([s.splat_i(0); 4], [s.splat_i(0); 4]);
+                for i in 0..count {
+                    // Below this the reciprocal overflows; such a block counts as zeros.
+                    let tiny = largest[i] < 1e-35;
+                    let (scale, inverse) = if tiny { (0.0, 0.0) } else { (largest[i] / 127.0, 127.0 / largest[i]) };
+                    block_scales[i] = scale + poisons[i];
+                    let inverse = s.splat(inverse);
+                    low_codes[i] = s.to_i(s.mul(low[i], inverse));
+                    high_codes[i] = s.to_i(s.mul(high[i], inverse));
+                    let to = args.row.add((four + i) * BLOCK_COLS);
+                    s.store_low_bytes(low_codes[i], to);
+                    s.store_low_bytes(high_codes[i], to.add(16));
+                }
+                let (low_sums, high_sums) = (s.sum_i_4(low_codes), s.sum_i_4(high_codes));
+                for i in 0..count {
+                    let (block, scale) = (four + i, block_scales[i]);
+                    scales.add(block).write_unaligned(scale);
+                    starts_16.add(2 * block).write_unaligned(low_sums[i].wrapping_mul(-12));
+                    starts_16.add(2 * block + 1).write_unaligned(high_sums[i].wrapping_mul(-12));
+                    let sum = low_sums[i].wrapping_add(high_sums[i]);
+                    starts_32.add(block).write_unaligned(sum.wrapping_mul(-12));
+                    let sum = scale * sum as f32;
+                    sums[0].add(block).write_unaligned(sum);
+                    // Trees over 2 and 4 blocks, written when the last block of each is there.
+                    let last = block + 1 == layout.blocks;
+                    if block % 2 == 1 || last {
+                        let pair = if block % 2 == 1 { sums[0].add(block - 1).read_unaligned() + sum } else { sum };
+                        sums[1].add(block / 2).write_unaligned(pair);
+                        if block % 4 == 3 || last {
+                            let all =
+                                if block % 4 >= 2 { sums[1].add(block / 2 - 1).read_unaligned() + pair } else { pair };
+                            sums[2].add(block / 4).write_unaligned(all);
+                        }
                     }
                 }
             }

@@ -20,6 +20,8 @@ use moellon_ops::CacheDtype;
 pub(crate) const CHUNK: usize = 128;
 /// Heads whose scores are computed together: their accumulators, two positions at once, fill 8 registers.
 const HEADS: usize = 4;
+/// The same where there are 32 registers: keys and values, which have to be widened first, serve twice as many products.
+const MANY_HEADS: usize = 8;
 /// Lanes.
 const LANES: usize = 16;
 /// Rows whose keys and values are fetched ahead of the scores: cache rows are a stride apart or anywhere, so hardware
@@ -438,6 +440,10 @@ impl<const BF16: bool> Kernel for Chunk<BF16> {
         let mut head = 0;
         // SAFETY: the caller's promise: all heads have queries and state, rows hold keys and values.
         unsafe {
+            while S::MANY_REGISTERS && head + MANY_HEADS <= args.num_heads {
+                attend_heads::<S, BF16, MANY_HEADS>(s, args, head);
+                head += MANY_HEADS;
+            }
             while head + HEADS <= args.num_heads {
                 attend_heads::<S, BF16, HEADS>(s, args, head);
                 head += HEADS;

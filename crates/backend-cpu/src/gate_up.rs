@@ -108,6 +108,8 @@ fn tiles_with_room<const ROOM: usize>(
     let num_rows = gate.rows.ids().len();
     // Results of the rows of a tile stand together: `[streams][rows]`.
     let (mut gated, mut upped) = ([[0.0; TILE_ROWS]; ROOM], [[0.0; TILE_ROWS]; ROOM]);
+    #[cfg(target_arch = "x86_64")]
+    let _tiles = crate::simd::amx::Use;
     let (mut gate_space, mut up_space) = (Gathered::default(), Gathered::default());
     for start in (0..num_rows).step_by(ROW_BLOCK) {
         let range = start..(start + ROW_BLOCK).min(num_rows);
@@ -149,7 +151,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &GateUp) -> Result<()> {
     let forms = [gate_map, up_map].map(|map| mode.row_form(map.layout.coding));
     let source = RowSource::rows(&backend.memory.floats(op.x));
     let num_rows = source.num_rows();
-    let prepared = backend.space.prepare(source, forms.into_iter()).map_err(crate::backend::no_memory)?;
+    let prepared = backend.space.prepare(level, source, forms.into_iter()).map_err(crate::backend::no_memory)?;
     let out = backend.memory.floats(op.out);
     let tile_bytes = gate_map.layout.tile_bytes + up_map.layout.tile_bytes;
     let items = [Item { tiles: gate_map.tiles, tile_cost: tile_cost(tile_bytes, 2 * op.x.cols, num_rows) }];

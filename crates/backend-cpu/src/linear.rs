@@ -40,7 +40,8 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &Linear<'_>) -> Result<()> {
     let form = |part: usize| mode.row_form(weight(part).packed.map.layout.coding);
     let source = RowSource::rows(&backend.memory.floats(op.x));
     let num_rows = source.num_rows();
-    let prepared = backend.space.prepare(source, (0..op.parts.len()).map(form)).map_err(crate::backend::no_memory)?;
+    let prepared =
+        backend.space.prepare(level, source, (0..op.parts.len()).map(form)).map_err(crate::backend::no_memory)?;
     backend.items.clear();
     backend.items.extend((0..op.parts.len()).map(|part| {
         let map = &weight(part).packed.map;

@@ -17,7 +17,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &LinearHeads) -> Result<()> {
     let form = mode.row_form(map.layout.coding);
     let num_tokens = op.x.rows;
     let source = RowSource::heads(&backend.memory.floats(op.x), op.weight.count, op.x_head_stride, op.weight.cols);
-    let prepared = backend.space.prepare(source, std::iter::once(form)).map_err(crate::backend::no_memory)?;
+    let prepared = backend.space.prepare(level, source, std::iter::once(form)).map_err(crate::backend::no_memory)?;
     let out = backend.memory.floats(op.out);
     let item = Item { tiles: map.tiles, tile_cost: tile_cost(map.layout.tile_bytes, map.layout.cols, num_tokens) };
     backend.items.clear();

@@ -9,12 +9,12 @@
 use crate::backend::CpuBackend;
 use crate::layout::TILE_ROWS;
 use crate::prepare::RowSource;
-use crate::product::multiply;
+use crate::product::{fetch_starts, multiply};
 use moellon_ops::{MoeDown, Result};
 use moellon_tensor::pool::partition;
 
 /// Tiles of a piece, at least: each expert is read in runs of this length.
-const PIECE_TILES: usize = 8;
+const PIECE_TILES: usize = 16;
 /// Choices from which on pieces are as large as threads allow: every piece reads the activations of all of them.
 const MANY_PAIRS: usize = 256;
 
@@ -29,7 +29,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &MoeDown) -> Result<()> {
     let lists = &backend.lists;
     // Rows of an expert side by side: kernels for many rows step from one to the next.
     let source = RowSource::parts(&backend.memory.floats(op.h), top_k).in_order(lists.all_pairs());
-    let prepared = backend.space.prepare(source, std::iter::once(form)).map_err(crate::backend::no_memory)?;
+    let prepared = backend.space.prepare(level, source, std::iter::once(form)).map_err(crate::backend::no_memory)?;
     let weights = backend.memory.floats(op.weights);
     let plus = op.plus.filter(|plus| *plus != op.out).map(|plus| backend.memory.floats(plus));
     let starts_as_plus = op.plus == Some(op.out);
@@ -63,8 +63,14 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &MoeDown) -> Result<()> {
                     None => sum.fill(0.0),
                 }
             }
-            for expert in lists.active() {
+            for (number, expert) in lists.active().iter().enumerate() {
                 let expert = *expert as usize;
+                if let Some(next) = lists.active().get(number + 1)
+                    && lists.all_pairs().len() < MANY_PAIRS
+                {
+                    let next = *next as usize;
+                    fetch_starts(level, mode, (&packed.bytes, map), next, tiles.clone(), lists.pairs(next).len());
+                }
                 let pairs = lists.pairs(expert);
                 multiply(
                     level,

@@ -21,7 +21,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &MoeGateUp) -> Result<()> {
     backend.lists.build("moe_gate_up", &backend.memory.integers(op.ids), op.experts.num_experts)?;
     let lists = &backend.lists;
     let source = RowSource::rows(&backend.memory.floats(op.x));
-    let prepared = backend.space.prepare(source, forms.into_iter()).map_err(crate::backend::no_memory)?;
+    let prepared = backend.space.prepare(level, source, forms.into_iter()).map_err(crate::backend::no_memory)?;
     let out = backend.memory.floats(op.out);
     let tile_bytes = gate_map.layout.tile_bytes + up_map.layout.tile_bytes;
     backend.items.clear();

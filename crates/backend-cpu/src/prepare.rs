@@ -4,10 +4,10 @@
 //! `unsafe`: raw rows that threads fill together.
 #![allow(unsafe_code)]
 
-use crate::activations::{Int8Layout, round_part_to_int8};
+use crate::activations::{Across, Int8Layout, round_part_to_int8};
 use crate::layout::BLOCK_COLS;
 use crate::memory::Floats;
-use crate::product::{RowForm, Rows};
+use crate::product::{RowForm, Rows, reads_rows_across};
 use crate::simd::Level;
 use moellon_tensor::arena::AlignedBuf;
 use moellon_tensor::pool::partition;
@@ -98,6 +98,7 @@ impl<'a> RowSource<'a> {
 #[derive(Default)]
 pub(crate) struct PrepareSpace {
     int8: Option<AlignedBuf<u8>>,
+    across: Option<AlignedBuf<u8>>,
     float: Option<AlignedBuf<u8>>,
     /// 0, 1, 2, ..: the ids of all rows.
     identity: Vec<u32>,
@@ -108,6 +109,8 @@ pub(crate) struct Prepared<'a> {
     source: RowSource<'a>,
     int8_layout: Int8Layout,
     int8: Option<*mut u8>,
+    /// Numbers of 8-bit rows, for tile registers.
+    across: Option<Across>,
     float: Option<FloatRows>,
     identity: &'a [u32],
 }
@@ -124,9 +127,10 @@ struct FloatRows {
 unsafe impl Sync for Prepared<'_> {}
 
 impl PrepareSpace {
-    /// Makes room for the rows of `source` in the forms that `forms` yields.
+    /// Makes room for the rows of `source` in the forms that `forms` yields, for products at `level`.
     pub(crate) fn prepare<'a>(
         &'a mut self,
+        level: Level,
         source: RowSource<'a>,
         forms: impl Iterator<Item = RowForm>,
     ) -> std::io::Result<Prepared<'a>> {
@@ -139,8 +143,20 @@ impl PrepareSpace {
                 RowForm::F32 => wants_float = true,
             }
         }
+        let across = wants_int8 && reads_rows_across(level, num_rows);
         let int8 = match wants_int8 {
-            true => Some(grown(&mut self.int8, num_rows * int8_layout.row_bytes)?),
+            true => {
+                // Tile registers read whole groups of rows.
+                let room = if across { num_rows + Across::ROWS } else { num_rows };
+                Some(grown(&mut self.int8, room * int8_layout.row_bytes)?)
+            }
+            false => None,
+        };
+        let across = match across {
+            true => {
+                let floats = grown(&mut self.across, 4 * Across::num_floats(&int8_layout, num_rows))?;
+                Some(Across::new(floats.cast(), num_rows))
+            }
             false => None,
         };
         let float = match (wants_float, source.uniform_stride()) {
@@ -157,7 +173,7 @@ impl PrepareSpace {
         };
         let known = self.identity.len() as u32;
         self.identity.extend(known..(num_rows as u32).max(known));
-        Ok(Prepared { source, int8_layout, int8, float, identity: &self.identity[..num_rows] })
+        Ok(Prepared { source, int8_layout, int8, across, float, identity: &self.identity[..num_rows] })
     }
 }
 
@@ -195,6 +211,9 @@ impl Prepared<'_> {
                 unsafe {
                     let to = rows.add(row * self.int8_layout.row_bytes);
                     round_part_to_int8(level, x, to, self.int8_layout, range);
+                    if let Some(across) = self.across {
+                        across.at_row(row).copy(&self.int8_layout, to, range);
+                    }
                 }
             }
             if let Some(FloatRows { stride_bytes, copy: Some(rows), .. }) = self.float {
@@ -230,7 +249,12 @@ impl Prepared<'_> {
         };
         let len_bytes = if num_rows == 0 { 0 } else { (num_rows - 1) * stride_bytes + row_bytes };
         // SAFETY: rows stand there, whole; the rest is the caller's promise.
-        unsafe { Rows::new(form, Some(int8), first, len_bytes, stride_bytes, self.identity) }
+        let rows = unsafe { Rows::new(form, Some(int8), first, len_bytes, stride_bytes, self.identity) };
+        match (form, self.across) {
+            // SAFETY: `fill` wrote the numbers of all rows, and there is room behind the last one.
+            (RowForm::Int8, Some(across)) => unsafe { rows.with_across(across) },
+            _ => rows,
+        }
     }
 
     /// The ids of rows `range`.

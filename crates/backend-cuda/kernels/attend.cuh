@@ -41,6 +41,7 @@ DEVICE void join8(const AttendArgs& a, u32 t, u32 head, u32 c, float out[8]) {
   u32 split = split_of(count), splits = (count + split - 1) / split, width = PART_HEADER + a.value_dim;
   const float* part = a.partial + ((u64)t * a.num_heads + head) * a.max_splits * width;
   float m = a.sinks ? a.sinks[head] : -INFINITY;
+#pragma unroll 4
   for (u32 s = 0; s < splits; s++) m = fmaxf(m, part[s * width]);
   float l = a.sinks ? expf(a.sinks[head] - m) : 0.f;
 #pragma unroll

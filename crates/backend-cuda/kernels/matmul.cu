@@ -1,15 +1,14 @@
-// Matrix products with weights. Three kernels a format:
+// Matrix products with quantized weights. Two kernels a format:
 //
 //   gemv       up to 32 rows: the step of decoding. A warp streams one slice of one row tile; the slices of a row tile are added in
 //              order through shared memory. Fused: gate and up with the activation, down with the weighted sum of experts.
 //   gemm       more rows: a block keeps 64 rows of activations in shared memory and streams 256 rows of weights past them.
-//   plain      f32, f16 and bf16 weights with f32 activations.
 //
 // gemv and gemm give the same bits: the same tensor-core instruction on the same fragments in the same order, the same cut
 // into slices (a function of the number of columns) and the same order of adding them. So a token's result does not
 // depend on how many others share the step.
 //
-// One piece: all three share the fragments and the order of sums, which is what makes their bits agree.
+// One piece: both share the fragments and the order of sums, which is what makes their bits agree.
 #include "product.cuh"
 
 #define DOWN_SLOTS 256  // flat slots (rows times top-k) of `down`, at most the threads of a block
@@ -228,7 +227,7 @@ template <int F, bool FAST, int NT> DEVICE void gemv_down(const MatmulArgs& a) {
   }
 }
 
-// ---- more than 16 rows ----
+// ---- more than 32 rows ----
 
 struct SortArgs { Routing routing; u32* offsets; u32* sorted; u32 num_experts, pad; };
 // Flat slots by expert. One block; the order within an expert is arbitrary (rows do not see one another).
@@ -382,99 +381,6 @@ template <int F, bool FAST> DEVICE void gemm(const MatmulArgs& a) {
         store(a.part[0].out, flat, routing.ids ? row : matrix * w.rows + row, y);
       }
 }
-
-// ---- plain weights ----
-
-struct PlainArgs {
-  const u8* weights;
-  const float* bias;
-  Mat x, out;
-  Routing routing;         // offsets and sorted where ids is not null
-  u64 matrix_elements;
-  u32 rows, cols, x_head_stride, warps;
-};
-// KIND 0 f32, 1 f16, 2 bf16. `warps` warps (a power of two that depends on the columns alone) have one row of weights, eight rows of x at a time;
-// their parts are added in order. Grid: (rows / (8 / warps), experts or heads).
-template <int KIND> DEVICE void plain(const PlainArgs& a) {
-  __shared__ float parts[8][8];
-  pdl_launch();
-  pdl_wait();
-  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, matrix = blockIdx.y;
-  u32 row = blockIdx.x * (8 / a.warps) + warp / a.warps, share = warp % a.warps;
-  bool active = row < a.rows;
-  if (!active) row = 0;
-  u32 begin = 0, count = a.x.rows;
-  if (a.routing.ids) { begin = a.routing.offsets[matrix]; count = a.routing.offsets[matrix + 1] - begin; }
-  u64 first = matrix * a.matrix_elements + (u64)row * a.cols;
-  bool aligned = a.cols % 8 == 0;
-  bool wide = aligned && a.x.stride % 4 == 0 && (u64)a.x.p % 16 == 0 && a.x_head_stride % 4 == 0;
-  for (u32 n0 = 0; n0 < count; n0 += 8) {
-    const float* x[8];
-    u32 flat[8];
-#pragma unroll
-    for (int n = 0; n < 8; n++) {
-      u32 m = n0 + n < count ? n0 + n : n0;
-      flat[n] = a.routing.ids ? a.routing.sorted[begin + m] : m;
-      if (a.routing.ids) {
-        u32 token = flat[n] / a.routing.top_k;
-        x[n] = a.x.p + (u64)token * a.x.stride + (a.routing.slots_in_x ? flat[n] % a.routing.top_k * a.cols : 0);
-      } else x[n] = a.x.p + (u64)m * a.x.stride + matrix * a.x_head_stride;
-    }
-    u32 here = count - n0 < 8 ? count - n0 : 8;
-    float acc[8] = {};
-    auto element = [&](u32 c) {
-      return KIND == 0 ? ((const float*)a.weights)[first + c] : KIND == 1 ? f16_to_f32(((const u16*)a.weights)[first + c]) : bf16_to_f32(((const u16*)a.weights)[first + c]);
-    };
-#pragma unroll 2
-    for (u32 c0 = (share * 32 + lane) * 8; c0 < a.cols; c0 += a.warps * 256) {
-      float v[8];
-      if (aligned && KIND != 0) {
-        uint4 q = *(const uint4*)((const u16*)a.weights + first + c0);
-        u32 words[4] = {q.x, q.y, q.z, q.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          if (KIND == 2) { v[2 * i] = __uint_as_float(words[i] << 16); v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u); }
-          else { v[2 * i] = f16_to_f32(words[i] & 0xffff); v[2 * i + 1] = f16_to_f32(words[i] >> 16); }
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < 8; i++) v[i] = c0 + i < a.cols ? element(c0 + i) : 0.f;
-      }
-#pragma unroll
-      for (int n = 0; n < 8; n++) {
-        if (n < here) {
-          if (wide) {
-            float4 lo = *(const float4*)(x[n] + c0), hi = *(const float4*)(x[n] + c0 + 4);
-            acc[n] = fmaf(v[0], lo.x, acc[n]); acc[n] = fmaf(v[1], lo.y, acc[n]); acc[n] = fmaf(v[2], lo.z, acc[n]); acc[n] = fmaf(v[3], lo.w, acc[n]);
-            acc[n] = fmaf(v[4], hi.x, acc[n]); acc[n] = fmaf(v[5], hi.y, acc[n]); acc[n] = fmaf(v[6], hi.z, acc[n]); acc[n] = fmaf(v[7], hi.w, acc[n]);
-          } else {
-#pragma unroll
-            for (int i = 0; i < 8; i++) if (c0 + i < a.cols) acc[n] = fmaf(v[i], x[n][c0 + i], acc[n]);
-          }
-        }
-      }
-    }
-    __syncthreads();
-#pragma unroll
-    for (int n = 0; n < 8; n++) {
-      if (n < here) {
-        float y = warp_sum(acc[n]);
-        if (lane == 0) parts[warp][n] = y;
-      }
-    }
-    __syncthreads();
-    if (active && share == 0 && lane < here) {
-      float y = 0.f;
-      for (u32 k = 0; k < a.warps; k++) y += parts[warp + k][lane];
-      if (a.bias) y += a.bias[(u64)matrix * a.rows + row];
-      u32 mine = a.routing.ids ? a.routing.sorted[begin + n0 + lane] : n0 + lane;
-      store(a.out, mine, a.routing.ids ? row : matrix * a.rows + row, y);
-    }
-  }
-}
-KERNEL __launch_bounds__(256) plain_f32(const __grid_constant__ PlainArgs a) { plain<0>(a); }
-KERNEL __launch_bounds__(256) plain_f16(const __grid_constant__ PlainArgs a) { plain<1>(a); }
-KERNEL __launch_bounds__(256) plain_bf16(const __grid_constant__ PlainArgs a) { plain<2>(a); }
 
 #define KERNELS(NAME, F, FAST) \
   KERNEL __launch_bounds__(256, 3) linear1_##NAME(const __grid_constant__ MatmulArgs a) { gemv_linear<F, FAST, 1>(a); } \

@@ -95,3 +95,45 @@ DEVICE void cache_store(void* cache, bool is_bf16, u64 at, float x) {
   if (is_bf16) ((u16*)cache)[at] = f32_to_bf16(x);
   else ((float*)cache)[at] = x;
 }
+
+// What stands beside the product of a layer's queries with its heads: the rest of latent attention's input. A slot a row.
+struct Latent {
+  Mat latent, k_pe, q, table;   // normed in place; rotated in place
+  const float* weight;
+  const u32* slots;
+  void* cache;
+  u32 cache_width, cache_bf16;
+  u32 num_heads, head_stride, interleaved;
+  float eps;
+};
+// Row `t`, by the blocks of a row of the grid: the first norms, the others rotate queries.
+DEVICE void latent_row(const Latent& l, u32 t, float* scratch) {
+  const float* table = l.table.p + (u64)t * l.table.stride;
+  u32 half = l.table.cols / 2;
+  if (blockIdx.x == 0) {
+    u32 cols = l.latent.cols, c = row_column(0);
+    u64 at = (u64)l.slots[t] * l.cache_width;
+    float v[1][8], weight[8];
+    const float* row = l.latent.p + (u64)t * l.latent.stride;
+    load8(v[0], row, c, cols, is_wide(row, cols));
+    load8(weight, l.weight, c, cols, is_wide(l.weight, cols));
+    float scale = inverse_rms(v, 1, cols, l.eps, scratch);
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+      if (c + k >= cols) continue;
+      float y = v[0][k] * scale * weight[k];
+      store(l.latent, t, c + k, y);
+      cache_store(l.cache, l.cache_bf16, at + c + k, y);
+    }
+    for (u32 i = threadIdx.x; i < half; i += blockDim.x) {
+      rope_pair(l.k_pe, t, 0, table, half, i, l.interleaved);
+      u32 c0 = l.interleaved ? 2 * i : i, c1 = l.interleaved ? 2 * i + 1 : i + half;
+      cache_store(l.cache, l.cache_bf16, at + cols + c0, l.k_pe.p[(u64)t * l.k_pe.stride + c0]);
+      cache_store(l.cache, l.cache_bf16, at + cols + c1, l.k_pe.p[(u64)t * l.k_pe.stride + c1]);
+    }
+    if (gridDim.x > 1) return;
+  }
+  u32 first = gridDim.x > 1 ? blockIdx.x - 1 : 0, blocks = gridDim.x > 1 ? gridDim.x - 1 : 1;
+  for (u32 i = first * blockDim.x + threadIdx.x; i < l.num_heads * half; i += blocks * blockDim.x)
+    rope_pair(l.q, t, i / half * l.head_stride, table, half, i % half, l.interleaved);
+}

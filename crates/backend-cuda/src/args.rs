@@ -109,6 +109,8 @@ pub(crate) struct Plain {
     pub(crate) cols: u32,
     pub(crate) x_head_stride: u32,
     pub(crate) warps: u32,
+    pub(crate) chunk: u32,
+    pub(crate) pad: u32,
 }
 
 /// `SortArgs` of `matmul.cu`.
@@ -333,6 +335,14 @@ pub(crate) struct Attend {
     pub(crate) scale: f32,
 }
 
+/// `JoinArgs` of `attention.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Join {
+    pub(crate) attend: Attend,
+    pub(crate) digits: DevicePtr,
+}
+
 /// `IndexScoreArgs` of `attention.cu`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
@@ -404,7 +414,7 @@ pub(crate) struct Line {
     pub(crate) residual: Mat,
 }
 
-/// `Latent` of `decode.cu`.
+/// `Latent` of `row.cuh`.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct Latent {
@@ -491,4 +501,75 @@ pub(crate) struct Down {
     pub(crate) part_bytes: u64,
     pub(crate) slices: u32,
     pub(crate) top_k: u32,
+}
+
+/// `PlanArgs` of `few.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Plan {
+    pub(crate) route: Route,
+    pub(crate) plan: DevicePtr,
+    pub(crate) rows: u32,
+    pub(crate) warp_floats: u32,
+}
+
+/// `FewPair` of `few.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct FewPair {
+    pub(crate) gate: Packed,
+    pub(crate) up: Packed,
+    pub(crate) out: Mat,
+    pub(crate) x: DevicePtr,
+    pub(crate) x_bytes: u64,
+    pub(crate) digits: DevicePtr,
+    pub(crate) arrived: DevicePtr,
+}
+
+/// `FewUpArgs` of `few.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct FewUp {
+    pub(crate) routed: FewPair,
+    pub(crate) shared: FewPair,
+    pub(crate) plan: DevicePtr,
+    pub(crate) shared_blocks: u32,
+    pub(crate) slices: u32,
+    pub(crate) rows: u32,
+    pub(crate) top_k: u32,
+    pub(crate) activation: Activation,
+}
+
+/// `FewDownArgs` of `few.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct FewDown {
+    pub(crate) w: Packed,
+    pub(crate) out: Mat,
+    pub(crate) weights: Mat,
+    pub(crate) plus: Mat,
+    pub(crate) residual: Mat,
+    pub(crate) plan: DevicePtr,
+    pub(crate) x: DevicePtr,
+    pub(crate) part_bytes: u64,
+    pub(crate) slices: u32,
+    pub(crate) rows: u32,
+    pub(crate) top_k: u32,
+    pub(crate) pad: u32,
+}
+
+/// `FewLineArgs` of `few.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct FewLine {
+    pub(crate) part: [Part; 4],
+    pub(crate) first_unit: [u32; 5],
+    pub(crate) num_parts: u32,
+    pub(crate) slices: u32,
+    pub(crate) rows: u32,
+    pub(crate) x: DevicePtr,
+    pub(crate) x_bytes: u64,
+    pub(crate) matrices: u32,
+    pub(crate) x_matrix_bytes: u32,
+    pub(crate) residual: Mat,
 }

@@ -1,6 +1,7 @@
 //! The back end: memory, weights, caches, and steps that are recorded and replayed.
 
 mod decode;
+mod few;
 mod operations;
 mod products;
 
@@ -30,8 +31,10 @@ const WARPS: usize = 8;
 const DOWN_SLOTS: usize = 256;
 /// Keys that attention keeps in shared memory at a time (`TILE`).
 const TILE: u32 = 32;
-/// Counters that kernels of a step share: `up` has one for 64 hidden values of the chosen experts.
-const COUNTERS: usize = 4096;
+/// Counters that kernels of a step share: `up` has one for 64 hidden values of the chosen experts, `few_up` one for 64 values of a group of
+/// rows, those of the shared expert first.
+const COUNTERS: usize = 16384;
+const SHARED_COUNTERS: usize = 2048;
 /// Most bytes of partial attention results at a time.
 const PARTIAL_BYTES: usize = 256 << 20;
 
@@ -87,6 +90,8 @@ pub struct CudaBackend {
     sorted: Scratch,
     /// Counters of `up` in decode.cu: zero between two steps.
     arrived: Scratch,
+    /// The choice of experts of a step of a few rows: `Plan` of few.cu.
+    plan: Scratch,
     /// Whose choices `sorted` holds.
     sorted_for: Option<Tensor>,
     loader: Option<Loader>,
@@ -142,6 +147,7 @@ impl CudaBackend {
             partial: Scratch::default(),
             sorted: Scratch::default(),
             arrived: Scratch::default(),
+            plan: Scratch::default(),
             sorted_for: None,
             loader: None,
             graphs: HashMap::new(),

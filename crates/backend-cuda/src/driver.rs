@@ -209,6 +209,23 @@ impl Device {
         Ok(Module { module, functions: HashMap::new() })
     }
 
+    /// Blocks of a kernel that the GPU holds at a time, with `block` threads and `shared` bytes of dynamic shared memory each.
+    pub(crate) fn resident_blocks(&mut self, kernel: &Kernel, block: u32, shared: u32) -> Result<usize> {
+        self.enter()?;
+        let mut blocks = 0;
+        // SAFETY: out pointer; the function is loaded.
+        let result = unsafe {
+            sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                &raw mut blocks,
+                kernel.function,
+                block as i32,
+                shared as usize,
+            )
+        };
+        check(result, &format!("asking how many blocks of {} fit", kernel.name))?;
+        Ok(self.multiprocessors as usize * blocks.max(1) as usize)
+    }
+
     /// Appends a kernel to the stream. `args` is the kernel's one argument.
     pub(crate) fn launch<A: Copy>(
         &mut self,

@@ -14,6 +14,7 @@ struct Images {
     matmul: &'static [u8],
     attention: &'static [u8],
     decode: &'static [u8],
+    few: &'static [u8],
 }
 
 const IMAGES: [Images; 1] = [Images {
@@ -23,6 +24,7 @@ const IMAGES: [Images; 1] = [Images {
     matmul: include_bytes!("../cubin/sm_90a/matmul.cubin.gz"),
     attention: include_bytes!("../cubin/sm_90a/attention.cubin.gz"),
     decode: include_bytes!("../cubin/sm_90a/decode.cubin.gz"),
+    few: include_bytes!("../cubin/sm_90a/few.cubin.gz"),
 }];
 
 /// Dynamic shared memory that attention kernels may ask for: what a multiprocessor of an H100 or H200 has, less the reserved kilobyte.
@@ -33,6 +35,11 @@ const PRODUCT_SHARED: u32 = 160 * 1024;
 /// Dynamic shared memory of a kernel for one row.
 fn decode_shared(name: &str) -> u32 {
     if name.starts_with("router") { 0 } else { PRODUCT_SHARED }
+}
+
+/// The same for a few rows.
+fn few_shared(name: &str) -> u32 {
+    if matches!(name, "route_plan" | "latent_rows") { 0 } else { PRODUCT_SHARED }
 }
 
 fn unpacked(image: &[u8]) -> Result<Vec<u8>> {
@@ -50,6 +57,7 @@ pub(crate) struct Kernels {
     matmul: Module,
     attention: Module,
     decode: Module,
+    few: Module,
 }
 
 impl Kernels {
@@ -70,6 +78,7 @@ impl Kernels {
                 matmul: load("matmul")?,
                 attention: load("attention")?,
                 decode: load("decode")?,
+                few: load("few")?,
             });
         }
         let Some(images) = IMAGES.iter().find(|i| i.capability == device.capability) else {
@@ -87,6 +96,7 @@ impl Kernels {
             matmul: device.load_module("matmul", &unpacked(images.matmul)?)?,
             attention: device.load_module("attention", &unpacked(images.attention)?)?,
             decode: device.load_module("decode", &unpacked(images.decode)?)?,
+            few: device.load_module("few", &unpacked(images.few)?)?,
         })
     }
 
@@ -110,6 +120,15 @@ impl Kernels {
     /// Whether there is such a kernel for one row.
     pub(crate) fn has_decode(&mut self, name: &str) -> Result<bool> {
         Ok(self.decode.find(name, decode_shared(name))?.is_some())
+    }
+
+    pub(crate) fn few(&mut self, name: &str) -> Result<Kernel> {
+        self.few.kernel(name, few_shared(name))
+    }
+
+    /// Whether there is such a kernel for a few rows.
+    pub(crate) fn has_few(&mut self, name: &str) -> Result<bool> {
+        Ok(self.few.find(name, few_shared(name))?.is_some())
     }
 
     pub(crate) fn attention(&mut self, name: &str) -> Result<Kernel> {

@@ -58,9 +58,31 @@ pub(crate) fn pipe_bytes(format: WeightFormat, matrices: u32) -> u32 {
     let (tiles, slots) = match (matrices, lane_words(format) > 5) {
         (1, false) => (4, 3),
         (1, true) => (2, 4),
-        _ => (2, 3),
+        (_, false) => (3, 2),
+        (_, true) => (2, 3),
     };
     8 * (slots * matrices * tiles * tile_bytes(format) + 64)
+}
+
+/// The same of `few_line` of few.cu for up to `rows` rows (4, 8, 16 or 32) and `row_tiles` row tiles at a time: rows go through shared memory
+/// too unless there are 32.
+pub(crate) fn few_line_bytes(format: WeightFormat, rows: u32, row_tiles: u32) -> u32 {
+    let (tiles, slots) = match (rows, row_tiles, lane_words(format) > 5) {
+        (32, ..) => return pipe_bytes(format, row_tiles),
+        (4, _, false) => (4, 3),
+        (4, _, true) => (2, 3),
+        (_, 1, false) => (4, 2),
+        _ => (2, 2),
+    };
+    // Formats that are multiplied as bfloat16 have no product with four rows.
+    let (columns, rows) = if takes_digits(format) { (144, rows) } else { (128, rows.max(8)) };
+    8 * (slots * tiles * (row_tiles * tile_bytes(format) + rows * columns) + 64)
+}
+
+/// The same of `few_up` of few.cu: two blocks a multiprocessor, so deeper rings.
+pub(crate) fn few_up_bytes(format: WeightFormat) -> u32 {
+    let tiles = if lane_words(format) > 5 { 6 } else { 12 };
+    8 * (tiles * 2 * tile_bytes(format) + 64)
 }
 
 /// Bytes of a tile with its scales behind it.

@@ -54,6 +54,100 @@ fn assert_same(name: &str, config: &ModelConfig, format: &str, contexts: &[usize
     }
 }
 
+/// Tokens that depend on the sequence.
+fn tokens_of(sequence: usize, count: usize, vocab_size: usize) -> Vec<u32> {
+    (0..count).map(|i| ((i * i * 7 + i * 3 + sequence * 101 + 1) % vocab_size) as u32).collect()
+}
+
+/// Steps of several rows: a row of each of several sequences, and rows that follow each other in one sequence. Each row has the bits of a
+/// step of its own, in every way that the step is launched.
+fn assert_rows_same(name: &str, config: &ModelConfig, format: &str, counts: &[usize], backend: &mut CudaBackend) {
+    const BLOCK: usize = 32;
+    let plan = FormatPlan::parse(format).expect("format is known");
+    let weights = Weights::load(config, &Synthetic::new(config, plan, 5), backend, &mut |_| {}).expect("weights load");
+    let options = DecoderOptions {
+        block_size: BLOCK,
+        num_blocks: 36,
+        max_sequences: 32,
+        ..DecoderOptions::single_sequence(128, 128, CacheDtype::Bf16)
+    };
+    let mut decoder = Decoder::new(config.clone(), weights, options, backend).expect("decoder fits");
+    let mut run = |batch: &Batch, recorded: bool, backend: &mut CudaBackend| {
+        let logits =
+            if recorded { decoder.forward(batch, backend) } else { decoder.forward_tapped(batch, backend, None) };
+        bits(&read_logits(logits.expect("step runs"), backend).expect("logits come back"))
+    };
+    for &count in counts {
+        // (tokens, position, block table) of each row.
+        let apart: Vec<_> = (0..count).map(|s| (tokens_of(s, 4 + s % 5, config.vocab_size), vec![s as u32])).collect();
+        let chain = tokens_of(40, 6 + count, config.vocab_size);
+        let table: Vec<u32> = (32..36).collect();
+        let (mut expected_apart, mut expected_chain) = (Vec::new(), Vec::new());
+        let mut joint = Batch::default();
+        for (tokens, table) in &apart {
+            let last = tokens.len() - 1;
+            let mut prompt = Batch::default();
+            prompt.push_sequence(&tokens[..last], 0, table, BLOCK, LogitRows::Last);
+            run(&prompt, false, backend);
+            let mut alone = Batch::default();
+            alone.push_sequence(&tokens[last..], last, table, BLOCK, LogitRows::Last);
+            expected_apart.extend(run(&alone, false, backend));
+            joint.push_sequence(&tokens[last..], last, table, BLOCK, LogitRows::Last);
+        }
+        let mut prompt = Batch::default();
+        prompt.push_sequence(&chain[..6], 0, &table, BLOCK, LogitRows::Last);
+        run(&prompt, false, backend);
+        for at in 6..chain.len() {
+            let mut alone = Batch::default();
+            alone.push_sequence(&chain[at..=at], at, &table, BLOCK, LogitRows::Last);
+            expected_chain.extend(run(&alone, false, backend));
+        }
+        let mut verified = Batch::default();
+        verified.push_sequence(&chain[6..], 6, &table, BLOCK, LogitRows::All);
+        for (what, batch, expected) in [("sequences", &joint, &expected_apart), ("drafts", &verified, &expected_chain)]
+        {
+            for way in ["op by op", "seen", "fused", "recorded", "replayed"] {
+                let found = run(batch, way != "op by op", backend);
+                let wrong = found.iter().zip(expected).position(|(a, b)| a != b);
+                assert!(
+                    found.len() == expected.len() && wrong.is_none(),
+                    "{name} {format}, {count} {what}: {way} differs from rows alone, first in row {:?}",
+                    wrong.map(|w| w / config.vocab_size)
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_of_the_bundled_shape_in_every_format() {
+    let Some(mut backend) = open() else { return };
+    let json = include_bytes!("../../../models/moellon-tiny/config.json");
+    let mut config = arch::parse(&serde_json::from_slice(json).expect("config is JSON")).expect("config is legal");
+    config.num_mtp_layers = 0;
+    config.layers.truncate(3);
+    for format in FORMATS {
+        assert_rows_same("bundled", &config, format, &[2, 7, 13, 32], &mut backend);
+    }
+}
+
+#[test]
+fn rows_of_published_shapes() {
+    let Some(mut backend) = open() else { return };
+    for (shape, formats) in [
+        ("qwen3-30b-a3b:layers=1,vocab=4096", &["affine-4", "nvfp4"][..]),
+        // A vocabulary whose product takes two row tiles at a time.
+        ("glm-5.2-77:layers=1,vocab=33000", &["affine-4", "q3a4"][..]),
+        ("gpt-oss-20b:layers=1,vocab=4096", &["mxfp4"][..]),
+        ("deepseek-v3:layers=1,vocab=4096", &["affine-4"][..]),
+    ] {
+        let config = preset(shape).expect("preset is known");
+        for format in formats {
+            assert_rows_same(shape, &config, format, &[2, 4, 7, 16, 32], &mut backend);
+        }
+    }
+}
+
 #[test]
 fn bundled_shape_in_every_format() {
     let Some(mut backend) = open() else { return };

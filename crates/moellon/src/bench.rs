@@ -13,8 +13,16 @@ use moellon_model::synthetic::{preset, related_bands};
 use moellon_model::{Decoder, DecoderOptions};
 use moellon_ops::{Backend, CacheDtype};
 
-/// Runs the command.
+/// Runs the command, on a thread of its own: the CPU back end keeps the thread that runs steps on the core that its workers leave
+/// free, as an engine's, but not the main thread.
 pub fn run(options: &BenchOptions) -> Result<()> {
+    std::thread::scope(|scope| match scope.spawn(|| measure(options)).join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })
+}
+
+fn measure(options: &BenchOptions) -> Result<()> {
     anyhow::ensure!(!options.batch.contains(&0), "--batch has 0, expected positive numbers");
     let mut backend = backend::create(&options.device, options.activations)?;
     if let (Some(spec), Some(synthetic)) = (&options.speculate, &options.synthetic) {

@@ -140,13 +140,13 @@ impl<const STEPS: usize> Codes for Wide<STEPS> {
     }
 }
 
-/// Fetches line `M` of the blocks `PREFETCH_BYTES` ahead of each stream, if blocks have so many lines.
+/// Fetches line `M` of the blocks ahead in each stream, if blocks have so many lines.
 #[inline(always)]
 pub(super) fn prefetch_line<S: Simd, C: Codes, const T: usize, const M: usize>(s: S, at: &[*const u8; T]) {
     // Expanded tiles are in the nearest cache.
     if M < C::LINES && !C::WIDE {
         for block in at {
-            s.prefetch(block.wrapping_add(super::PREFETCH_BYTES + M * LINE_BYTES));
+            super::fetch_ahead(s, block.wrapping_add(M * LINE_BYTES));
         }
     }
 }

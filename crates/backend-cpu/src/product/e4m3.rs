@@ -3,7 +3,7 @@
 // Loops run over arrays of registers, several at once; iterators would hide vectors in closures.
 #![allow(clippy::needless_range_loop)]
 
-use super::{PREFETCH_BYTES, TileArgs, TileKernel, e4m3_value, finish, load_e8m0};
+use super::{TileArgs, TileKernel, e4m3_value, fetch_ahead, finish, load_e8m0};
 use crate::layout::{BLOCK_COLS, Coding, LINE_BYTES, TILE_ROWS};
 use crate::simd::Simd;
 
@@ -29,7 +29,7 @@ unsafe fn add_lines<S: Simd, const T: usize, const R: usize>(
     unsafe {
         for _ in 0..lines {
             for t in 0..T {
-                s.prefetch(at[t].wrapping_add(PREFETCH_BYTES));
+                fetch_ahead(s, at[t]);
                 let line = s.load_i(at[t]);
                 at[t] = at[t].add(LINE_BYTES);
                 for j in 0..LINE_COLS {
@@ -104,7 +104,7 @@ impl TileKernel for E4m3 {
                     }
                     block += count;
                     for t in 0..T {
-                        s.prefetch(at[t].wrapping_add(PREFETCH_BYTES));
+                        fetch_ahead(s, at[t]);
                         at[t] = at[t].add(layout.record_scale_bytes);
                     }
                 }

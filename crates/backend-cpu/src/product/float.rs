@@ -2,7 +2,7 @@
 // Loops run over arrays of registers, several at once; iterators would hide vectors in closures.
 #![allow(clippy::needless_range_loop)]
 
-use super::{PREFETCH_BYTES, TileArgs, TileKernel, finish};
+use super::{TileArgs, TileKernel, fetch_ahead, finish};
 use crate::layout::LINE_BYTES;
 use crate::simd::Simd;
 
@@ -25,7 +25,7 @@ macro_rules! float_kernel {
                     for line in 0..args.layout.padded_cols() / $columns {
                         for t in 0..T {
                             let $at = args.tiles[t].add(line * LINE_BYTES);
-                            $s.prefetch($at.wrapping_add(PREFETCH_BYTES));
+                            fetch_ahead($s, $at);
                             let weights: [S::F; $columns] = $decode;
                             for j in 0..$columns {
                                 for r in 0..R {

@@ -3,7 +3,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::codes::{Codes, E2M1_FACTOR, prefetch_line};
-use super::{PREFETCH_BYTES, TileArgs, TileKernel, finish, load_e8m0, load_scales, nvfp4_scales};
+use super::{TileArgs, TileKernel, fetch_ahead, finish, load_e8m0, load_scales, nvfp4_scales};
 use crate::activations::Int8Layout;
 use crate::layout::{BLOCK_COLS, LINE_BYTES, TILE_ROWS};
 use crate::simd::Simd;
@@ -327,7 +327,7 @@ impl<C: Codes> TileKernel for Grouped<C> {
                     let (scale, offset) = if C::WIDE {
                         (s.load(at[t].cast()), s.load(at[t].add(LINE_BYTES).cast()))
                     } else {
-                        s.prefetch(at[t].wrapping_add(PREFETCH_BYTES));
+                        fetch_ahead(s, at[t]);
                         (
                             load_scales(s, layout.scale_dtype, at[t]),
                             load_scales(s, layout.scale_dtype, at[t].add(offsets_at)),
@@ -395,7 +395,7 @@ impl<C: Codes> TileKernel for Mxfp4<C> {
                     if C::WIDE {
                         at[t] = at[t].add(count * LINE_BYTES);
                     } else {
-                        s.prefetch(at[t].wrapping_add(PREFETCH_BYTES));
+                        fetch_ahead(s, at[t]);
                         at[t] = at[t].add(layout.record_scale_bytes);
                     }
                 }
@@ -465,7 +465,7 @@ impl<C: Codes> TileKernel for Nvfp4<C> {
                     if C::WIDE {
                         at[t] = at[t].add(count * 2 * LINE_BYTES);
                     } else {
-                        s.prefetch(at[t].wrapping_add(PREFETCH_BYTES));
+                        fetch_ahead(s, at[t]);
                         at[t] = at[t].add(layout.record_scale_bytes);
                     }
                 }

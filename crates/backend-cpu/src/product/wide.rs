@@ -3,7 +3,7 @@
 //! The numbers and their order are those of the packed tile, so results are the same bits.
 
 use super::codes::{Codes, prefetch_line};
-use super::{PREFETCH_BYTES, load_e8m0, load_scales, nvfp4_scales};
+use super::{fetch_ahead, load_e8m0, load_scales, nvfp4_scales};
 use crate::layout::{Coding, LINE_BYTES, TILE_ROWS, TileLayout};
 use crate::simd::{Kernel, Simd};
 use std::marker::PhantomData;
@@ -49,7 +49,7 @@ impl<C: Codes> Kernel for Expand<C> {
                     at = at.add(C::LINES * LINE_BYTES);
                     to = to.add(8 * LINE_BYTES);
                 }
-                s.prefetch(at.wrapping_add(PREFETCH_BYTES));
+                fetch_ahead(s, at);
                 let lines = match layout.coding {
                     Coding::Affine { .. } => 2,
                     Coding::Mxfp4 => count,

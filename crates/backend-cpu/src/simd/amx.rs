@@ -9,6 +9,7 @@
 
 use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
+use std::cell::Cell;
 use std::sync::OnceLock;
 
 /// Whether the processor has tiles of bytes and the system lets this process use them. Linux wants to be asked, because
@@ -61,10 +62,24 @@ fn is_permitted() -> bool {
     false
 }
 
-/// Shapes of the eight tile registers, as LDTILECFG reads them.
+/// What the registers of a thread hold: four of sums, two of activations, two of operands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Shape {
+    /// Activation rows, 1 to 16.
+    pub(crate) rows: usize,
+    /// Columns that an instruction multiplies: a multiple of 4, up to 64.
+    pub(crate) cols: usize,
+}
+
+thread_local! {
+    /// The shape of this thread's registers, unless they are given back.
+    static SHAPE: Cell<Option<Shape>> = const { Cell::new(None) };
+}
+
+/// What LDTILECFG reads.
 #[repr(C, align(64))]
 #[allow(dead_code, reason = "the processor reads it")]
-pub(crate) struct TileConfig {
+struct TileConfig {
     palette: u8,
     start_row: u8,
     reserved: [u8; 14],
@@ -73,34 +88,41 @@ pub(crate) struct TileConfig {
     rows: [u8; 16],
 }
 
-impl TileConfig {
-    /// Registers of `(rows, bytes of a row)`, up to 16 rows of 64 bytes; the rest are not to be used.
-    pub(crate) fn new<const N: usize>(shapes: [(usize, usize); N]) -> Self {
-        let mut config = TileConfig { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        for (i, (rows, row_bytes)) in shapes.into_iter().enumerate() {
-            assert!(i < 8 && rows <= 16 && row_bytes <= 64 && row_bytes % 4 == 0, "tile {i} of {rows} x {row_bytes}");
-            (config.rows[i], config.row_bytes[i]) = (rows as u8, row_bytes as u16);
-        }
-        config
-    }
-
-    /// Makes it this thread's, and clears all tiles.
-    ///
-    /// # Safety
-    /// [`is_available`] said yes.
-    #[inline(always)]
-    pub(crate) unsafe fn load(&self) {
-        // SAFETY: the value is 64 bytes in the documented layout; the rest is the caller's promise.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) std::ptr::from_ref(self), options(readonly, nostack, preserves_flags)) }
-    }
-}
-
-/// Gives the tiles back: a thread without them is switched faster.
+/// Gives this thread's registers the shape, if they have another one: that takes 185 cycles and clears them. Sums are 16
+/// numbers of 4 bytes a row, activations `cols` bytes; operands are `cols / 4` rows of 64 bytes.
 ///
 /// # Safety
-/// As [`TileConfig::load`].
-#[inline(always)]
-pub(crate) unsafe fn release() {
-    // SAFETY: the caller's promise.
-    unsafe { asm!("tilerelease", options(nomem, nostack, preserves_flags)) }
+/// [`is_available`] said yes.
+///
+/// # Panics
+/// If no register has that shape.
+#[inline]
+pub(crate) unsafe fn configure(shape: Shape) {
+    if SHAPE.get() == Some(shape) {
+        return;
+    }
+    let Shape { rows, cols } = shape;
+    assert!((1..=16).contains(&rows) && cols <= 64 && cols.is_multiple_of(4), "tile registers of {rows} x {cols}");
+    let mut config = TileConfig { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+    for (i, (rows, row_bytes)) in
+        [(rows, 64); 4].into_iter().chain([(rows, cols); 2]).chain([(cols / 4, 64); 2]).enumerate()
+    {
+        (config.rows[i], config.row_bytes[i]) = (rows as u8, row_bytes as u16);
+    }
+    // SAFETY: the value is 64 bytes in the documented layout; the rest is the caller's promise.
+    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(readonly, nostack, preserves_flags)) }
+    SHAPE.set(Some(shape));
+}
+
+/// While it lives, this thread may use tile registers; then it gives them back, if it did: a thread without them is
+/// switched faster, and its core sleeps deeper.
+pub(crate) struct Use;
+
+impl Drop for Use {
+    fn drop(&mut self) {
+        if SHAPE.take().is_some() {
+            // SAFETY: the registers are in use, so there are some.
+            unsafe { asm!("tilerelease", options(nomem, nostack, preserves_flags)) }
+        }
+    }
 }

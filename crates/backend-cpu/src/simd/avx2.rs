@@ -63,6 +63,39 @@ pub(super) unsafe fn sum_4_eights([a, b, c, d]: [__m256; 4]) -> [f32; 4] {
     })
 }
 
+/// Largest lanes of four vectors of eight.
+///
+/// # Safety
+/// The processor has AVX.
+#[inline(always)]
+pub(super) unsafe fn max_4_eights([a, b, c, d]: [__m256; 4]) -> [f32; 4] {
+    intrinsic!({
+        // [a a b b a a b b] and [c c d d c c d d], then [a b c d a b c d], then one of each.
+        let twos = |x, y| _mm256_max_ps(_mm256_unpacklo_ps(x, y), _mm256_unpackhi_ps(x, y));
+        let (ab, cd) = (twos(a, b), twos(c, d));
+        let fours = _mm256_max_ps(_mm256_shuffle_ps::<0x44>(ab, cd), _mm256_shuffle_ps::<0xee>(ab, cd));
+        let ones = _mm_max_ps(_mm256_castps256_ps128(fours), _mm256_extractf128_ps::<1>(fours));
+        let mut out = [0.0; 4];
+        _mm_storeu_ps(out.as_mut_ptr(), ones);
+        out
+    })
+}
+
+/// Sums of four vectors of eight integers.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+pub(super) unsafe fn sum_i_4_eights([a, b, c, d]: [__m256i; 4]) -> [i32; 4] {
+    intrinsic!({
+        let eights = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+        let ones = _mm_add_epi32(_mm256_castsi256_si128(eights), _mm256_extracti128_si256::<1>(eights));
+        let mut out = [0; 4];
+        _mm_storeu_si128(out.as_mut_ptr().cast(), ones);
+        out
+    })
+}
+
 impl<const VNNI: bool> Simd for Avx2<VNNI> {
     type F = F;
     type I = I;
@@ -149,6 +182,16 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
             let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
         })
+    }
+
+    #[inline(always)]
+    fn max_lane_4(self, x: [F; 4]) -> [f32; 4] {
+        intrinsic!(max_4_eights(x.map(|x| _mm256_max_ps(x.0, x.1))))
+    }
+
+    #[inline(always)]
+    fn sum_i_4(self, x: [I; 4]) -> [i32; 4] {
+        intrinsic!(sum_i_4_eights(x.map(|x| _mm256_add_epi32(x.0, x.1))))
     }
 
     #[inline(always)]
@@ -345,5 +388,10 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     #[inline(always)]
     fn prefetch(self, address: *const u8) {
         intrinsic!(_mm_prefetch::<_MM_HINT_T0>(address.cast()))
+    }
+
+    #[inline(always)]
+    fn prefetch_far(self, address: *const u8) {
+        intrinsic!(_mm_prefetch::<_MM_HINT_T1>(address.cast()))
     }
 }

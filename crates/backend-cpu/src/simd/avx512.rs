@@ -109,6 +109,25 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn max_lane_4(self, x: [__m512; 4]) -> [f32; 4] {
+        let mut eights = [intrinsic!(_mm256_setzero_ps()); 4];
+        for i in 0..4 {
+            eights[i] = intrinsic!(_mm256_max_ps(_mm512_castps512_ps256(x[i]), _mm512_extractf32x8_ps::<1>(x[i])));
+        }
+        intrinsic!(super::avx2::max_4_eights(eights))
+    }
+
+    #[inline(always)]
+    fn sum_i_4(self, x: [__m512i; 4]) -> [i32; 4] {
+        let mut eights = [intrinsic!(_mm256_setzero_si256()); 4];
+        for i in 0..4 {
+            let halves = [intrinsic!(_mm512_castsi512_si256(x[i])), intrinsic!(_mm512_extracti64x4_epi64::<1>(x[i]))];
+            eights[i] = intrinsic!(_mm256_add_epi32(halves[0], halves[1]));
+        }
+        intrinsic!(super::avx2::sum_i_4_eights(eights))
+    }
+
+    #[inline(always)]
     fn splat_i(self, x: i32) -> __m512i {
         intrinsic!(_mm512_set1_epi32(x))
     }
@@ -246,5 +265,10 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn prefetch(self, address: *const u8) {
         intrinsic!(_mm_prefetch::<_MM_HINT_T0>(address.cast()))
+    }
+
+    #[inline(always)]
+    fn prefetch_far(self, address: *const u8) {
+        intrinsic!(_mm_prefetch::<_MM_HINT_T1>(address.cast()))
     }
 }

@@ -81,6 +81,11 @@ pub(crate) trait Simd: Copy {
     }
     /// Largest lane.
     fn max_lane(self, x: Self::F) -> f32;
+    /// [`Simd::max_lane`] of four vectors.
+    #[inline(always)]
+    fn max_lane_4(self, x: [Self::F; 4]) -> [f32; 4] {
+        [self.max_lane(x[0]), self.max_lane(x[1]), self.max_lane(x[2]), self.max_lane(x[3])]
+    }
 
     /// All lanes `x`.
     fn splat_i(self, x: i32) -> Self::I;
@@ -143,6 +148,11 @@ pub(crate) trait Simd: Copy {
     fn greater(self, a: Self::I, b: Self::I) -> Self::I;
     /// Sum of the lanes.
     fn sum_i(self, x: Self::I) -> i32;
+    /// [`Simd::sum_i`] of four vectors.
+    #[inline(always)]
+    fn sum_i_4(self, x: [Self::I; 4]) -> [i32; 4] {
+        [self.sum_i(x[0]), self.sum_i(x[1]), self.sum_i(x[2]), self.sum_i(x[3])]
+    }
     /// Integers to floats, nearest even.
     fn to_f(self, x: Self::I) -> Self::F;
     /// Floats within the range of i32 to integers, nearest even.
@@ -190,6 +200,8 @@ pub(crate) trait Simd: Copy {
     }
     /// Hint that the line at `address` will be read soon. Any address is allowed.
     fn prefetch(self, address: *const u8);
+    /// The same for the second-nearest cache.
+    fn prefetch_far(self, address: *const u8);
 
     /// The first `len` (at most 16) floats at `from`, zeros after them.
     ///

@@ -322,6 +322,12 @@ impl<const DOTPROD: bool, const I8MM: bool> Simd for Neon<DOTPROD, I8MM> {
     }
 
     #[inline(always)]
+    fn prefetch_far(self, address: *const u8) {
+        // SAFETY: a prefetch never faults.
+        unsafe { asm!("prfm pldl2keep, [{0}]", in(reg) address, options(readonly, nostack, preserves_flags)) };
+    }
+
+    #[inline(always)]
     unsafe fn store_eights(self, low: I, high: I, to: *mut u8) {
         for i in 0..4 {
             intrinsic!({

@@ -13,6 +13,7 @@
 //! | `attend_mla`, `linear_heads` | `attend`, `heads` that joins |
 //! | `route`, `gate_up` and `linear` of the shared expert, `moe_gate_up`, `moe_down` | `up`, `line`, `experts_down` |
 
+use super::few::{few_format, is_few};
 use super::products::{Input, activation_args, plain_warps, slices};
 use super::{COUNTERS, CudaBackend, WARPS};
 use crate::args;
@@ -55,7 +56,7 @@ impl<'a> Cursor<'a> {
     /// The residual that a producer of `out` adds to if the operation after `count` more is a norm that would add it.
     fn residual_after(&self, count: usize, out: Tensor) -> Option<Tensor> {
         match self.ops.get(self.at + count) {
-            Some(Op::RmsNorm(n)) if n.delta == Some(out) && n.x.rows == 1 && n.x.cols == out.cols => Some(n.x),
+            Some(Op::RmsNorm(n)) if n.delta == Some(out) && n.x.rows == out.rows && n.x.cols == out.cols => Some(n.x),
             _ => None,
         }
     }
@@ -91,6 +92,15 @@ impl CudaBackend {
     fn fused(&mut self, cursor: &mut Cursor<'_>) -> Result<bool> {
         let rest = cursor.rest();
         match rest {
+            [Op::RmsNorm(latent), Op::Rope(q), Op::Rope(k), Op::KvStore { parts, slots, cache }, ..]
+                if is_few(latent.x.rows) =>
+            {
+                let store = KvStore { parts, slots: *slots, cache: *cache };
+                if !self.few_latent(latent, [q, k], &store)? {
+                    return Ok(false);
+                }
+                cursor.at += 4;
+            }
             [
                 Op::RmsNorm(latent),
                 Op::Rope(q),
@@ -128,6 +138,17 @@ impl CudaBackend {
                     return Ok(true);
                 }
             }
+            [Op::Linear { x, parts }, ..] if is_few(x.rows) => {
+                if !parts.iter().any(|(w, _)| few_format(*w).is_some()) {
+                    return Ok(false);
+                }
+                let whole = parts.len() == 1;
+                let residual = whole.then(|| cursor.residual_after(1, parts[0].1)).flatten();
+                self.few_linear(*x, parts, residual)?;
+                cursor.added = residual.is_some();
+                cursor.at += 1;
+                return Ok(true);
+            }
             [Op::Linear { x, parts }, ..] => {
                 let Some(input) = self.plain_input(*x, parts[0].0)? else { return Ok(false) };
                 let residual = (parts.len() == 1).then(|| cursor.residual_after(1, parts[0].1)).flatten();
@@ -136,11 +157,23 @@ impl CudaBackend {
                 cursor.at += 1;
                 return Ok(true);
             }
+            [Op::AttendMla(attend), Op::LinearHeads(heads), ..] if is_few(attend.q_latent.rows) => {
+                if !self.few_attend(attend, heads)? {
+                    return Ok(false);
+                }
+                cursor.at += 1;
+            }
             [Op::AttendMla(attend), Op::LinearHeads(heads), after @ ..] => {
                 if !self.heads_of_attention(attend, heads, after.first())? {
                     return Ok(false);
                 }
                 cursor.at += 2;
+            }
+            [Op::LinearHeads(heads), ..] if is_few(heads.x.rows) => {
+                if !self.few_heads(heads)? {
+                    return Ok(false);
+                }
+                cursor.at += 1;
             }
             [Op::LinearHeads(heads), ..] => {
                 let Some(args) = self.heads_args(heads)? else { return Ok(false) };
@@ -174,6 +207,12 @@ impl CudaBackend {
                 cursor.at += 3;
                 cursor.added = residual.is_some();
                 return Ok(true);
+            }
+            [Op::GateUp(op), ..] if is_few(op.x.rows) => {
+                if !self.few_gate_up(op)? {
+                    return Ok(false);
+                }
+                cursor.at += 1;
             }
             [Op::GateUp(op), ..] => {
                 let Some(pair) = self.dense_pair(op)? else { return Ok(false) };
@@ -301,7 +340,7 @@ impl CudaBackend {
     }
 
     /// The view that a producer adds to.
-    fn residual(&mut self, x: Tensor) -> Result<Mat> {
+    pub(super) fn residual(&mut self, x: Tensor) -> Result<Mat> {
         let mat = self.input(x)?;
         self.buffer(x)?.written_by_host();
         Ok(mat)
@@ -373,19 +412,34 @@ impl CudaBackend {
         store: &KvStore<'_>,
         heads: &LinearHeads,
     ) -> Result<bool> {
-        let in_place = norm.delta.is_none() && norm.x == norm.out && norm.x.rows == 1 && norm.x.cols <= HEAD_COLUMNS;
-        let stored = matches!(store.parts, [latent, k_pe] if *latent == norm.x && *k_pe == k.x);
-        let rotated = k.num_heads == 1 && q.table == k.table && q.pairs == k.pairs && q.x.rows == 1;
         // The product reads what is not rotated.
         let head_end = heads.x.offset + heads.weight.cols;
         let apart =
             heads.x.buffer.id == q.x.buffer.id && q.head_stride == heads.x_head_stride && q.x.offset >= head_end;
-        if !(in_place && stored && rotated && apart) {
+        if !apart || norm.x.rows != 1 {
             return Ok(false);
         }
         let Some(mut args) = self.heads_args(heads)? else { return Ok(false) };
-        args.has_latent = 1;
-        args.latent = args::Latent {
+        let Some(latent) = self.latent_args(norm, [q, k], store)? else { return Ok(false) };
+        (args.has_latent, args.latent) = (1, latent);
+        self.heads(heads, args)?;
+        Ok(true)
+    }
+
+    /// The arguments of what makes latent attention's keys and rotates its queries, if the operations are those that the kernel knows.
+    pub(super) fn latent_args(
+        &mut self,
+        norm: &RmsNorm,
+        [q, k]: [&Rope; 2],
+        store: &KvStore<'_>,
+    ) -> Result<Option<args::Latent>> {
+        let in_place = norm.delta.is_none() && norm.x == norm.out && norm.x.cols <= HEAD_COLUMNS;
+        let stored = matches!(store.parts, [latent, k_pe] if *latent == norm.x && *k_pe == k.x);
+        let rotated = k.num_heads == 1 && q.table == k.table && q.pairs == k.pairs && q.x.rows == norm.x.rows;
+        if !(in_place && stored && rotated) {
+            return Ok(None);
+        }
+        Ok(Some(args::Latent {
             latent: self.output(norm.x)?,
             k_pe: self.output(k.x)?,
             q: self.output(q.x)?,
@@ -399,9 +453,7 @@ impl CudaBackend {
             head_stride: q.head_stride as u32,
             interleaved: u32::from(q.pairs == RopePairs::Interleaved),
             eps: norm.eps,
-        };
-        self.heads(heads, args)?;
-        Ok(true)
+        }))
     }
 
     /// Attention whose parts are joined by the product behind it, which also makes digits for the one after.
@@ -453,6 +505,9 @@ impl CudaBackend {
         let (hidden, width, top_k) = (experts.hidden_size, experts.intermediate_size, up.ids.cols);
         let same = down.h == up.out && down.ids == up.ids && up.ids == route.ids && down.weights == route.weights;
         let formats = (fast_format(experts.gate_format), fast_format(experts.down_format));
+        if same && is_few(up.x.rows) {
+            return self.few_experts(route, shared, up, down, residual);
+        }
         let (Some(name), Some(down_name)) = formats else { return Ok(false) };
         let fits = route.n_group <= 1
             && top_k <= 32
@@ -555,12 +610,12 @@ fn direct(input: &Input) -> RowInput {
 }
 
 /// As many blocks, up to `most`, as give each the same number of units, or one less.
-fn even(units: usize, most: usize) -> usize {
+pub(super) fn even(units: usize, most: usize) -> usize {
     units.div_ceil(units.div_ceil(most).max(1)).max(1)
 }
 
 /// How `most` blocks are shared by two kinds of units, given as (count, bytes of one), so that both end early.
-fn shares(first: (usize, u32), second: (usize, u32), most: usize) -> (usize, usize) {
+pub(super) fn shares(first: (usize, u32), second: (usize, u32), most: usize) -> (usize, usize) {
     let time = |(units, bytes): (usize, u32), blocks: usize| units.div_ceil(blocks) * bytes as usize;
     let best = (1..most).min_by_key(|&blocks| time(first, blocks).max(time(second, most - blocks))).unwrap_or(1);
     (even(first.0, best), even(second.0, (most - best).max(1)))

@@ -4,7 +4,7 @@ use super::products::{WeightRef, activation_args, gemv_variant, slices};
 use super::{COUNTERS, CudaBackend, DOWN_SLOTS, GEMV_ROWS, PARTIAL_BYTES, TILE, WARPS};
 use crate::args;
 use crate::args::{Mat, Matmul, Part, Routing};
-use crate::buffers::Parts;
+use crate::buffers::{DIGITS_BYTES, Parts};
 use crate::driver::{DevicePtr, device_error};
 use crate::kernels::ATTENTION_SHARED;
 use crate::weights::{format_name, product_suffix, ring_bytes};
@@ -22,6 +22,28 @@ fn max_splits(max_keys: usize) -> usize {
     let long = if max_keys > 4096 { max_keys.div_ceil(256) } else { 0 };
     let medium = if max_keys > 1024 { parts(4096, 64) } else { 0 };
     parts(1024, 32).max(medium).max(long).max(1)
+}
+
+/// Heads of a block of `attend_mla`.
+const MLA_HEADS: u32 = 16;
+
+/// Whether latent attention has the shapes of `attend_mla`. A function of the model, so that all rows take the same way.
+fn mla_by_tensor_cores(args: &args::Attend) -> bool {
+    let keys = args.q_dim + args.q_rope_dim;
+    let by_fours =
+        [args.q_dim, args.q.stride, args.q_rope.stride, args.q_rope_stride].iter().all(|n| n.is_multiple_of(4));
+    by_fours
+        && args.q.p.is_multiple_of(16)
+        && args.q_rope.p.is_multiple_of(16)
+        && args.values_are_keys == 1
+        && args.cache_bf16 == 1
+        && args.num_heads.is_multiple_of(MLA_HEADS)
+        && keys.is_multiple_of(16)
+        && keys <= 1024
+        && args.value_dim.is_multiple_of(64)
+        && args.value_dim <= 512
+        && args.cache_width.is_multiple_of(8)
+        && args.key_first.is_multiple_of(8)
 }
 
 /// Bytes of the parts of one row of attention.
@@ -56,13 +78,15 @@ impl CudaBackend {
         self.device.launch(&kernel, [rows as u32, 1, 1], block, shared, args)
     }
 
-    /// Attention in parts and their join, a range of rows at a time so that the parts stay within their memory.
-    fn attend(
+    /// Attention in parts and their join, a range of rows at a time so that the parts stay within their memory. The result is also written
+    /// as digits, a part a head, unless `digits` is 0.
+    pub(super) fn attend(
         &mut self,
         whole: args::Attend,
         num_tokens: usize,
         max_keys: usize,
         index_rows: Option<usize>,
+        digits: DevicePtr,
     ) -> Result<()> {
         let row_bytes = partial_row_bytes(&whole, max_keys);
         let chunk = (PARTIAL_BYTES / row_bytes).clamp(1, num_tokens.max(1));
@@ -83,7 +107,12 @@ impl CudaBackend {
                 part.index_counts += 4 * first as u64;
             }
             self.attend_parts(&mut part, rows, max_keys)?;
-            self.device.launch(&join, [whole.num_heads, rows as u32, 1], 64, 0, &part)?;
+            let digits = match digits {
+                0 => 0,
+                start => start + (first * (whole.num_heads * whole.value_dim / 64) as usize * DIGITS_BYTES) as u64,
+            };
+            let args = args::Join { attend: part, digits };
+            self.device.launch(&join, [whole.num_heads, rows as u32, 1], 64, 0, &args)?;
         }
         Ok(())
     }
@@ -94,6 +123,19 @@ impl CudaBackend {
         let bytes = (rows * partial_row_bytes(args, max_keys)) as u64;
         args.partial = self.partial.pointer("parts of attention", bytes, &mut self.device)?;
         args.max_splits = splits as u32;
+        if mla_by_tensor_cores(args) {
+            let stride = args.q_dim + args.q_rope_dim + 8;
+            let shared =
+                2 * (2 * MLA_HEADS + TILE) * stride + 2 * MLA_HEADS * 4 * (TILE + 1) + 2 * MLA_HEADS * 2 * (TILE + 8);
+            let kernel = self.kernels.attention("attend_mla")?;
+            return self.device.launch(
+                &kernel,
+                [splits as u32, args.num_heads / MLA_HEADS, rows as u32],
+                256,
+                shared,
+                args,
+            );
+        }
         let lanes = [64, 128, 256, 512].into_iter().find(|d| *d >= args.value_dim);
         let Some(lanes) = lanes else {
             return Err(device_error(format!("a value head has {} elements, expected at most 512", args.value_dim)));
@@ -298,13 +340,13 @@ impl CudaBackend {
             scale: op.scale,
         };
         let max_keys = op.window.map_or(op.paging.max_context, |w| w.min(op.paging.max_context));
-        self.attend(args, op.q.rows, max_keys, None)
+        self.attend(args, op.q.rows, max_keys, None, 0)
     }
 
     pub(super) fn attend_mla_now(&mut self, op: &AttendMla) -> Result<()> {
         op.validate()?;
         let (args, max_keys) = self.attend_mla_args(op)?;
-        self.attend(args, op.q_latent.rows, max_keys, op.index.map(|i| i.ids.stride))
+        self.attend(args, op.q_latent.rows, max_keys, op.index.map(|i| i.ids.stride), 0)
     }
 
     /// The arguments of latent attention, and the most keys that a row has.

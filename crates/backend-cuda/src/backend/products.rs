@@ -28,6 +28,11 @@ impl Input {
         self.digits
     }
 
+    /// Columns between the inputs of two heads, 0 without.
+    pub(super) fn head_stride(&self) -> u32 {
+        self.head_stride
+    }
+
     /// The arguments of a product, the weights left out.
     pub(super) fn args(&self, cols: usize, routing: Routing) -> Matmul {
         Matmul {
@@ -124,12 +129,18 @@ impl CudaBackend {
         let (kernels, device) = (&mut self.kernels, &mut self.device);
         let (w, count) = (weight.of(&self.weights, &self.experts), weight.count());
         let Some(name) = product_suffix(w.format) else {
-            let kernel = kernels.matmul(match w.format {
+            let kernel = kernels.rows(match w.format {
                 WeightFormat::F32 => "plain_f32",
                 WeightFormat::F16 => "plain_f16",
                 _ => "plain_bf16",
             })?;
             let warps = plain_warps(w.cols);
+            // A router has few rows of weights: blocks share the rows of x. Experts have as many rows of x as they are chosen.
+            let (chunk, shares) = match routing.ids {
+                0 if x.x.rows <= GEMV_ROWS as u32 => (2, x.x.rows.div_ceil(2).max(1)),
+                0 => (8, x.x.rows.div_ceil(8)),
+                _ => (8, 1),
+            };
             let args = args::Plain {
                 weights: w.plain,
                 bias: w.bias(),
@@ -141,9 +152,11 @@ impl CudaBackend {
                 cols: w.cols as u32,
                 x_head_stride: x.head_stride,
                 warps: warps as u32,
+                chunk,
+                pad: 0,
             };
             let blocks = w.rows.div_ceil(WARPS / warps) as u32;
-            return device.launch(&kernel, [blocks, count, 1], 256, 0, &args);
+            return device.launch(&kernel, [blocks, count, shares], 256, 0, &args);
         };
         let mut args = x.args(w.cols, routing);
         args.part[0] = Part { w: w.packed, out };

@@ -107,8 +107,13 @@ impl AttendMla {
 }
 
 pub(crate) fn cases() -> Vec<Case> {
-    let case = |name: &'static str, rows: usize, context: usize, dtype: CacheDtype, topk: Option<usize>| {
-        let (num_heads, rank, rope_dim, nope_dim) = (3, 64, 16, 32);
+    let shaped = |name: &'static str,
+                  [num_heads, rank]: [usize; 2],
+                  rows: usize,
+                  context: usize,
+                  dtype: CacheDtype,
+                  topk: Option<usize>| {
+        let (rope_dim, nope_dim) = (16, 32);
         Case::new(
             "attend_mla",
             format!("{name}, {dtype:?}"),
@@ -159,6 +164,7 @@ pub(crate) fn cases() -> Vec<Case> {
             },
         )
     };
+    let case = |name, rows, context, dtype, topk| shaped(name, [3, 64], rows, context, dtype, topk);
     vec![
         case("one key", 1, 1, CacheDtype::F32, None),
         case("all positions", 4, 50, CacheDtype::F32, None),
@@ -166,5 +172,10 @@ pub(crate) fn cases() -> Vec<Case> {
         case("many tokens", 19, 150, CacheDtype::Bf16, None),
         case("index set shorter than it could be", 2, 9, CacheDtype::F32, Some(24)),
         case("index set", 5, 200, CacheDtype::Bf16, Some(24)),
+        // Shapes that back ends with matrix units have kernels for.
+        shaped("32 heads", [32, 192], 3, 300, CacheDtype::Bf16, None),
+        shaped("16 heads, one key", [16, 64], 1, 1, CacheDtype::Bf16, None),
+        shaped("16 heads, 512 columns", [16, 512], 2, 1100, CacheDtype::Bf16, None),
+        shaped("48 heads, index set", [48, 128], 4, 200, CacheDtype::Bf16, Some(45)),
     ]
 }

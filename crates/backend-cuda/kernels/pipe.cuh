@@ -1,0 +1,177 @@
+// The ring of tiles that kernels for few rows of activations stream weights through: bulk copies to shared memory, a warp by itself.
+#pragma once
+#include "product.cuh"
+
+// c = a b + BIAS, exactly; `start` false adds to c.
+DEVICE void mma_bytes_biased(int d[4], const u32 a[4], u32 b0, u32 b1, const int c[4]) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
+// The row in the form of F, 64 columns: bytes.
+template <int F> struct Form { static constexpr u32 tile = Is<F>::affine ? DIGITS_BYTES : 128; };
+
+// The tiles of one warp on their way through shared memory: D slots of C neighbouring tiles of R matrices, each one bulk copy (TMA) a
+// matrix with a barrier of its own. A lane asks for 2 KB with two instructions; copies of 16 bytes a lane and their addresses were a third
+// of all instructions. Rows g and g + 8 of the sums are in acc[0] and acc[2] of the lanes with t = 0.
+template <int F, int R, int TILES = 0, int SLOTS = 0> struct Pipe {
+  static constexpr int N = Words<F>::n;
+  static constexpr int TILE = N * 128 + (Is<F>::e8m0 ? 32 : 64);
+  static constexpr int C = TILES ? TILES : R == 2 ? (N > 5 ? 2 : 3) : N > 5 ? 2 : 4;
+  static constexpr int D = SLOTS ? SLOTS : R == 2 ? (N > 5 ? 3 : 2) : N > 5 ? 4 : 3;
+  static constexpr int SLOT = R * C * TILE;
+  static constexpr int RING = D * SLOT + 64;  // and the barriers
+  u32 ring, bars, lane;
+  u32 put, take, phases;  // next slots; a bit a slot: the parity that its next copy ends
+  const u8* code[R];
+  u32 left;               // tiles of the unit that are not on their way yet
+
+  METHOD void start(u8* shared) {
+    lane = threadIdx.x & 31;
+    ring = (u32)__cvta_generic_to_shared(shared) + threadIdx.x / 32 * RING;
+    bars = ring + D * SLOT;
+    put = take = phases = left = 0;
+#if __CUDA_ARCH__ >= 900
+    if (lane == 0) {
+#pragma unroll
+      for (int d = 0; d < D; d++) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bars + 8 * d) : "memory");
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncwarp();
+#endif
+  }
+  // Points the cursor at `count` tiles.
+  METHOD void aim(const Packed* const w[R], u32 matrix, u32 row_tile, u32 first, u32 count) {
+    left = count;
+#pragma unroll
+    for (int r = 0; r < R; r++) code[r] = (const u8*)(w[r]->codes + matrix * w[r]->codes_stride) + (row_tile * num_tiles(*w[r]) + first) * (u64)TILE;
+  }
+  // Starts copying the next tiles at the cursor, if there are any; `more` bytes are copied by somebody else and end with them.
+  METHOD void issue(u32 more = 0) {
+    u32 n = left < C ? left : C, slot = ring + put * SLOT;
+    if (n) {
+#if __CUDA_ARCH__ >= 900
+      if (lane == 0) {
+        u32 bar = bars + 8 * put;
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(n * (R * TILE) + more) : "memory");
+#pragma unroll
+        for (int r = 0; r < R; r++)
+          asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+              ::"r"(slot + r * (C * TILE)), "l"(code[r]), "r"(n * TILE), "r"(bar) : "memory");
+      }
+#else
+#pragma unroll
+      for (int r = 0; r < R; r++)
+        for (u32 at = lane * 16; at < n * TILE; at += 512) copy_async<16>(slot + r * (C * TILE) + at, code[r] + at);
+#endif
+#pragma unroll
+      for (int r = 0; r < R; r++) code[r] += n * TILE;
+      left -= n;
+      put = put + 1 == D ? 0 : put + 1;
+    }
+#if __CUDA_ARCH__ < 900
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+  }
+  // Waits for the oldest slot.
+  METHOD void wait() {
+#if __CUDA_ARCH__ >= 900
+    u32 bar = bars + 8 * take, parity = phases >> take & 1, done = 0;
+    while (!done)
+      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+    phases ^= 1u << take;
+#else
+    asm volatile("cp.async.wait_group %0;" ::"n"(D - 1) : "memory");
+    __syncwarp();
+#endif
+  }
+  METHOD void read(Codes<F>& codes, Scales<F, true>& scales, u32 tile) {
+    constexpr int four = N / 4 * 4;
+#pragma unroll
+    for (int k = 0; k < four; k += 4) {
+      uint4 v = shared_load<uint4>(tile + lane * 16 + k * 128);
+      codes.w[k] = v.x; codes.w[k + 1] = v.y; codes.w[k + 2] = v.z; codes.w[k + 3] = v.w;
+    }
+    if constexpr (N % 4 >= 2) {
+      uint2 v = shared_load<uint2>(tile + lane * 8 + four * 128);
+      codes.w[four] = v.x; codes.w[four + 1] = v.y;
+    }
+    if constexpr (N % 2 == 1) codes.w[N - 1] = shared_load<u32>(tile + lane * 4 + (N - 1) * 128);
+    u32 p = tile + N * 128, g = lane / 4, t = lane % 4;
+    if constexpr (F == NVFP4) scales.raw = shared_load<u32>(p + (g * 2 + t / 2) * 4);
+    else if constexpr (Is<F>::e8m0) scales.raw = shared_load<u32>(p + g * 4);
+    else if constexpr (F == FP8) { uint2 v = shared_load<uint2>(p + g * 8); scales.s[0] = __uint_as_float(v.x); scales.s[1] = __uint_as_float(v.y); }
+    else scales.v = shared_load<uint2>(p + g * 8);
+  }
+  // acc += a tile of each matrix times 64 columns of the row, which start at `x` (this lane's part of them).
+  METHOD void tile(float acc[R][4], u32 at, const u8* x, u32 column, u32 cols) {
+    uint4 b0, b1;
+    float scale = 0.f, sum = 0.f;
+    u32 g = lane / 4, t = lane % 4;
+    if constexpr (Is<F>::affine) {
+      // Column 0 of the product is the high digits, column 1 the low ones; nobody reads the others.
+      b0 = *(const uint4*)(x + 16 * t + (g & 1) * 64);
+      scale = *(const float*)(x + 128);
+      sum = *(const float*)(x + 140);
+    } else {
+      b0 = b1 = make_uint4(0, 0, 0, 0);
+      if (column + 8 * t < cols) b0 = *(const uint4*)(x + 16 * t);
+      if (column + 32 + 8 * t < cols) b1 = *(const uint4*)(x + 16 * t + 64);
+    }
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      Codes<F> codes;
+      Scales<F, true> scales;
+      read(codes, scales, at + r * (C * TILE));
+      if constexpr (Is<F>::affine) {
+        const int bias[4] = {BIAS_BITS, BIAS_BITS, BIAS_BITS, BIAS_BITS};
+        int c[4], d[4];
+        u32 a0[4] = {code_bytes<F>(codes, 0), code_bytes<F>(codes, 4), code_bytes<F>(codes, 1), code_bytes<F>(codes, 5)};
+        u32 a1[4] = {code_bytes<F>(codes, 2), code_bytes<F>(codes, 6), code_bytes<F>(codes, 3), code_bytes<F>(codes, 7)};
+        mma_bytes_biased(c, a0, b0.x, b0.y, bias);
+        mma_bytes_biased(d, a1, b0.z, b0.w, c);
+        float s0 = __uint_as_float(scales.v.x << 16), o0 = __uint_as_float(scales.v.x & 0xffff0000u);
+        float s1 = __uint_as_float(scales.v.y << 16), o1 = __uint_as_float(scales.v.y & 0xffff0000u);
+        float y0 = fmaf(__int_as_float(d[0]) - BIAS, 128.f, __int_as_float(d[1]) - BIAS);
+        float y1 = fmaf(__int_as_float(d[2]) - BIAS, 128.f, __int_as_float(d[3]) - BIAS);
+        acc[r][0] = fmaf(o0, sum, fmaf(s0 * scale, y0, acc[r][0]));
+        acc[r][2] = fmaf(o1, sum, fmaf(s1 * scale, y1, acc[r][2]));
+      } else {
+        Taken<F, true> taken;
+        take_apart<F, true>(taken, codes, scales);
+        Columns<false> columns;
+        columns.b[0] = b0;
+        columns.b[1] = b1;
+        accumulate<F, true>(acc[r], taken, scales, columns, false);
+      }
+    }
+  }
+  // Multiplies `count` tiles from `first` on, which have been issued in this order; `refill` keeps the ring full.
+  template <typename Refill>
+  METHOD void unit(float acc[R][4], const u8* x, u32 first, u32 count, u32 cols, Refill refill) {
+    x += first * Form<F>::tile;
+    u32 column = first * 64;
+    for (u32 j = 0; j < count; j += C) {
+      wait();
+      u32 slot = ring + take * SLOT;
+      take = take + 1 == D ? 0 : take + 1;
+      if (count - j >= C) {
+#pragma unroll
+        for (int i = 0; i < C; i++) tile(acc, slot + i * TILE, x + i * Form<F>::tile, column + i * 64, cols);
+      } else {
+        for (u32 i = 0; i < count - j; i++) tile(acc, slot + i * TILE, x + i * Form<F>::tile, column + i * 64, cols);
+      }
+      x += C * Form<F>::tile;
+      column += C * 64;
+      __syncwarp();
+      refill();
+    }
+  }
+};
+
+// Threads of a team of `slices` warps wait for each other.
+DEVICE void team_barrier(u32 team, u32 slices) {
+  if (slices == 1) __syncwarp();
+  else asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "r"(slices * 32) : "memory");
+}

@@ -1,0 +1,338 @@
+//! Steps of two to 32 rows: several sequences, or one whose drafts are verified. Products are launched as the kernels of
+//! `kernels/few.cu`, the router's choice, the chosen experts and the shared one together; the rest operation by operation. The results are the
+//! bits of the single operations, which `tests/recorded.rs` checks.
+
+use super::decode::{even, shares};
+use super::products::{Input, activation_args, slices};
+use super::{COUNTERS, CudaBackend, GEMV_ROWS, SHARED_COUNTERS, WARPS};
+use crate::args;
+use crate::args::{FewPair, Mat, Part};
+use crate::buffers::{DIGITS_BYTES, Parts};
+use crate::driver::DevicePtr;
+use crate::weights::{fast_format, few_line_bytes, few_up_bytes, pipe_bytes, takes_digits, tile_bytes};
+use moellon_ops::{
+    AttendMla, GateUp, KvStore, Linear, LinearHeads, MoeDown, MoeGateUp, Result, RmsNorm, Rope, Route, Tensor, Weight,
+};
+use moellon_tensor::WeightFormat;
+
+/// `MAX_CHOICES`, `MAX_EXPERTS` and `GROUP` of few.cu.
+const MAX_CHOICES: usize = 256;
+const MAX_EXPERTS: usize = 512;
+const GROUP: usize = 8;
+/// Rows of a weight from which two row tiles at a time still leave every multiprocessor enough of them.
+const WIDE_ROWS: usize = 32768;
+/// Bytes of `Plan` of few.cu.
+const PLAN_BYTES: u64 = 16 + 6 * MAX_CHOICES as u64;
+/// Shared memory that the warps that choose experts may have.
+const CHOICE_SHARED: usize = 40 << 10;
+
+/// Whether a step of so many rows has these kernels.
+pub(super) fn is_few(rows: usize) -> bool {
+    (2..=GEMV_ROWS).contains(&rows)
+}
+
+/// Rows as products with weights of `format` read them, and the bytes between two of them.
+fn rows_of(input: &Input, format: WeightFormat, cols: usize) -> (DevicePtr, u64) {
+    if takes_digits(format) {
+        (input.digits(), (cols.div_ceil(64) * DIGITS_BYTES) as u64)
+    } else {
+        (input.x.twin, 2 * u64::from(input.x.stride))
+    }
+}
+
+/// Name of a weight's format in the kernels for a few rows. Rows in bfloat16 are copied by whole tiles, so they must have those.
+pub(super) fn few_format(weight: Weight) -> Option<&'static str> {
+    let whole = takes_digits(weight.format) || weight.cols.is_multiple_of(64);
+    fast_format(weight.format).filter(|_| whole)
+}
+
+/// Distinct experts that `rows` rows choose, if every choice is as likely as any other.
+fn expected_experts(num_experts: usize, top_k: usize, rows: usize) -> usize {
+    let missed = (1.0 - top_k as f64 / num_experts as f64).powi(rows as i32);
+    ((1.0 - missed) * num_experts as f64).ceil() as usize
+}
+
+impl CudaBackend {
+    /// Products of a few rows with weights of any formats; `residual` is for a single weight.
+    pub(super) fn few_linear(&mut self, x: Tensor, parts: &[(Weight, Tensor)], residual: Option<Tensor>) -> Result<()> {
+        let mut rest = parts.to_vec();
+        while let Some((first, _)) = rest.first().copied() {
+            let (same, others): (Vec<_>, Vec<_>) = rest.into_iter().partition(|(w, _)| w.format == first.format);
+            rest = others;
+            match few_format(first) {
+                Some(name) => {
+                    for group in same.chunks(4) {
+                        self.few_line(x, name, group, residual)?;
+                    }
+                }
+                None => self.linear_now(&Linear { x, parts: &same })?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Up to four weights of one format.
+    fn few_line(&mut self, x: Tensor, name: &str, parts: &[(Weight, Tensor)], residual: Option<Tensor>) -> Result<()> {
+        let (format, cols) = (parts[0].0.format, parts[0].0.cols);
+        let input = self.whole_input(x, format)?;
+        let (from, x_bytes) = rows_of(&input, format, cols);
+        let mut args = args::FewLine {
+            num_parts: parts.len() as u32,
+            x: from,
+            x_bytes,
+            matrices: 1,
+            residual: residual.map_or(Ok(Mat::default()), |r| self.residual(r))?,
+            ..args::FewLine::default()
+        };
+        for (i, (weight, out)) in parts.iter().enumerate() {
+            args.part[i] = Part { w: self.weights[weight.id as usize].packed, out: self.output(*out)? };
+        }
+        self.launch_line(args, name, format, x.rows)
+    }
+
+    /// A product a head. False without a kernel.
+    pub(super) fn few_heads(&mut self, op: &LinearHeads) -> Result<bool> {
+        let (format, cols, heads) = (op.weight.format, op.weight.cols, op.weight.count);
+        let Some(name) = few_format(op.weight) else { return Ok(false) };
+        if !op.x_head_stride.is_multiple_of(8) {
+            return Ok(false);
+        }
+        op.validate()?;
+        let input = self.product_input(op.x, format, Parts { count: heads, stride: op.x_head_stride, cols })?;
+        let (from, bytes) = rows_of(&input, format, cols);
+        let (x_bytes, x_matrix_bytes) =
+            if takes_digits(format) { (bytes * heads as u64, bytes as u32) } else { (bytes, 2 * input.head_stride()) };
+        let mut args = args::FewLine {
+            num_parts: 1,
+            x: from,
+            x_bytes,
+            matrices: heads as u32,
+            x_matrix_bytes,
+            ..args::FewLine::default()
+        };
+        args.part[0] = Part { w: self.weights[op.weight.id as usize].packed, out: self.output(op.out)? };
+        self.launch_line(args, name, format, op.x.rows)?;
+        Ok(true)
+    }
+
+    /// Cuts the parts into units and launches.
+    fn launch_line(&mut self, mut args: args::FewLine, name: &str, format: WeightFormat, rows: usize) -> Result<()> {
+        // Many rows, or many row tiles: two of them share what is read of the activations.
+        let most = (0..args.num_parts as usize).map(|i| args.part[i].w.rows).max().unwrap_or(0);
+        let (variant, row_tiles, rows_of_kernel) = match rows {
+            ..=4 => ("line4", 1, 4),
+            5..=8 if most as usize >= WIDE_ROWS => ("wide8", 2, 8),
+            5..=8 => ("line8", 1, 8),
+            9..=16 => ("line16", 2, 16),
+            _ => ("line32", 2, 32),
+        };
+        let cols = args.part[0].w.cols as usize;
+        (args.slices, args.rows) = (slices(cols) as u32, rows as u32);
+        let mut units = 0;
+        for i in 0..args.num_parts as usize {
+            args.first_unit[i] = units;
+            units += args.part[i].w.rows.div_ceil(16 * row_tiles);
+            args.first_unit[i + 1] = units;
+        }
+        let shared = few_line_bytes(format, rows_of_kernel, row_tiles);
+        let kernel = self.kernels.few(&format!("few_{variant}_{name}"))?;
+        let teams = ((units * args.matrices) as usize).div_ceil(WARPS / slices(cols));
+        let blocks = teams.min(self.device.resident_blocks(&kernel, 256, shared)?) as u32;
+        self.device.launch(&kernel, [blocks, 1, 1], 256, shared, &args)
+    }
+
+    /// Latent attention's input: the norm and the rotation of its keys, their rows in the cache, the rotation of its queries.
+    pub(super) fn few_latent(&mut self, norm: &RmsNorm, [q, k]: [&Rope; 2], store: &KvStore<'_>) -> Result<bool> {
+        let Some(args) = self.latent_args(norm, [q, k], store)? else { return Ok(false) };
+        let pairs = q.num_heads * q.table.cols / 2;
+        let kernel = self.kernels.few("latent_rows")?;
+        self.device.launch(&kernel, [1 + pairs.div_ceil(512) as u32, norm.x.rows as u32, 1], 256, 0, &args)?;
+        Ok(true)
+    }
+
+    /// Attention whose result is also written as the digits that the product behind it reads.
+    pub(super) fn few_attend(&mut self, op: &AttendMla, heads: &LinearHeads) -> Result<bool> {
+        let rank = op.kv_lora_rank;
+        let read = heads.x == op.out && heads.x_head_stride == rank && heads.weight.cols == rank;
+        if !read || !takes_digits(heads.weight.format) || !rank.is_multiple_of(256) {
+            return Ok(false);
+        }
+        op.validate()?;
+        let (args, max_keys) = self.attend_mla_args(op)?;
+        let parts = Parts { count: op.num_heads, stride: rank, cols: rank };
+        let buffer = self.buffers.get_mut(&op.out.buffer.id).expect("the arguments named it");
+        let (digits, _) = buffer.digits(op.out, parts, &mut self.device)?;
+        self.attend(args, op.q_latent.rows, max_keys, op.index.map(|i| i.ids.stride), digits)?;
+        Ok(true)
+    }
+
+    /// Gate and up of a dense feed-forward or of a shared expert; `None` without a kernel.
+    fn few_pair(&mut self, op: &GateUp) -> Result<Option<FewPair>> {
+        if op.gate.format != op.up.format || fast_format(op.gate.format).is_none() {
+            return Ok(None);
+        }
+        let input = self.whole_input(op.x, op.gate.format)?;
+        let (x, x_bytes) = rows_of(&input, op.gate.format, op.x.cols);
+        let out = self.output(op.out)?;
+        let width = op.gate.rows;
+        let counters = op.x.rows.div_ceil(GROUP) * width / 64;
+        let (mut digits, mut arrived) = (0, 0);
+        // Whoever reads h reads it as digits if its own format is alike, which is the case of every model that we know.
+        if takes_digits(op.gate.format) && width.is_multiple_of(64) && counters <= SHARED_COUNTERS {
+            let parts = Parts { count: 1, stride: width, cols: width };
+            let buffer = self.buffers.get_mut(&op.out.buffer.id).expect("output found it");
+            (digits, _) = buffer.digits(op.out, parts, &mut self.device)?;
+            arrived = self.counters(COUNTERS)?;
+        }
+        let (gate, up) = (self.weights[op.gate.id as usize].packed, self.weights[op.up.id as usize].packed);
+        Ok(Some(FewPair { gate, up, out, x, x_bytes, digits, arrived }))
+    }
+
+    /// Gate and up alone. False without a kernel.
+    pub(super) fn few_gate_up(&mut self, op: &GateUp) -> Result<bool> {
+        let Some(pair) = self.few_pair(op)? else { return Ok(false) };
+        let name = fast_format(op.gate.format).expect("a pair has one");
+        let shared = few_up_bytes(op.gate.format);
+        let units = (op.gate.rows.div_ceil(16) * op.x.rows.div_ceil(GROUP)).div_ceil(WARPS);
+        let kernel = self.kernels.few(&format!("few_up_{name}_{name}"))?;
+        let blocks = units.min(self.device.resident_blocks(&kernel, 256, shared)?) as u32;
+        let args = args::FewUp {
+            shared: pair,
+            shared_blocks: blocks,
+            slices: slices(op.gate.cols) as u32,
+            rows: op.x.rows as u32,
+            activation: activation_args(op.activation),
+            ..args::FewUp::default()
+        };
+        self.device.launch(&kernel, [blocks, 1, 1], 256, shared, &args)?;
+        Ok(true)
+    }
+
+    /// The router's choice and the groups of rows that products read. Returns where they are.
+    fn route_plan(&mut self, route: &Route) -> Result<DevicePtr> {
+        route.validate()?;
+        self.sorted_for = None;
+        let plan = self.plan.pointer("choice of experts", PLAN_BYTES, &mut self.device)?;
+        let rows = route.logits.rows;
+        let warp_floats = 2 * (route.logits.cols + route.n_group);
+        let warps = (CHOICE_SHARED / (4 * warp_floats)).clamp(1, 32).min(rows);
+        let args =
+            args::Plan { route: self.route_args(route)?, plan, rows: rows as u32, warp_floats: warp_floats as u32 };
+        let kernel = self.kernels.few("route_plan")?;
+        self.device.launch(&kernel, [1, 1, 1], 32 * warps as u32, (4 * warps * warp_floats) as u32, &args)?;
+        Ok(plan)
+    }
+
+    /// The shared expert's first half as part of the same kernel as that of the chosen experts: its matrices, its width, and the format;
+    /// launched by itself where there is no kernel for both formats.
+    fn few_beside(
+        &mut self,
+        shared: Option<(&GateUp, &[(Weight, Tensor)])>,
+        up: &MoeGateUp,
+    ) -> Result<(Option<(FewPair, usize)>, WeightFormat)> {
+        let format = up.experts.gate_format;
+        let Some((op, _)) = shared else { return Ok((None, format)) };
+        if let (Some(name), Some(other)) = (fast_format(format), fast_format(op.gate.format)) {
+            let alike = op.x == up.x && op.activation == up.activation;
+            if alike
+                && (other == name || self.kernels.has_few(&format!("few_up_{name}_{other}"))?)
+                && let Some(pair) = self.few_pair(op)?
+            {
+                return Ok((Some((pair, op.gate.rows)), op.gate.format));
+            }
+        }
+        if !self.few_gate_up(op)? {
+            self.gate_up_now(op)?;
+        }
+        Ok((None, format))
+    }
+
+    /// The router's choice, the chosen experts and the shared one. False without kernels.
+    pub(super) fn few_experts(
+        &mut self,
+        route: &Route,
+        shared: Option<(&GateUp, &[(Weight, Tensor)])>,
+        up: &MoeGateUp,
+        down: &MoeDown,
+        residual: Option<Tensor>,
+    ) -> Result<bool> {
+        let experts = up.experts;
+        let (hidden, width, top_k, rows) = (experts.hidden_size, experts.intermediate_size, up.ids.cols, up.x.rows);
+        let formats = (fast_format(experts.gate_format), fast_format(experts.down_format));
+        let (Some(name), Some(down_name)) = formats else { return Ok(false) };
+        let groups = expected_experts(experts.num_experts, top_k, rows);
+        let fits = top_k <= 32
+            && rows * top_k <= MAX_CHOICES
+            && experts.num_experts <= MAX_EXPERTS
+            && width.is_multiple_of(64)
+            && rows * top_k * width / 64 + SHARED_COUNTERS <= COUNTERS
+            && up.out.stride == up.out.cols;
+        if !fits || experts.gate_format != experts.up_format {
+            return Ok(false);
+        }
+        let plan = self.route_plan(route)?;
+        let mut args = args::FewUp {
+            plan,
+            slices: slices(hidden) as u32,
+            rows: rows as u32,
+            top_k: top_k as u32,
+            activation: activation_args(up.activation),
+            ..args::FewUp::default()
+        };
+        let units = |rows: usize| rows.div_ceil(16).div_ceil(WARPS);
+        let (beside, format) = self.few_beside(shared, up)?;
+        let other = fast_format(format).unwrap_or(name);
+        let ring = few_up_bytes(experts.gate_format).max(few_up_bytes(format));
+        let kernel = self.kernels.few(&format!("few_up_{name}_{other}"))?;
+        let resident = self.device.resident_blocks(&kernel, 256, ring)?;
+        if let Some((pair, width)) = beside {
+            args.shared = pair;
+            let own = (units(width * rows.div_ceil(GROUP)), tile_bytes(format));
+            let routed = (units(groups * experts.intermediate_size), tile_bytes(experts.gate_format));
+            args.shared_blocks = shares(own, routed, resident).0 as u32;
+        }
+        let input = self.whole_input(up.x, experts.gate_format)?;
+        let (x, x_bytes) = rows_of(&input, experts.gate_format, hidden);
+        let out = self.output(up.out)?;
+        let packed = {
+            let e = &self.experts[experts.id as usize];
+            (e.gate.packed, e.up.packed, e.down.packed)
+        };
+        args.routed = FewPair { gate: packed.0, up: packed.1, out, x, x_bytes, digits: 0, arrived: 0 };
+        let parts = Parts { count: top_k, stride: width, cols: width };
+        if takes_digits(experts.down_format) {
+            let buffer = self.buffers.get_mut(&up.out.buffer.id).expect("output found it");
+            (args.routed.digits, _) = buffer.digits(up.out, parts, &mut self.device)?;
+            args.routed.arrived = self.counters(COUNTERS)? + 4 * SHARED_COUNTERS as u64;
+        }
+        let blocks = resident.min(args.shared_blocks as usize + units(rows * top_k * width)) as u32;
+        self.device.launch(&kernel, [blocks, 1, 1], 256, ring, &args)?;
+        if let Some((op, linear)) = shared {
+            self.few_linear(op.out, linear, None)?;
+        }
+        let (x, part_bytes) = if takes_digits(experts.down_format) {
+            (args.routed.digits, (width.div_ceil(64) * DIGITS_BYTES) as u64)
+        } else {
+            (self.twin(up.out)?.twin, 2 * width as u64)
+        };
+        let args = args::FewDown {
+            w: packed.2,
+            weights: self.input(down.weights)?,
+            plus: self.optional(down.plus)?,
+            out: self.output(down.out)?,
+            residual: residual.map_or(Ok(Mat::default()), |r| self.residual(r))?,
+            plan,
+            x,
+            part_bytes,
+            slices: slices(width) as u32,
+            rows: rows as u32,
+            top_k: top_k as u32,
+            pad: 0,
+        };
+        let shared = pipe_bytes(experts.down_format, 1) + (rows * top_k * 16 * 4) as u32;
+        let kernel = self.kernels.few(&format!("few_down_{down_name}"))?;
+        let blocks = even(hidden.div_ceil(16), self.device.resident_blocks(&kernel, 256, shared)?) as u32;
+        self.device.launch(&kernel, [blocks, 1, 1], 256, shared, &args)?;
+        Ok(true)
+    }
+}
