@@ -12,12 +12,19 @@ use serde_json::json;
 /// Of twenty runs, how many must be right.
 const RIGHT_OF_20: usize = 19;
 
+/// Pairs and seconds that a planted slowdown has to show in, at most. On a machine that others share 100 pairs, which is what there
+/// is time for in the 15 s of a lever, leave one interval in five too wide for 3 %; what is not there needs no more time.
+const PLANTED_LIMITS: (usize, f64) = (1280, 90.0);
+
 /// The lever whose arms are the same, and that whose second arm waits.
 fn lever(name: &str, slowdown: Option<f64>) -> Result<Lever> {
     let text = "title = 'The lab itself'\nhypothesis = 'What was planted is found.'\nunit = 'x'\nworkload = 'decode'\n\
                 lossless = true\ntokens = 48\nprompt = 64\n[[b]]\n";
     let mut lever = Lever::parse(name, text)?;
     lever.b = vec![Setting { slowdown, ..Setting::default() }];
+    if slowdown.is_some() {
+        (lever.rule.max_pairs, lever.rule.max_seconds) = PLANTED_LIMITS;
+    }
     Ok(lever)
 }
 
@@ -72,7 +79,7 @@ pub fn run(test: &LeverTestOptions, runs: usize, slowdown_percent: f64) -> Resul
             provenance,
             model: Some(model),
             steal_pct: steal.steal_percent(),
-            note: json!({ "runs": runs, "slowdown_percent": slowdown_percent, "rule": levers[0].rule }),
+            note: json!({ "runs": runs, "slowdown_percent": slowdown_percent, "rule": levers[1].rule, "rule_planted": levers[0].rule }),
             samples: json!(samples),
             verdicts: vec![verdict],
             tables: vec![(name.clone(), vec![row])],
