@@ -323,7 +323,8 @@ def wgpu_steps(stolen, path):
             "outside of it": f"{100 * (1 - step['device_ms'] / step['step_ms']):.1f} %",
             "MB a step": f"{step['bytes'] / 1e6:.0f}", "GB/s": f"{step['bytes'] / step['step_ms'] / 1e6:.0f}",
         })
-        for stage in step["stages"]:
+        # Of runs of one program again the steps are enough.
+        for stage in [] if step.get("again") else step["stages"]:
             stages.append({
                 "kernels": step["kernels_of"], "batch": step["batch"], "stage": stage["stage"], "us": f"{stage['us']:.0f}",
                 "MB": f"{stage['bytes'] / 1e6:.1f}", "GB/s": f"{stage['bytes'] / stage['us'] / 1e3:.0f}",
