@@ -1,6 +1,6 @@
-// What attend.wgsl does, where 32 invocations in a row can exchange values: a workgroup has up to four heads that read the same keys and
-// one part of 64 keys, of which each of its eight subgroups takes every eighth. A lane has pairs of columns: of the queries, of a key, of
-// the sums of values, all in registers; scores are added up by shuffles. The eight meet at the end, in order.
+// What attend.wgsl does, where 32 invocations in a row can exchange values: a workgroup has up to {{HEADS}} heads that read the same keys and
+// one part of 64 keys, of which each of its eight subgroups takes every eighth, two at a time. A lane has pairs of columns: of the queries,
+// of the keys, of the sums of values, all in registers; scores are added up by shuffles. The eight meet at the end, in order.
 struct Args {
   q_offset: u32, q_stride: u32, rope_offset: u32, rope_stride: u32, rope_head_stride: u32, q_dim: u32, rope_dim: u32,
   num_heads: u32, heads_per_group: u32, heads_per_key: u32, row_words: u32, cache_bf16: u32,
@@ -73,24 +73,40 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let end = args.q_dim + args.rope_dim - 2u;
   let key_first = key_head * args.key_step;
   let value_first = args.value_first + key_head * args.value_step;
-  var largest = vec4<f32>(LOWEST);
-  var sum = vec4<f32>();
+  var largest = {{SCORE}}(LOWEST);
+  var sum = {{SCORE}}();
   workgroupBarrier();
-  for (var key = subgroup; key < n; key += 8u) {
+  for (var key = subgroup; key < n; key += 16u) {
+    let has_second = key + 8u < n;
     let slot = slots[key];
+    let slot1 = slots[min(key + 8u, n - 1u)];
 {{KEYS}}
-    var score = vec4<f32>();
+    var score = {{SCORE}}();
+    var score1 = {{SCORE}}();
 {{SCORES}}
-    for (var step = 16u; step > 0u; step >>= 1u) { score = score + subgroupShuffleXor(score, step); }
-    score = score * args.scale;
-    let larger = max(largest, score);
-    let kept = exp(largest - larger);
-    let share = exp(score - larger);
-    largest = larger;
-    sum = fma(sum, kept, share);
+    for (var step = 16u; step > 0u; step >>= 1u) {
+      score = score + subgroupShuffleXor(score, step);
+      score1 = score1 + subgroupShuffleXor(score1, step);
+    }
+    let scale = {{SCORE}}(args.scale);
+    {
+      let larger = max(largest, score * scale);
+      let kept = exp(largest - larger);
+      let share = exp(fma(score, scale, -larger));
+      largest = larger;
+      sum = fma(sum, kept, share);
 {{VALUES}}
+    }
+    if (has_second) {
+      let larger = max(largest, score1 * scale);
+      let kept = exp(largest - larger);
+      let share = exp(fma(score1, scale, -larger));
+      largest = larger;
+      sum = fma(sum, kept, share);
+{{VALUES1}}
+    }
   }
-  if (lane < 4u) { states[subgroup * 4u + lane] = vec2<f32>(largest[lane], sum[lane]); }
+  if (lane < {{HEADS}}u) { states[subgroup * 4u + lane] = vec2<f32>({{STATE}}); }
 {{JOIN}}
 }
 

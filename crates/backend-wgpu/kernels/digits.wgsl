@@ -7,9 +7,9 @@ var<workgroup> largest_of: array<u32, 256>;
 
 {{LANES}}
 
-// Writes 256 columns: invocation `local` has column local % 32 of chunk `chunk`, all 32 of which are written or none. `first` is the
-// vec4 where the row's part starts. Every invocation of the workgroup takes part.
-fn put_digits(value: f32, first: u32, chunk: u32, chunks: u32, per_byte: u32, is_written: bool, local: u32) {
+// 256 columns, of which invocation `local` has one: the word of its chunk that lane `local % 32` writes, if it is below 26. Every invocation
+// of the workgroup takes part.
+fn digits(value: f32, per_byte: u32, local: u32) -> u32 {
   let lane = local % 32u;
   let largest = largest_of_lanes(bitcast<u32>(value) & 0x7fffffffu, local);
   // Not a number, or infinite: so is the scale. Very small: the scale stays a normal number.
@@ -20,24 +20,26 @@ fn put_digits(value: f32, first: u32, chunk: u32, chunks: u32, per_byte: u32, is
   let sum = sum_of_lanes(integer, local);
   integers[local] = integer;
   workgroupBarrier();
-  if (is_written && lane < 26u) {
-    var word = 0u;
-    if (lane < 24u) {
-      let m = lane % 8u;
-      let column = local - lane + (m / per_byte) * 4u * per_byte + m % per_byte;
-      for (var j = 0u; j < 4u; j++) {
-        let low = integers[column + j * per_byte];
-        let middle = (low + 128) >> 8u;
-        let high = (middle + 128) >> 8u;
-        let digit = select(select(low, middle, lane < 16u), high, lane < 8u);
-        word |= (u32(digit) & 0xffu) << (8u * j);
-      }
-    } else {
-      word = bitcast<u32>(select(f32(sum) * scale, scale, lane == 24u));
+  var word = 0u;
+  if (lane < 24u) {
+    let m = lane % 8u;
+    let column = local - lane + (m / per_byte) * 4u * per_byte + m % per_byte;
+    for (var j = 0u; j < 4u; j++) {
+      let low = integers[column + j * per_byte];
+      let middle = (low + 128) >> 8u;
+      let high = (middle + 128) >> 8u;
+      let digit = select(select(low, middle, lane < 16u), high, lane < 8u);
+      word |= (u32(digit) & 0xffu) << (8u * j);
     }
-    // Words of digit d: vec4 2 d and 2 d + 1; scale and sum: x and y of vec4 6.
-    form[4u * (first + (lane / 4u) * chunks + chunk) + lane % 4u] = word;
+  } else {
+    word = bitcast<u32>(select(f32(sum) * scale, scale, lane == 24u));
   }
   workgroupBarrier();
+  return word;
 }
 
+// Where that word stands: `first` is the vec4 where the row's part starts. Words of digit d: vec4 2 d and 2 d + 1; scale and sum: x and y
+// of vec4 6.
+fn digit_place(first: u32, chunk: u32, chunks: u32, lane: u32) -> u32 {
+  return 4u * (first + (lane / 4u) * chunks + chunk) + lane % 4u;
+}

@@ -1,9 +1,11 @@
 // The down projections of one token's experts and their weighted sum: out = plus + sum_i weights[i] (x_i W_ids[i]^T), in the order of i.
 // A workgroup has {{ROWS}} rows of every expert, a team an expert at a time. Chunks and sums as in product.wgsl, and the weighted sum as in
-// combine.wgsl: same bits as those two.
+// combine.wgsl: same bits as those two. `plus` is a row, or the product that makes it (the shared expert's: fields and bindings that end
+// in `_b`), which the first team adds to its work.
 struct Args {
   x_part_step: u32, chunks: u32, rows: u32, lanes: u32, out_offset: u32, plus_offset: u32, has_plus: u32,
   top_k: u32, ids_offset: u32, weights_offset: u32, bias_offset: u32, has: u32, block_columns: u32, scale_words: u32,
+  chunks_b: u32, lanes_b: u32, bias_offset_b: u32, has_b: u32, scale_words_b: u32,
 }
 var<immediate> args: Args;
 @group(0) @binding(0) var<storage, read_write> out: array<f32>;
@@ -17,6 +19,7 @@ var<immediate> args: Args;
 {{SECOND}}
 const ROWS: u32 = {{ROWS}}u;
 var<workgroup> results: array<vec4<f32>, 64>;   // of every expert
+var<workgroup> plus_here: vec4<f32>;
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
@@ -46,11 +49,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
       results[slot] = fma(sum0_0, vec4<f32>(global), bias);
     }
   }
+{{SHARED}}
   workgroupBarrier();
   let row = group.x * ROWS + local;
   if (local < ROWS && row < args.rows) {
     var total = 0.0;
-    if (args.has_plus != 0u) { total = plus[args.plus_offset + row]; }
+    if (args.has_plus == 1u) { total = plus[args.plus_offset + row]; }
+    if (args.has_plus == 2u) { total = plus_here[local]; }
     for (var slot = 0u; slot < args.top_k; slot++) {
       total = fma(weights[args.weights_offset + slot], results[slot][local], total);
     }

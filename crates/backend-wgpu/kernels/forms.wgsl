@@ -17,6 +17,7 @@ fn put_integers(row: u32, first: u32, count: u32, value: f32, local: u32) {
   let c = column % args.part_stride;
   let is_written = local - local % 32u < count && c < args.part_cols;
   let start = 7u * args.part_chunks * (row * args.part_count + column / args.part_stride);
-  put_digits(value, start, c / 32u, args.part_chunks, args.per_byte, is_written, local);
+  let word = digits(value, args.per_byte, local);
+  if (is_written && local % 32u < 26u) { form[digit_place(start, c / 32u, args.part_chunks, local % 32u)] = word; }
 }
 

@@ -12,7 +12,7 @@ var<immediate> args: Args;
 
 const MAX_EXPERTS: u32 = 1024u;
 var<workgroup> scores: array<f32, MAX_EXPERTS>;
-var<workgroup> keys: array<u32, MAX_EXPERTS>;      // order of the values chosen by
+var<workgroup> keys: array<u32, MAX_EXPERTS + 4u>; // order of the values chosen by
 var<workgroup> group_keys: array<u32, 256>;
 var<workgroup> chosen: array<f32, 64>;
 
@@ -20,9 +20,12 @@ var<workgroup> chosen: array<f32, 64>;
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
   let n = args.num_experts;
   let row = args.logits_offset + group.x * args.logits_stride;
-  var largest = LOWEST;
-  for (var e = local; e < n; e += 256u) { largest = max(largest, logits[row + e]); }
-  largest = workgroup_max(largest, local);
+  var largest = 0.0;
+  if (args.scoring == 1u) {
+    largest = LOWEST;
+    for (var e = local; e < n; e += 256u) { largest = max(largest, logits[row + e]); }
+    largest = workgroup_max(largest, local);
+  }
   var sum = 0.0;
   for (var e = local; e < n; e += 256u) {
     var score = logits[row + e];
@@ -31,13 +34,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     scores[e] = score;
     sum = sum + score;
   }
-  sum = workgroup_sum(sum, local);
+  if (args.scoring == 1u) { sum = workgroup_sum(sum, local); }
   for (var e = local; e < n; e += 256u) {
     if (args.scoring == 1u) { scores[e] = scores[e] / sum; }
     var choice = scores[e];
     if (args.has_bias != 0u) { choice = choice + bias[args.bias_offset + e]; }
     keys[e] = total_order(choice);
   }
+  if (local < 4u) { keys[n + local] = 0u; }
   workgroupBarrier();
   if (args.n_group > 1u) {
     let size = n / args.n_group;
@@ -71,7 +75,15 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   for (var e = local; e < n; e += 256u) {
     let key = keys[e];
     var better = 0u;
-    for (var other = 0u; other < n; other++) { better += u32(keys[other] > key || (keys[other] == key && other < e)); }
+    // Four at a time, so that their loads do not wait for each other; zeros behind the end are better than nobody.
+    for (var other = 0u; other < n; other += 4u) {
+      let four = vec4<u32>(keys[other], keys[other + 1u], keys[other + 2u], keys[other + 3u]);
+      let place = vec4<u32>(other, other + 1u, other + 2u, other + 3u);
+      let is_before = select(vec4<u32>(), vec4<u32>(1u), place < vec4<u32>(e));
+      let is_equal = select(vec4<u32>(), is_before, four == vec4<u32>(key));
+      let counts = select(is_equal, vec4<u32>(1u), four > vec4<u32>(key));
+      better += counts.x + counts.y + counts.z + counts.w;
+    }
     if (better < args.top_k) {
       ids[args.ids_offset + group.x * args.ids_stride + better] = e;
       chosen[better] = scores[e];

@@ -7,48 +7,65 @@ var<immediate> args: Args;
 @group(0) @binding(1) var<storage, read_write> list: array<u32>;
 
 const MAX_EXPERTS: u32 = 1024u;
+const TILE: u32 = 1024u;
 var<workgroup> counts: array<u32, MAX_EXPERTS>;
-var<workgroup> item_starts: array<u32, MAX_EXPERTS>;
+var<workgroup> items: array<u32, MAX_EXPERTS>;      // of each expert
+var<workgroup> nexts: array<u32, MAX_EXPERTS>;      // where its next choice goes
+var<workgroup> chosen: array<u32, TILE>;            // experts of some choices in a row
+
+fn load_tile(start: u32, num_choices: u32, local: u32) {
+  workgroupBarrier();
+  for (var i = local; i < min(TILE, num_choices - start); i += 256u) {
+    let choice = start + i;
+    chosen[i] = ids[args.ids_offset + (choice / args.top_k) * args.ids_stride + choice % args.top_k];
+  }
+  workgroupBarrier();
+}
 
 @compute @workgroup_size(256)
 fn main(@builtin(local_invocation_index) local: u32) {
   let num_choices = args.num_tokens * args.top_k;
-  for (var expert = local; expert < args.num_experts; expert += 256u) {
-    var count = 0u;
-    for (var choice = 0u; choice < num_choices; choice++) {
-      count += u32(ids[args.ids_offset + (choice / args.top_k) * args.ids_stride + choice % args.top_k] == expert);
+  for (var expert = local; expert < args.num_experts; expert += 256u) { counts[expert] = 0u; }
+  for (var start = 0u; start < num_choices; start += TILE) {
+    load_tile(start, num_choices, local);
+    for (var expert = local; expert < args.num_experts; expert += 256u) {
+      var count = counts[expert];
+      for (var i = 0u; i < min(TILE, num_choices - start); i++) { count += u32(chosen[i] == expert); }
+      counts[expert] = count;
     }
-    counts[expert] = count;
   }
-  workgroupBarrier();
-  if (local == 0u) {
-    var sum = 0u;
-    var items = 0u;
-    for (var expert = 0u; expert < args.num_experts; expert++) {
-      let count = counts[expert];
-      counts[expert] = sum;
-      item_starts[expert] = items;
-      sum += count;
-      items += (count + args.item_rows - 1u) / args.item_rows;
-    }
-    list[0] = items;
+  for (var expert = local; expert < args.num_experts; expert += 256u) {
+    items[expert] = (counts[expert] + args.item_rows - 1u) / args.item_rows;
   }
   workgroupBarrier();
   for (var expert = local; expert < args.num_experts; expert += 256u) {
-    let first = counts[expert];
-    var at = first;
-    for (var choice = 0u; choice < num_choices; choice++) {
-      if (ids[args.ids_offset + (choice / args.top_k) * args.ids_stride + choice % args.top_k] == expert) {
-        list[args.sorted_offset + at] = choice;
-        at++;
-      }
+    var first = 0u;
+    var item = 0u;
+    for (var other = 0u; other < expert; other++) {
+      first += counts[other];
+      item += items[other];
     }
-    var item = item_starts[expert];
-    for (var start = first; start < at; start += args.item_rows) {
+    nexts[expert] = first;
+    let end = first + counts[expert];
+    for (var start = first; start < end; start += args.item_rows) {
       list[4u + 4u * item] = expert;
       list[5u + 4u * item] = start;
-      list[6u + 4u * item] = min(args.item_rows, at - start);
+      list[6u + 4u * item] = min(args.item_rows, end - start);
       item++;
+    }
+    if (expert + 1u == args.num_experts) { list[0] = item; }
+  }
+  for (var start = 0u; start < num_choices; start += TILE) {
+    load_tile(start, num_choices, local);
+    for (var expert = local; expert < args.num_experts; expert += 256u) {
+      var at = nexts[expert];
+      for (var i = 0u; i < min(TILE, num_choices - start); i++) {
+        if (chosen[i] == expert) {
+          list[args.sorted_offset + at] = start + i;
+          at++;
+        }
+      }
+      nexts[expert] = at;
     }
   }
 }

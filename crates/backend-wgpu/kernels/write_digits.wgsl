@@ -11,5 +11,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   if (column < args.cols) { value = x[args.x_offset + group.z * args.x_stride + group.y * args.part_stride + column]; }
   let first = (group.z * args.num_parts + group.y) * 7u * args.chunks;
   let chunk = column / 32u;
-  put_digits(value, first, chunk, args.chunks, args.per_byte, chunk < args.chunks, local);
+  let word = digits(value, args.per_byte, local);
+  if (chunk < args.chunks && local % 32u < 26u) { form[digit_place(first, chunk, args.chunks, local % 32u)] = word; }
 }

@@ -1,13 +1,14 @@
 //! The operations: which kernel, which grid, which scratch memory.
 
 mod attention;
+mod beside;
 mod forms;
 mod fused;
 mod operations;
 mod products;
 
 use crate::device::{AdapterChoice, Device, Memory, NAME, SelfTest, device_error};
-use crate::kernels::{Company, Kernel, PAIRS};
+use crate::kernels::{Company, Kernel};
 use crate::program::Op;
 use crate::stream::Stream;
 use crate::weights::DeviceWeight;
@@ -173,7 +174,7 @@ impl WgpuBackend {
         };
         backend.compile(Kernel::fixed())?;
         if backend.device.self_test.subgroups {
-            backend.compile(PAIRS.map(Kernel::AttendPairs))?;
+            backend.compile(Kernel::of_subgroups())?;
         }
         Ok(backend)
     }
@@ -233,8 +234,15 @@ impl WgpuBackend {
         }
     }
 
-    /// Memory of a view that is about to be written: other forms of it are stale.
+    /// Memory of a view that a kernel is about to write.
     fn output(&mut self, tensor: Tensor) -> Result<Memory> {
+        let memory = self.overwritten(tensor)?;
+        self.device.inputs.borrow_mut().written_by_device(&memory);
+        Ok(memory)
+    }
+
+    /// Memory of a view that is about to be written: other forms of it are stale.
+    fn overwritten(&mut self, tensor: Tensor) -> Result<Memory> {
         if self.listed.is_some_and(|listed| listed.ids.buffer.id == tensor.buffer.id) {
             self.listed = None;
         }
@@ -278,7 +286,9 @@ impl WgpuBackend {
         company: Company,
     ) -> Result<DeviceWeight> {
         let weight = DeviceWeight::load(name, matrices, bias, company, &mut self.device)?;
-        self.compile(Kernel::of_code(weight.code, company, self.device.tokens()))?;
+        let binds_many = self.device.binds_many();
+        let kernels = Kernel::of_code(weight.code, company, self.device.tokens());
+        self.compile(kernels.into_iter().filter(|kernel| binds_many || !kernel.binds_many()))?;
         Ok(weight)
     }
 
@@ -290,15 +300,15 @@ impl WgpuBackend {
 
     fn write(&mut self, dst: Tensor, src: &[u8]) -> Result<()> {
         check_host("write", dst, src.len())?;
-        let memory = self.output(dst)?;
+        let memory = self.overwritten(dst)?;
         // What waits was appended before; writes of the queue run before the next submission.
         self.stream.flush(&self.device);
         let at = 4 * dst.offset as u64;
         if dst.stride == dst.cols || dst.rows == 1 {
-            self.device.queue.write_buffer(&memory.buffer, at, src);
+            self.device.write(&memory, at, src);
         } else {
             for (row, src) in src.chunks_exact(4 * dst.cols).enumerate() {
-                self.device.queue.write_buffer(&memory.buffer, at + 4 * (row * dst.stride) as u64, src);
+                self.device.write(&memory, at + 4 * (row * dst.stride) as u64, src);
             }
         }
         Ok(())
@@ -329,9 +339,7 @@ impl WgpuBackend {
             Some(staging) => staging,
             None => self.device.staging(bytes.next_power_of_two())?,
         };
-        self.stream
-            .flush_with(&self.device, |encoder| encoder.copy_buffer_to_buffer(&from.buffer, at, &staging, 0, bytes));
-        self.device.map_read(&staging, dst)?;
+        self.stream.download(from, at, &staging, dst, &self.device)?;
         self.staging = Some(staging);
         Ok(())
     }
@@ -360,7 +368,11 @@ impl Backend for WgpuBackend {
     }
 
     fn alloc(&mut self, what: &str, element: ElementType, len: usize) -> Result<Buffer> {
-        let memory = self.device.alloc(what, 4 * len as u64)?;
+        let bytes = 4 * len as u64;
+        let memory = match element {
+            ElementType::U32 => self.device.alloc_numbers(what, bytes)?,
+            ElementType::F32 => self.device.alloc(what, bytes)?,
+        };
         let id = self.next_buffer;
         self.next_buffer += 1;
         self.buffers.insert(id, DeviceBuffer { memory, spreads: Spreads::default() });

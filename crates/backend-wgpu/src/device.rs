@@ -5,9 +5,11 @@
 //! loading checks weights, and conformance runs every kernel.
 #![allow(unsafe_code)]
 
+use crate::inputs::Inputs;
 use crate::kernels::{Kernel, Source, TOKENS, Target};
 use moellon_ops::{Error, Result};
 use std::borrow::Cow;
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -17,8 +19,12 @@ use std::time::{Duration, Instant};
 pub(crate) const NAME: &str = "wgpu";
 /// Bytes of immediates that every kernel may use; Vulkan guarantees as many.
 const IMMEDIATES_BYTES: u32 = 128;
-/// Bindings of the kernel that has most.
+/// How long the host asks for a result again and again before it sleeps.
+const SPIN: Duration = Duration::from_millis(1);
+/// Bindings of the kernel that has most, those apart that only some adapters run.
 const STORAGE_BUFFERS: u32 = 10;
+/// Bindings of the kernel that has most of all.
+const MOST_STORAGE_BUFFERS: u32 = 18;
 
 pub(crate) fn device_error(message: impl Into<String>) -> Error {
     Error::Device { backend: NAME, message: message.into() }
@@ -209,6 +215,8 @@ pub(crate) struct Device {
     /// Bytes of all arenas.
     arena_bytes: u64,
     next_memory: u64,
+    /// Small buffers of numbers, which the host writes before every step.
+    pub(crate) inputs: RefCell<Inputs>,
     /// Time that compiling took.
     compile_time: Duration,
     /// What the driver said outside of any call that could return it.
@@ -286,6 +294,7 @@ impl Device {
             arena: None,
             arena_bytes: 0,
             next_memory: 0,
+            inputs: RefCell::default(),
             compile_time: Duration::ZERO,
             failure,
             cache: None,
@@ -298,6 +307,11 @@ impl Device {
     /// Bytes that one binding can have.
     pub(crate) fn max_binding_bytes(&self) -> u64 {
         self.report.max_binding_bytes
+    }
+
+    /// Whether kernels may have so many bindings as those have that do several operations at once.
+    pub(crate) fn binds_many(&self) -> bool {
+        self.device.limits().max_storage_buffers_per_shader_stage >= MOST_STORAGE_BUFFERS
     }
 
     /// Rows of activations that there are kernels of products for. A CPU that plays a GPU spends more on compiling kernels than it ever
@@ -328,6 +342,43 @@ impl Device {
     /// Memory of at least `bytes`, zeroed.
     pub(crate) fn alloc(&mut self, what: &str, bytes: u64) -> Result<Memory> {
         self.alloc_for(what, bytes, wgpu::BufferUsages::empty())
+    }
+
+    /// Memory of at least `bytes` for numbers, zeroed: small ones lie side by side, so that what the host writes to them before a step is
+    /// one copy.
+    pub(crate) fn alloc_numbers(&mut self, what: &str, bytes: u64) -> Result<Memory> {
+        let inputs = self.inputs.get_mut();
+        if inputs.is_full_for(bytes) {
+            return self.alloc(what, bytes);
+        }
+        if self.inputs.get_mut().buffer.is_none() {
+            let all = self.alloc("numbers", Inputs::BYTES)?;
+            self.inputs.get_mut().buffer = Some(all.buffer);
+        }
+        self.next_memory += 1;
+        let id = self.next_memory;
+        let (buffer, offset, bytes) = self.inputs.get_mut().take(id, bytes);
+        Ok(Memory { buffer, offset, id, bytes })
+    }
+
+    /// Writes to memory before everything that is submitted from now on.
+    pub(crate) fn write(&self, to: &Memory, at: u64, bytes: &[u8]) {
+        if !self.inputs.borrow_mut().write(to, at, bytes) {
+            self.queue.write_buffer(&to.buffer, to.offset + at, bytes);
+        }
+    }
+
+    /// Hands commands to the adapter, and what was written before them.
+    pub(crate) fn submit(&self, commands: wgpu::CommandBuffer) -> wgpu::SubmissionIndex {
+        self.inputs.borrow_mut().flush(&self.queue);
+        self.queue.submit([commands])
+    }
+
+    /// Waits until a submission has run.
+    pub(crate) fn wait_for(&self, index: wgpu::SubmissionIndex) -> Result<()> {
+        let wait = wgpu::PollType::Wait { submission_index: Some(index), timeout: None };
+        let waited = self.device.poll(wait).map(|_| ());
+        waited.map_err(|e| device_error(format!("waiting for the adapter: {}", one_line(&e))))
     }
 
     /// Memory of at least `bytes` that is filled once and then only read. Where host and device share memory the host writes it through the view, and has to
@@ -405,6 +456,7 @@ impl Device {
 
     /// Forgets what was bound together with some memory, so that dropping it frees it.
     pub(crate) fn forget(&mut self, memory: &Memory) {
+        self.inputs.get_mut().give_back(memory);
         self.bind_groups.retain(|(_, _, ids), _| !ids.contains(&memory.id));
     }
 
@@ -527,7 +579,18 @@ impl Device {
         slice.map_async(wgpu::MapMode::Read, move |result| {
             *sink.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(result);
         });
-        self.wait()?;
+        // Being woken takes tens of microseconds. Where the adapter is a CPU it needs this one's.
+        let started = Instant::now();
+        let is_mapped = || mapped.lock().unwrap_or_else(std::sync::PoisonError::into_inner).is_some();
+        while self.report.kind != AdapterKind::Software && started.elapsed() < SPIN && !is_mapped() {
+            let polled = self.device.poll(wgpu::PollType::Poll);
+            polled.map_err(|e| device_error(format!("waiting for the adapter: {}", one_line(&e))))?;
+        }
+        if is_mapped() {
+            self.check()?;
+        } else {
+            self.wait()?;
+        }
         let result = mapped.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         match result {
             Some(Ok(())) => {}
@@ -600,7 +663,7 @@ impl Device {
             pass.dispatch_workgroups(1, 1, 1);
         }
         encoder.copy_buffer_to_buffer(&memory.buffer, 0, &staging, 0, bytes);
-        self.queue.submit([encoder.finish()]);
+        self.submit(encoder.finish());
         self.map_read(&staging, bytemuck::cast_slice_mut(words))
     }
 

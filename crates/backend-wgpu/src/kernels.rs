@@ -8,11 +8,11 @@ mod attention;
 mod code;
 mod product;
 
-pub(crate) use self::attention::{PAIRS, Pairs};
+pub(crate) use self::attention::{PAIRS, PAIRS_HEADS, Pairs};
 use self::attention::{attend_holes, attend_pairs_holes};
 pub(crate) use self::code::{Code, ScaleKind};
+pub(crate) use self::product::{JOINED_COLUMNS, Weights, team_rows};
 use self::product::{Shape, code_name, embed_holes};
-pub(crate) use self::product::{Weights, team_rows};
 
 /// Rows of weights that an invocation of a product has at a time: one `vec4` of sums.
 pub(crate) const ROWS: usize = 4;
@@ -59,16 +59,23 @@ pub(crate) enum Kernel {
     /// With so many value columns an invocation.
     Attend(usize),
     AttendJoin,
-    /// Where subgroups are as they should be.
-    AttendPairs(Pairs),
+    /// Where subgroups are as they should be, with so many heads a workgroup.
+    AttendPairs(Pairs, usize),
+    /// Two weights, or two pairs, side by side.
+    Beside(Code, Weights),
     Combine,
     Embed(Code),
-    ExpertsDown(Code),
+    /// Whether the shared expert's product is part of it.
+    ExpertsDown(Code, bool),
     GatherRows,
     IndexScore,
     IndexTopk,
+    /// The join of attention's parts with the product of the heads' values.
+    JoinHeads(Code),
     KvStore,
     Latent,
+    /// With the product of the heads' queries.
+    LatentHeads(Code),
     LayerNorm,
     /// For so many rows of activations.
     Product(Code, Weights, usize),
@@ -133,15 +140,125 @@ impl Kernel {
         all
     }
 
+    /// Every kernel that does not depend on a weight format and wants subgroups.
+    pub(crate) fn of_subgroups() -> Vec<Kernel> {
+        PAIRS_HEADS.into_iter().flat_map(|heads| PAIRS.map(|pairs| Kernel::AttendPairs(pairs, heads))).collect()
+    }
+
     /// The kernels of one weight format, for so many rows of activations: those that `company` may meet.
     pub(crate) fn of_code(code: Code, company: Company, tokens: &[usize]) -> Vec<Kernel> {
         let product = |weights| tokens.iter().map(move |tokens| Kernel::Product(code, weights, *tokens));
         let one = product(Weights::One);
         match company {
-            Company::Heads => one.collect(),
-            Company::Alone => one.chain(product(Weights::Pair)).chain([Kernel::Embed(code)]).collect(),
-            Company::Experts => one.chain(product(Weights::Pair)).chain([Kernel::ExpertsDown(code)]).collect(),
+            Company::Heads => one.chain([Kernel::LatentHeads(code), Kernel::JoinHeads(code)]).collect(),
+            Company::Alone => {
+                let more = [Kernel::Embed(code), Kernel::Beside(code, Weights::One)];
+                one.chain(product(Weights::Pair)).chain(more).collect()
+            }
+            Company::Experts => {
+                let down = [false, true].map(|shared| Kernel::ExpertsDown(code, shared));
+                one.chain(product(Weights::Pair)).chain(down).chain([Kernel::Beside(code, Weights::Pair)]).collect()
+            }
         }
+    }
+
+    /// Whether it has more bindings than every adapter allows.
+    pub(crate) fn binds_many(self) -> bool {
+        matches!(self, Kernel::Beside(..) | Kernel::LatentHeads(_) | Kernel::ExpertsDown(_, true))
+    }
+
+    fn reads_weights(self) -> bool {
+        use Kernel::*;
+        matches!(self, Product(..) | Embed(_) | ExpertsDown(..)) || self.has_side()
+    }
+
+    /// Whether `beside_side.wgsl` is part of it.
+    fn has_side(self) -> bool {
+        matches!(self, Kernel::Beside(..) | Kernel::LatentHeads(_) | Kernel::JoinHeads(_))
+    }
+
+    /// What stands before a kernel's own file.
+    fn prelude(self, target: Target) -> String {
+        let sum = match target.subgroups {
+            true => include_str!("../kernels/sum_in_subgroups.wgsl"),
+            false => include_str!("../kernels/sum_in_memory.wgsl"),
+        };
+        let mut wgsl = include_str!("../kernels/common.wgsl").replace("{{SUM_OF_32}}", sum);
+        if matches!(self, Kernel::Attend(_) | Kernel::AttendPairs(..) | Kernel::IndexScore) {
+            wgsl.push_str(include_str!("../kernels/paging.wgsl"));
+        }
+        if matches!(self, Kernel::Argmax | Kernel::ArgmaxPart) {
+            wgsl.push_str(include_str!("../kernels/best.wgsl"));
+        }
+        let writes_forms = matches!(self, Kernel::Product(..) | Kernel::RmsNorm | Kernel::AttendJoin);
+        if writes_forms || self == Kernel::WriteDigits || self.has_side() {
+            let lanes = match target.subgroups {
+                true => include_str!("../kernels/lanes_in_subgroups.wgsl"),
+                false => include_str!("../kernels/lanes_in_memory.wgsl"),
+            };
+            wgsl.push_str(&include_str!("../kernels/digits.wgsl").replace("{{LANES}}", lanes));
+        }
+        if writes_forms {
+            let forms = include_str!("../kernels/forms.wgsl");
+            // Where only one of both forms is written they share a binding.
+            let both = self == Kernel::RmsNorm;
+            wgsl.push_str(&if both { forms.to_owned() } else { forms.replace("floats[", "form[") });
+        }
+        if matches!(self, Kernel::Product(_, Weights::Pair, _) | Kernel::Beside(_, Weights::Pair) | Kernel::Activate) {
+            wgsl.push_str(include_str!("../kernels/activation.wgsl"));
+        }
+        if self == Kernel::AttendJoin {
+            wgsl.push_str(include_str!("../kernels/join_parts.wgsl"));
+        }
+        if self == Kernel::Latent {
+            wgsl.push_str(include_str!("../kernels/store_latent.wgsl"));
+        }
+        wgsl
+    }
+
+    /// Its label, and what stands for the holes of its file.
+    fn fillings(self, name: &str, target: Target) -> (String, Vec<(&'static str, String)>) {
+        let (mut label, mut holes) = (name.to_owned(), Vec::new());
+        match self {
+            Kernel::Product(code, weights, tokens) => {
+                let pair = if weights == Weights::Pair { "pair_" } else { "" };
+                label = format!("{name}_{pair}{}_{tokens}", code_name(code));
+                holes = target.shape(code, weights, tokens).product_holes();
+            }
+            Kernel::Beside(code, weights) => {
+                let pair = if weights == Weights::Pair { "pair_" } else { "" };
+                label = format!("{name}_{pair}{}", code_name(code));
+                holes = target.shape(code, weights, 1).beside_holes();
+            }
+            Kernel::JoinHeads(code) => {
+                label = format!("{name}_{}", code_name(code));
+                holes = target.shape(code, Weights::One, 1).join_heads_holes();
+            }
+            Kernel::LatentHeads(code) => {
+                label = format!("{name}_{}", code_name(code));
+                holes = target.shape(code, Weights::One, 1).latent_heads_holes();
+            }
+            Kernel::ExpertsDown(code, with_shared) => {
+                let shared = if with_shared { "shared_" } else { "" };
+                label = format!("{name}_{shared}{}", code_name(code));
+                holes = target.shape(code, Weights::One, 1).experts_down_holes(with_shared);
+            }
+            Kernel::Embed(code) => {
+                label = format!("{name}_{}", code_name(code));
+                holes = embed_holes(code);
+            }
+            Kernel::AttendPairs(pairs, heads) => {
+                let row = if pairs.bf16 { "bf16" } else { "f32" };
+                label = format!("{name}_{}_{}_{row}_{heads}", pairs.keys, pairs.values);
+                holes = attend_pairs_holes(pairs, heads);
+            }
+            Kernel::Attend(columns) => {
+                label = format!("{name}_{columns}");
+                holes = attend_holes(columns);
+            }
+            _ => {}
+        }
+        (label, holes)
     }
 
     /// The source for an adapter.
@@ -152,16 +269,21 @@ impl Kernel {
             Kernel::Argmax => with(file!("argmax"), 1, 1),
             Kernel::ArgmaxPart => with(file!("argmax_part"), 1, 1),
             Kernel::Attend(_) => with(file!("attend"), 9, 0),
-            Kernel::AttendPairs(_) => with(file!("attend_pairs"), 9, 0),
+            Kernel::AttendPairs(..) => with(file!("attend_pairs"), 9, 0),
             Kernel::AttendJoin => with(file!("attend_join"), 6, 0),
+            Kernel::Beside(_, Weights::One) => with(file!("beside"), 4, 8),
+            Kernel::Beside(_, Weights::Pair) => with(file!("beside"), 4, 14),
             Kernel::Combine => with(file!("combine"), 4, 0),
             Kernel::Embed(_) => with(file!("embed"), 2, 3),
-            Kernel::ExpertsDown(_) => with(file!("experts_down"), 2, 6),
+            Kernel::ExpertsDown(_, false) => with(file!("experts_down"), 2, 6),
+            Kernel::ExpertsDown(_, true) => with(file!("experts_down"), 2, 10),
             Kernel::GatherRows => with(file!("gather_rows"), 3, 0),
             Kernel::IndexScore => with(file!("index_score"), 7, 0),
             Kernel::IndexTopk => with(file!("index_topk"), 4, 0),
+            Kernel::JoinHeads(_) => with(file!("join_heads"), 6, 3),
             Kernel::KvStore => with(file!("kv_store"), 6, 0),
             Kernel::Latent => with(file!("latent"), 4, 3),
+            Kernel::LatentHeads(_) => with(file!("latent_heads"), 6, 7),
             Kernel::LayerNorm => with(file!("layer_norm"), 4, 0),
             Kernel::Product(_, Weights::One, _) => with(file!("product"), 2, 5),
             Kernel::Product(_, Weights::Pair, _) => with(file!("product"), 2, 8),
@@ -176,56 +298,9 @@ impl Kernel {
             Kernel::WorkList => with(file!("work_list"), 2, 0),
             Kernel::WriteDigits => with(file!("write_digits"), 1, 1),
         };
-        let mut wgsl = String::from(include_str!("../kernels/common.wgsl"));
-        if matches!(self, Kernel::Attend(_) | Kernel::AttendPairs(_) | Kernel::IndexScore) {
-            wgsl.push_str(include_str!("../kernels/paging.wgsl"));
-        }
-        if matches!(self, Kernel::Argmax | Kernel::ArgmaxPart) {
-            wgsl.push_str(include_str!("../kernels/best.wgsl"));
-        }
-        let writes_forms = matches!(self, Kernel::Product(..) | Kernel::RmsNorm | Kernel::AttendJoin);
-        if writes_forms || self == Kernel::WriteDigits {
-            let lanes = match target.subgroups {
-                true => include_str!("../kernels/lanes_in_subgroups.wgsl"),
-                false => include_str!("../kernels/lanes_in_memory.wgsl"),
-            };
-            wgsl.push_str(&include_str!("../kernels/digits.wgsl").replace("{{LANES}}", lanes));
-        }
-        if writes_forms {
-            let forms = include_str!("../kernels/forms.wgsl");
-            // Where only one of both forms is written they share a binding.
-            let both = self == Kernel::RmsNorm;
-            wgsl.push_str(&if both { forms.to_owned() } else { forms.replace("floats[", "form[") });
-        }
-        if matches!(self, Kernel::Product(_, Weights::Pair, _) | Kernel::Activate) {
-            wgsl.push_str(include_str!("../kernels/activation.wgsl"));
-        }
-        let (mut label, mut holes) = (name.to_owned(), Vec::new());
-        match self {
-            Kernel::Product(code, weights, tokens) => {
-                let pair = if weights == Weights::Pair { "pair_" } else { "" };
-                label = format!("{name}_{pair}{}_{tokens}", code_name(code));
-                holes = target.shape(code, weights, tokens).product_holes();
-            }
-            Kernel::ExpertsDown(code) => {
-                label = format!("{name}_{}", code_name(code));
-                holes = target.shape(code, Weights::One, 1).experts_down_holes();
-            }
-            Kernel::Embed(code) => {
-                label = format!("{name}_{}", code_name(code));
-                holes = embed_holes(code);
-            }
-            Kernel::AttendPairs(pairs) => {
-                label = format!("{name}_{}_{}_{}", pairs.keys, pairs.values, if pairs.bf16 { "bf16" } else { "f32" });
-                holes = attend_pairs_holes(pairs);
-            }
-            Kernel::Attend(columns) => {
-                label = format!("{name}_{columns}");
-                holes = attend_holes(columns);
-            }
-            _ => {}
-        }
-        if matches!(self, Kernel::Product(..) | Kernel::Embed(_) | Kernel::ExpertsDown(_)) {
+        let (label, mut holes) = self.fillings(name, target);
+        let mut wgsl = self.prelude(target);
+        if self.reads_weights() {
             wgsl.push_str(include_str!("../kernels/decode.wgsl"));
             holes.push(("HALF_SUBNORMALS", target.half_subnormals.to_string()));
             holes.push(("E4M3_FACTOR", if target.half_subnormals { "256.0" } else { "1.0" }.to_owned()));
@@ -247,7 +322,7 @@ fn with((name, text): (&'static str, &'static str), rw: u32, ro: u32) -> (&'stat
 pub fn kernel_sources() -> Vec<(String, String)> {
     let mut kernels = Kernel::fixed();
     kernels.extend([Kernel::SelfTest, Kernel::SubgroupTest]);
-    kernels.extend(PAIRS.map(Kernel::AttendPairs));
+    kernels.extend(Kernel::of_subgroups());
     let mut codes = vec![Code::Nvfp4, Code::Mxfp4, Code::Mxfp8, Code::Fp8, Code::F32, Code::F16, Code::Bf16];
     for bits in [2, 3, 4, 5, 6, 8] {
         codes.push(Code::Affine { bits, group: 64, scale: ScaleKind::Bf16 });
@@ -257,14 +332,15 @@ pub fn kernel_sources() -> Vec<(String, String)> {
     }
     for code in &codes {
         kernels.extend(Kernel::of_code(*code, Company::Alone, &TOKENS));
-        kernels.push(Kernel::ExpertsDown(*code));
+        kernels.extend([false, true].map(|shared| Kernel::ExpertsDown(*code, shared)));
+        kernels.extend([Kernel::Beside(*code, Weights::Pair), Kernel::LatentHeads(*code), Kernel::JoinHeads(*code)]);
     }
     let mut sources: Vec<(String, String)> = Vec::new();
     for kernel in kernels {
         let target = Target { half_subnormals: true, subgroups: true, integers: true };
         let best = kernel.source(target);
-        let one_row = matches!(kernel, Kernel::Product(_, _, 1) | Kernel::Embed(_) | Kernel::ExpertsDown(_));
-        let is_fixed = !matches!(kernel, Kernel::Product(..) | Kernel::Embed(_) | Kernel::ExpertsDown(_));
+        let is_fixed = !kernel.reads_weights();
+        let one_row = !is_fixed && !matches!(kernel, Kernel::Product(_, _, 2..));
         let variants = [
             ("no_subgroups", Target { subgroups: false, ..target }),
             ("no_subnormals", Target { half_subnormals: false, ..target }),

@@ -3,6 +3,7 @@
 //! | file | what |
 //! |---|---|
 //! | `device` | adapters, limits, self-test, memory, pipelines; what the driver says is an error, never a panic |
+//! | `inputs` | small buffers of numbers, written by the host before every step, in one copy |
 //! | `stream` | dispatches, in order: waiting, submitted, recorded, replayed |
 //! | `kernels` | which files of `kernels/` make which kernel, and the parts that are written out for a weight format |
 //! | `weights` | weights on the device: as they lie in the checkpoint, in buffers that the adapter can bind |
@@ -18,6 +19,7 @@
 
 mod backend;
 mod device;
+mod inputs;
 mod kernels;
 mod program;
 mod stream;

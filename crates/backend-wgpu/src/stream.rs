@@ -1,15 +1,23 @@
 //! Dispatches in order: those that wait for the next submission, those of a step that is recorded, and steps that are replayed.
+//!
+//! Most of what wgpu does for a step grows with its dispatches: looking through what they bind when it is submitted, letting go of all that
+//! when it has run. So a recorded step goes in pieces: the adapter starts on a short first one while the host submits the rest, and while it
+//! is busy with the last one the host lets go of those before.
 
 mod clock;
 
 use self::clock::Clock;
-use crate::device::{Device, Pipeline};
+use crate::device::{Device, Memory, Pipeline};
 use moellon_ops::{Result, Stage, StepTimes};
 use std::collections::HashMap;
 use std::sync::Arc;
 
 /// Dispatches that wait at most: the adapter starts while the host encodes on.
 const MAX_PENDING: usize = 64;
+/// Dispatches of a recorded step's first pieces: each keeps the adapter busy while the next is submitted.
+const FIRST_PIECES: [usize; 2] = [6, 30];
+/// Dispatches of its last piece, the head among them: enough to let go of the others meanwhile.
+const LAST_PIECE: usize = 4;
 
 /// A kernel with everything that it is given.
 #[derive(Debug, Clone)]
@@ -27,8 +35,8 @@ pub(crate) struct Dispatch {
 /// A step that can run again.
 struct Recording {
     dispatches: Vec<Dispatch>,
-    /// Encoded while the adapter was busy with the step before.
-    encoded: Option<wgpu::CommandBuffer>,
+    /// Its pieces, encoded while the adapter was busy with the step before.
+    encoded: Option<Vec<wgpu::CommandBuffer>>,
 }
 
 /// The one in-order stream of a back end.
@@ -37,8 +45,10 @@ pub(crate) struct Stream {
     pending: Vec<Dispatch>,
     recordings: HashMap<u64, Recording>,
     recording: Option<(u64, Vec<Dispatch>)>,
-    /// Whose command buffer is encoded ahead.
+    /// Whose command buffers are encoded ahead.
     ahead: Option<u64>,
+    /// The submission before the last piece of the step that runs.
+    before_last: Option<wgpu::SubmissionIndex>,
     clock: Option<Clock>,
 }
 
@@ -89,7 +99,24 @@ impl Stream {
         }
         more(&mut encoder);
         self.pending.clear();
-        device.queue.submit([encoder.finish()]);
+        device.submit(encoder.finish());
+    }
+
+    /// Copies what a kernel wrote to the host, behind everything that waits.
+    pub(crate) fn download(
+        &mut self,
+        from: &Memory,
+        at: u64,
+        staging: &wgpu::Buffer,
+        dst: &mut [u8],
+        device: &Device,
+    ) -> Result<()> {
+        let (at, bytes) = (from.offset + at, dst.len() as u64);
+        self.flush_with(device, |encoder| encoder.copy_buffer_to_buffer(&from.buffer, at, staging, 0, bytes));
+        if let Some(index) = self.before_last.take() {
+            device.wait_for(index)?;
+        }
+        device.map_read(staging, dst)
     }
 
     /// Submits what waits and waits for it.
@@ -117,8 +144,10 @@ impl Stream {
     pub(crate) fn replay(&mut self, key: u64, device: &Device) -> bool {
         self.flush(device);
         let Some(recording) = self.recordings.get_mut(&key) else { return false };
-        let commands = recording.encoded.take().unwrap_or_else(|| encode(&recording.dispatches, device));
-        device.queue.submit([commands]);
+        let pieces = recording.encoded.take().unwrap_or_else(|| encode(&recording.dispatches, device));
+        let mut submitted = pieces.into_iter().map(|piece| device.submit(piece)).collect::<Vec<_>>();
+        submitted.pop();
+        self.before_last = submitted.pop();
         // The next step is usually the same one: it is encoded while the adapter is busy with this one.
         self.encode_ahead(key, device);
         true
@@ -178,13 +207,20 @@ impl Stream {
     }
 }
 
-fn encode(dispatches: &[Dispatch], device: &Device) -> wgpu::CommandBuffer {
-    let mut encoder = device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-    {
-        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-        encode_pass(dispatches, &mut pass);
-    }
-    encoder.finish()
+/// The pieces of a step.
+fn encode(dispatches: &[Dispatch], device: &Device) -> Vec<wgpu::CommandBuffer> {
+    let (first, rest) = dispatches.split_at(dispatches.len().min(FIRST_PIECES[0]));
+    let (second, rest) = rest.split_at(rest.len().min(FIRST_PIECES[1]));
+    let (third, last) = rest.split_at(rest.len().saturating_sub(LAST_PIECE));
+    let encode = |dispatches: &[Dispatch]| {
+        let mut encoder = device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        {
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            encode_pass(dispatches, &mut pass);
+        }
+        encoder.finish()
+    };
+    [first, second, third, last].into_iter().filter(|piece| !piece.is_empty()).map(encode).collect()
 }
 
 fn encode_pass(dispatches: &[Dispatch], pass: &mut wgpu::ComputePass<'_>) {

@@ -130,6 +130,18 @@ impl DeviceWeight {
     }
 }
 
+impl DeviceWeight {
+    /// Where biases start in `extra`.
+    pub(crate) fn bias_offset(&self) -> usize {
+        if self.has_global { self.count } else { 0 }
+    }
+
+    /// What `extra` has, as kernels take it: bias, and twice a global scale.
+    pub(crate) fn has(&self) -> usize {
+        usize::from(self.has_bias) + 2 * usize::from(self.has_global)
+    }
+}
+
 /// Invocations of a team. Few rows get large teams, so that every part of the adapter has work.
 fn lanes(rows: usize, chunks: usize) -> usize {
     const WORKGROUPS: usize = 512;

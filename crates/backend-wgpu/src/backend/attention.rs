@@ -1,15 +1,20 @@
 //! Attention and the indexer's scores: arguments, grids, partial results.
 
-use super::forms::{OutputForms, Writes};
+use super::forms::{Form, OutputForms, Writes};
+use super::products::WeightRef;
 use super::{WgpuBackend, place};
 use crate::device::{Memory, device_error};
-use crate::kernels::{Kernel, PAIRS, Pairs, VALUE_COLUMNS};
-use moellon_ops::{AttendGqa, AttendMla, Cache, CacheDtype, IndexScore, Paging, Result, Tensor};
+use crate::kernels::{JOINED_COLUMNS, Kernel, PAIRS, PAIRS_HEADS, Pairs, VALUE_COLUMNS};
+use moellon_ops::{AttendGqa, AttendMla, Cache, CacheDtype, IndexScore, LinearHeads, Paging, Result, Stage, Tensor};
 
 /// Keys of one part of an attention row (`PART` of attend.wgsl).
 const PART: usize = 64;
 /// Heads of a workgroup (`HEADS`).
 const HEADS: usize = 4;
+/// Where there are at most so many workgroups adapters have room for more: then every head has workgroups of its own, with the same result.
+const FEW_WORKGROUPS: usize = 256;
+/// Most parts that workgroups of one head join each for itself.
+const MOST_JOINED: usize = 16;
 /// Most bytes of partial results at a time.
 const PARTIAL_BYTES: usize = 64 << 20;
 /// Largest head of an indexer (`keys` of index_score.wgsl).
@@ -38,7 +43,7 @@ struct Attend {
 
 impl WgpuBackend {
     pub(super) fn attend_heads(&mut self, op: &AttendGqa) -> Result<()> {
-        self.attend(&Attend {
+        let attend = Attend {
             q: op.q,
             q_rope: None,
             rope_head_stride: 0,
@@ -56,11 +61,16 @@ impl WgpuBackend {
             index: None,
             paging: op.paging,
             scale: op.scale,
-        })
+        };
+        self.attend(&attend, None)
     }
 
     pub(super) fn attend_latent(&mut self, op: &AttendMla) -> Result<()> {
-        self.attend(&Attend {
+        self.attend(&Self::of_latent(op), None)
+    }
+
+    fn of_latent(op: &AttendMla) -> Attend {
+        Attend {
             q: op.q_latent,
             q_rope: Some(op.q_rope),
             rope_head_stride: op.q_rope_head_stride,
@@ -78,7 +88,33 @@ impl WgpuBackend {
             index: op.index,
             paging: op.paging,
             scale: op.scale,
-        })
+        }
+    }
+
+    /// Whether the join of one token's parts can be one kernel with the product of what it joins. Each workgroup of a head joins it anew,
+    /// which few parts are cheap enough for.
+    pub(super) fn can_join_heads(&self, op: &AttendMla, heads: &LinearHeads) -> bool {
+        let few = Self::num_parts(&Self::of_latent(op)) <= MOST_JOINED;
+        let w = self.weight(WeightRef::Linear(heads.weight));
+        let values = op.kv_lora_rank;
+        let same = heads.x == op.out && heads.x_head_stride == values && heads.weight.cols == values;
+        let fits = values.is_multiple_of(32) && values <= JOINED_COLUMNS && heads.weight.count == op.num_heads;
+        few && same && fits && op.out.rows == 1 && w.shards.len() == 1
+    }
+
+    /// [`WgpuBackend::attend_latent`] and the product of its heads, of `stage`.
+    pub(super) fn attend_and_heads(&mut self, op: &AttendMla, heads: &LinearHeads, stage: Stage) -> Result<()> {
+        self.attend(&Self::of_latent(op), Some((heads, stage)))
+    }
+
+    /// Parts of a row of attention.
+    fn num_parts(op: &Attend) -> usize {
+        let seen = match (op.index, op.window) {
+            (Some(index), _) => index.ids.cols.min(op.paging.max_context),
+            (None, Some(window)) => window.min(op.paging.max_context),
+            (None, None) => op.paging.max_context,
+        };
+        seen.div_ceil(PART).max(1)
     }
 
     /// Cache, positions, sequences and block table: the bindings of paging.wgsl.
@@ -91,8 +127,8 @@ impl WgpuBackend {
         ])
     }
 
-    /// The kernel for heads of this size.
-    fn attend_kernel(&self, op: &Attend) -> Result<Kernel> {
+    /// The kernel for heads of this size, up to `heads` of them a workgroup.
+    fn attend_kernel(&self, op: &Attend, heads: usize) -> Result<Kernel> {
         let (keys, values) = (op.q_dim + op.rope_dim, op.value_dim);
         let shared = op.key_step == 0 && op.value_first == 0;
         let even =
@@ -104,7 +140,7 @@ impl WgpuBackend {
             && even
             && let Some(pairs) = PAIRS.into_iter().find(fits)
         {
-            return Ok(Kernel::AttendPairs(pairs));
+            return Ok(Kernel::AttendPairs(pairs, if heads == 1 { PAIRS_HEADS[0] } else { PAIRS_HEADS[1] }));
         }
         match VALUE_COLUMNS.into_iter().find(|columns| 32 * columns >= values) {
             Some(columns) => Ok(Kernel::Attend(columns)),
@@ -113,17 +149,16 @@ impl WgpuBackend {
     }
 
     /// Parts and their join, a range of rows at a time so that the parts stay within their memory.
-    fn attend(&mut self, op: &Attend) -> Result<()> {
+    /// `heads`: the product that reads them, in the kernel that joins them, and its stage.
+    fn attend(&mut self, op: &Attend, heads: Option<(&LinearHeads, Stage)>) -> Result<()> {
         let num_tokens = op.q.rows;
-        let seen = match (op.index, op.window) {
-            (Some(index), _) => index.ids.cols.min(op.paging.max_context),
-            (None, Some(window)) => window.min(op.paging.max_context),
-            (None, None) => op.paging.max_context,
-        };
-        let num_parts = seen.div_ceil(PART).max(1);
-        let kernel = self.attend_kernel(op)?;
-        let heads_per_group =
+        let num_parts = Self::num_parts(op);
+        let mut heads_per_group =
             (1..=HEADS.min(op.heads_per_key)).rev().find(|h| op.heads_per_key.is_multiple_of(*h)).unwrap_or(1);
+        if num_parts * op.num_heads / heads_per_group * num_tokens <= FEW_WORKGROUPS {
+            heads_per_group = 1;
+        }
+        let kernel = self.attend_kernel(op, heads_per_group)?;
         let row_bytes = op.num_heads * num_parts * (2 + op.value_dim) * 4;
         let at_once = (PARTIAL_BYTES / row_bytes).clamp(1, num_tokens.max(1));
         let parts = self.parts.get("parts of attention", (at_once * row_bytes) as u64, &mut self.device)?;
@@ -134,7 +169,7 @@ impl WgpuBackend {
         let (counts, _) = self.optional(op.index.map(|i| i.counts), &positions)?;
         let (sinks, [sinks_offset, _]) = self.optional(op.sinks, &parts)?;
         // Only a kernel that has all rows can write the other form of the output.
-        let out = if at_once < num_tokens {
+        let out = if at_once < num_tokens || heads.is_some() {
             OutputForms::plain(self.output(op.out)?)
         } else {
             self.output_forms(op.out, Writes::One { whole_columns: op.value_dim })?
@@ -164,10 +199,7 @@ impl WgpuBackend {
             let grid = [num_parts, op.num_heads / heads_per_group, rows];
             self.run(kernel, &memories, &arguments, grid)?;
 
-            let [out_offset, out_stride] = from(op.out);
-            let mut arguments = vec![
-                out_offset,
-                out_stride,
+            let join = [
                 op.num_heads as u32,
                 op.value_dim as u32,
                 num_parts as u32,
@@ -178,11 +210,33 @@ impl WgpuBackend {
                 sinks_offset,
                 u32::from(op.sinks.is_some()),
             ];
-            arguments.extend(out.arguments);
+            if let Some((heads, stage)) = heads {
+                self.stage = stage;
+                self.join_heads(heads, join, [&parts, &positions, &counts, &sinks])?;
+                continue;
+            }
+            let arguments = [&from(op.out)[..], &join, &out.arguments].concat();
             let memories = [&parts, &positions, &counts, &sinks, &out.memory, out.form()];
             self.run(Kernel::AttendJoin, &memories, &arguments, [op.num_heads, rows, 1])?;
         }
         Ok(())
+    }
+
+    fn join_heads(
+        &mut self,
+        op: &LinearHeads,
+        join: [u32; 9],
+        [parts, positions, counts, sinks]: [&Memory; 4],
+    ) -> Result<()> {
+        let x_per_byte = match self.form_for(self.weight(WeightRef::Linear(op.weight)).code) {
+            Form::Integers { per_byte } => per_byte as u32,
+            Form::Floats => 1,
+        };
+        let (code, out, more, groups) = self.head_arguments(op, 0)?;
+        let arguments = [&join[..], &[x_per_byte], &more].concat();
+        let [codes, scales, extra] = self.first_shard(op.weight);
+        let memories = [parts, positions, counts, sinks, &out.memory, out.form(), &codes, &scales, &extra];
+        self.run(Kernel::JoinHeads(code), &memories, &arguments, [groups, 1, 1])
     }
 
     pub(super) fn score_positions(&mut self, op: &IndexScore) -> Result<()> {

@@ -3,7 +3,10 @@
 //! | operations | kernel |
 //! |---|---|
 //! | `linear` or `moe_down`, then the `rms_norm` that adds their output | the product adds it |
-//! | `rms_norm` of the latent, `rope` of queries and key, `kv_store` | `latent.wgsl` |
+//! | `linear` with two weights, one row | `beside.wgsl` |
+//! | one row's shared expert and chosen experts, all six products | `beside.wgsl`, `experts_down.wgsl` |
+//! | `rms_norm` of the latent, `rope` of queries and key, `kv_store` | `latent.wgsl`; one row: with the heads' product, `latent_heads.wgsl` |
+//! | `attend_mla` of one row and a short context, `linear_heads` | `join_heads.wgsl` instead of `attend_join.wgsl` |
 //! | any that writes a view, then any that reads it as the input of a product | `forms.wgsl` instead of `spread.wgsl` |
 
 use super::forms::Parts;
@@ -11,7 +14,9 @@ use super::products::WeightRef;
 use super::{WgpuBackend, place};
 use crate::kernels::Kernel;
 use crate::program::Op;
-use moellon_ops::{Cache, CacheDtype, KvStore, MoeDown, Result, RmsNorm, Rope, RopePairs, Stage, Tensor, Weight};
+use moellon_ops::{
+    Cache, CacheDtype, KvStore, LinearHeads, MoeDown, Result, RmsNorm, Rope, RopePairs, Stage, Tensor, Weight,
+};
 
 /// Elements of a cache row that `latent.wgsl` keeps.
 const LATENT_WIDTH: usize = 1024;
@@ -27,8 +32,9 @@ impl WgpuBackend {
         let mut added = false;
         while at < ops.len() {
             self.stage = ops[at].0;
-            if let Some(count) = self.launch_together(&ops[at..])? {
+            if let Some((count, has_added)) = self.launch_together(&ops[at..])? {
                 at += count;
+                added = has_added;
                 continue;
             }
             let (op, after) = (&ops[at].1, &ops[at + 1..]);
@@ -115,24 +121,82 @@ impl WgpuBackend {
         self.expect_spread(x, parts, form)
     }
 
-    /// Launches the operations in front as one kernel, if there is one for them, and says how many they were.
-    fn launch_together(&mut self, ops: &[(Stage, Op)]) -> Result<Option<usize>> {
+    /// Launches the operations in front together, if there are kernels for that, and says how many they were and whether the norm behind
+    /// them finds its delta added.
+    fn launch_together(&mut self, ops: &[(Stage, Op)]) -> Result<Option<(usize, bool)>> {
         match ops {
             [
                 (_, Op::RmsNorm(norm)),
                 (_, Op::Rope(q)),
                 (_, Op::Rope(k)),
                 (_, Op::KvStore { parts, slots, cache }),
-                ..,
+                after @ ..,
             ] if stores_latent(norm, [q, k], parts, *cache) => {
-                self.latent(norm, [q, k], &KvStore { parts, slots: *slots, cache: *cache })?;
-                Ok(Some(4))
+                let store = KvStore { parts, slots: *slots, cache: *cache };
+                match after.first() {
+                    Some((_, Op::LinearHeads(heads))) if self.is_beside_latent(q, heads) => {
+                        self.latent(norm, [q, k], &store, Some(heads))?;
+                        Ok(Some((5, false)))
+                    }
+                    _ => {
+                        self.latent(norm, [q, k], &store, None)?;
+                        Ok(Some((4, false)))
+                    }
+                }
+            }
+            [
+                (_, Op::GateUp(shared)),
+                (_, Op::Linear { x, parts }),
+                (stage, Op::MoeGateUp(experts)),
+                (_, Op::MoeDown(down)),
+                after @ ..,
+            ] if *x == shared.out
+                && matches!(parts[..], [(weight, out)] if down.plus == Some(out)
+                    && self.has_shared_beside(shared, weight, experts, down)) =>
+            {
+                self.stage = *stage;
+                let norm = match after.first() {
+                    Some((_, Op::RmsNorm(norm))) if norm.delta == Some(down.out) => Some(norm),
+                    _ => None,
+                };
+                let down = MoeDown { out: norm.map_or(down.out, |norm| norm.x), ..*down };
+                self.experts_and_shared(shared, parts[0].0, experts, &down, norm.is_some())?;
+                Ok(Some((4, norm.is_some())))
+            }
+            [(_, Op::AttendMla(attend)), (stage, Op::LinearHeads(heads)), after @ ..]
+                if self.can_join_heads(attend, heads) && !is_read_again(after, attend.out) =>
+            {
+                self.attend_and_heads(attend, heads, *stage)?;
+                Ok(Some((2, false)))
+            }
+            [(_, Op::Linear { x, parts }), ..] if parts.len() > 1 && x.rows == 1 => {
+                self.linear_beside(*x, parts)?;
+                Ok(Some((1, false)))
             }
             _ => Ok(None),
         }
     }
 
-    fn latent(&mut self, norm: &RmsNorm, [q, k]: [&Rope; 2], store: &KvStore<'_>) -> Result<()> {
+    /// Whether the product of the heads can be one kernel with `latent`: it reads columns of the same row that are not rotated.
+    fn is_beside_latent(&self, q: &Rope, heads: &LinearHeads) -> bool {
+        let w = self.weight(WeightRef::Linear(heads.weight));
+        let apart = heads.x.buffer.id == q.x.buffer.id && heads.out.buffer.id != q.x.buffer.id;
+        let rotated = q.x.offset % q.head_stride;
+        let is_before =
+            heads.x.offset % q.head_stride + heads.weight.cols <= rotated && heads.x_head_stride == q.head_stride;
+        self.device.binds_many() && apart && is_before && heads.x.rows == 1 && w.shards.len() == 1
+    }
+
+    /// `heads`: their product too.
+    fn latent(
+        &mut self,
+        norm: &RmsNorm,
+        [q, k]: [&Rope; 2],
+        store: &KvStore<'_>,
+        heads: Option<&LinearHeads>,
+    ) -> Result<()> {
+        // Before the rows are rotated: the form of the other columns is made out of them if nobody has made it yet.
+        let x = heads.map(|op| self.head_input(op)).transpose()?;
         let (latent, key, queries) = (self.output(norm.x)?, self.output(k.x)?, self.rotated(q)?);
         let (table, slots, weight) = (self.memory(q.table)?, self.memory(store.slots)?, self.memory(norm.weight)?);
         let cache = &self.caches[store.cache.id as usize];
@@ -144,12 +208,42 @@ impl WgpuBackend {
         arguments.extend(place(q.x));
         arguments.extend([q.num_heads as u32, q.head_stride as u32]);
         arguments.extend(place(q.table));
-        arguments.extend([half as u32, u32::from(q.pairs == RopePairs::Interleaved), store.slots.offset as u32]);
-        arguments.extend([row_words, u32::from(store.cache.dtype == CacheDtype::Bf16)]);
+        let is_bf16 = store.cache.dtype == CacheDtype::Bf16;
+        let flags = u32::from(q.pairs == RopePairs::Interleaved) + 2 * u32::from(is_bf16);
+        arguments.extend([half as u32, store.slots.offset as u32, row_words, flags]);
+        let groups = 1 + (q.num_heads * half).div_ceil(256);
         let memories = [&latent, &key, &queries, &memory, &table, &slots, &weight];
-        let grid = [1 + (q.num_heads * half).div_ceil(256), norm.x.rows, 1];
-        self.run(Kernel::Latent, &memories, &arguments, grid)
+        let (Some(op), Some(x)) = (heads, x) else {
+            return self.run(Kernel::Latent, &memories, &arguments, [groups, norm.x.rows, 1]);
+        };
+        let (code, out, more, of_heads) = self.head_arguments(op, x.part_step)?;
+        arguments.extend(more);
+        let [codes, scales, extra] = self.first_shard(op.weight);
+        let [latent, key, queries, memory, table, slots, weight] = memories;
+        let memories = [
+            latent,
+            key,
+            queries,
+            memory,
+            &out.memory,
+            out.form(),
+            table,
+            slots,
+            weight,
+            &x.memory,
+            &codes,
+            &scales,
+            &extra,
+        ];
+        self.run(Kernel::LatentHeads(code), &memories, &arguments, [groups + of_heads, 1, 1])
     }
+}
+
+/// Whether operations read the rows `x` before attention writes them anew.
+fn is_read_again(ops: &[(Stage, Op)], x: Tensor) -> bool {
+    let same = |y: &Tensor| y.buffer.id == x.buffer.id;
+    let writes = |op: &Op| matches!(op, Op::AttendMla(op) if same(&op.out));
+    ops.iter().take_while(|(_, op)| !writes(op)).any(|(_, op)| op.reads().iter().any(same))
 }
 
 /// Whether one weight's product is what the norm behind it adds.

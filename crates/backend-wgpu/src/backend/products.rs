@@ -17,7 +17,7 @@ pub(super) struct WorkListKey {
 
 /// Which rows of x meet which matrices.
 #[derive(Clone)]
-enum Jobs {
+pub(super) enum Jobs {
     /// Every row with every matrix (one, or heads that are side by side in the output).
     All { num_tokens: usize },
     /// The choices of one token: its ids are the work list.
@@ -54,20 +54,20 @@ pub(super) enum WeightRef {
 
 /// What a product multiplies with.
 #[derive(Clone, Copy)]
-enum Factors {
+pub(super) enum Factors {
     One(WeightRef),
     /// Gate and up.
     Pair(WeightRef, WeightRef, Activation),
 }
 
 impl Factors {
-    fn first(self) -> WeightRef {
+    pub(super) fn first(self) -> WeightRef {
         match self {
             Factors::One(first) | Factors::Pair(first, ..) => first,
         }
     }
 
-    fn second(self) -> Option<(WeightRef, Activation)> {
+    pub(super) fn second(self) -> Option<(WeightRef, Activation)> {
         match self {
             Factors::One(_) => None,
             Factors::Pair(_, second, activation) => Some((second, activation)),
@@ -108,8 +108,6 @@ impl WgpuBackend {
             Jobs::List { list, .. } => list.clone(),
         };
         let (kind, alpha, limit) = which.second().map_or((0, 0.0, 0.0), |(_, activation)| activation_args(activation));
-        let bias_offset = |w: &DeviceWeight| if w.has_global { w.count } else { 0 };
-        let has = |w: &DeviceWeight| usize::from(w.has_bias) + 2 * usize::from(w.has_global);
         let (code, lanes) = (w.code, lanes_of(w, weights));
         let mut launches = Vec::with_capacity(w.shards.len());
         for (i, shard) in w.shards.iter().enumerate() {
@@ -138,9 +136,9 @@ impl WgpuBackend {
                 top_k,
                 list_offset,
                 sorted_offset,
-                bias_offset(w),
-                second.map_or(0, bias_offset),
-                has(w) + 4 * second.map_or(0, has) + 16 * usize::from(out.adds),
+                w.bias_offset(),
+                second.map_or(0, DeviceWeight::bias_offset),
+                w.has() + 4 * second.map_or(0, DeviceWeight::has) + 16 * usize::from(out.adds),
                 w.block_columns,
                 w.scale_words,
             ]
@@ -184,7 +182,7 @@ impl WgpuBackend {
     }
 
     /// What a product with `weight` can write beside rows: integers where workgroups have whole chunks.
-    fn writes(&self, weight: WeightRef, weights: Weights, jobs: &Jobs) -> Writes {
+    pub(super) fn writes(&self, weight: WeightRef, weights: Weights, jobs: &Jobs) -> Writes {
         let w = self.weight(weight);
         let tokens = self.tokens_of(jobs);
         let group_rows = 256 / lanes_of(w, weights) * team_rows(weights, tokens);
@@ -208,9 +206,14 @@ impl WgpuBackend {
         Parts { count: op.weight.count, stride: op.x_head_stride, cols: op.weight.cols }
     }
 
+    /// The heads as their product reads them.
+    pub(super) fn head_input(&mut self, op: &LinearHeads) -> Result<Input> {
+        self.spread(op.x, Self::head_parts(op), self.weight(WeightRef::Linear(op.weight)).code)
+    }
+
     pub(super) fn product_of_heads(&mut self, op: &LinearHeads) -> Result<()> {
         let (weight, jobs) = (WeightRef::Linear(op.weight), Jobs::All { num_tokens: op.x.rows });
-        let x = self.spread(op.x, Self::head_parts(op), self.weight(weight).code)?;
+        let x = self.head_input(op)?;
         let writes = self.writes(weight, Weights::One, &jobs);
         let out = Output::of(self.output_forms(op.out, writes)?, op.out, op.weight.rows);
         self.product(Factors::One(weight), &x, &out, &jobs)
@@ -314,9 +317,8 @@ impl WgpuBackend {
             return Ok(());
         }
         let x = self.spread(op.h, Self::slot_parts(op), self.weight(WeightRef::Down(op.experts)).code)?;
-        // The results of 64 experts have room in a workgroup.
-        if op.h.rows == 1 && top_k <= 64 && self.weight(WeightRef::Down(op.experts)).shards.len() == 1 {
-            return self.one_tokens_experts_down(op, &x, adds);
+        if self.is_one_tokens_down(op) {
+            return self.one_tokens_experts_down(op, &x, None, adds);
         }
         let jobs = self.jobs(op.ids, op.experts.num_experts, true)?;
         let y = self.sums(0, rows, hidden)?;
@@ -330,33 +332,52 @@ impl WgpuBackend {
         self.run(Kernel::Combine, &[&y.forms.memory, &weights, &plus, &out], &arguments, grid)
     }
 
-    /// Products and weighted sum in one kernel.
-    fn one_tokens_experts_down(&mut self, op: &MoeDown, x: &Input, adds: bool) -> Result<()> {
+    /// Whether products and weighted sum can be one kernel: the results of 64 experts have room in a workgroup.
+    pub(super) fn is_one_tokens_down(&self, op: &MoeDown) -> bool {
+        op.h.rows == 1 && op.ids.cols <= 64 && self.weight(WeightRef::Down(op.experts)).shards.len() == 1
+    }
+
+    /// Products and weighted sum in one kernel, `shared` among them: the input and the weight whose product is `plus`.
+    pub(super) fn one_tokens_experts_down(
+        &mut self,
+        op: &MoeDown,
+        x: &Input,
+        shared: Option<(&Input, Weight)>,
+        adds: bool,
+    ) -> Result<()> {
         let (ids, weights) = (self.memory(op.ids)?, self.memory(op.weights)?);
         let out = self.output(op.out)?;
-        let (plus, [plus_offset, _]) = self.optional(op.plus, &out)?;
+        let (plus, [plus_offset, _]) = self.optional(op.plus.filter(|_| shared.is_none()), &out)?;
         let w = self.weight(WeightRef::Down(op.experts));
-        let arguments = [
+        let plus_kind = if shared.is_some() { 2 } else { usize::from(op.plus.is_some()) };
+        let mut arguments = vec![
             x.part_step,
             w.chunks,
             w.rows,
             w.lanes,
             op.out.offset,
             plus_offset as usize,
-            usize::from(op.plus.is_some()),
+            plus_kind,
             op.ids.cols,
             op.ids.offset,
             op.weights.offset,
-            if w.has_global { w.count } else { 0 },
-            usize::from(w.has_bias) + 2 * usize::from(w.has_global) + 16 * usize::from(adds),
+            w.bias_offset(),
+            w.has() + 16 * usize::from(adds),
             w.block_columns,
             w.scale_words,
-        ]
-        .map(|n| n as u32);
+        ];
         let (code, groups) = (w.code, w.rows.div_ceil(team_rows(Weights::One, 1)));
         let [codes, scales, extra] = [&w.shards[0].codes, &w.shards[0].scales, &w.extra].map(Memory::clone);
-        let memories = [&out, &plus, &x.memory, &ids, &weights, &codes, &scales, &extra];
-        self.run(Kernel::ExpertsDown(code), &memories, &arguments, [groups, 1, 1])
+        let mut memories = vec![&out, &plus, &x.memory, &ids, &weights, &codes, &scales, &extra];
+        let of_shared;
+        if let Some((x, weight)) = shared {
+            let w = self.weight(WeightRef::Linear(weight));
+            arguments.extend([w.chunks, w.lanes, w.bias_offset(), w.has(), w.scale_words]);
+            of_shared = [&x.memory, &w.shards[0].codes, &w.shards[0].scales, &w.extra].map(Memory::clone);
+            memories.extend(&of_shared);
+        }
+        let arguments: Vec<u32> = arguments.into_iter().map(|n| n as u32).collect();
+        self.run(Kernel::ExpertsDown(code, shared.is_some()), &memories, &arguments, [groups, 1, 1])
     }
 
     pub(super) fn dense_gate_up(&mut self, op: &GateUp) -> Result<()> {
@@ -370,7 +391,7 @@ impl WgpuBackend {
 }
 
 /// Invocations of a team: a pair's are few, so that a workgroup has the whole chunks that its output is read in.
-fn lanes_of(w: &DeviceWeight, weights: Weights) -> usize {
+pub(super) fn lanes_of(w: &DeviceWeight, weights: Weights) -> usize {
     match weights {
         Weights::One => w.lanes,
         Weights::Pair => w.lanes.min(32),
@@ -378,7 +399,7 @@ fn lanes_of(w: &DeviceWeight, weights: Weights) -> usize {
 }
 
 /// Kind and parameters of an activation, as kernels take them.
-fn activation_args(activation: Activation) -> (usize, f32, f32) {
+pub(super) fn activation_args(activation: Activation) -> (usize, f32, f32) {
     match activation {
         Activation::SwiGlu => (0, 0.0, 0.0),
         Activation::ClampedSwiGlu { alpha, limit } => (1, alpha, limit),

@@ -2,9 +2,6 @@
 
 use std::fmt::Write as _;
 
-/// Heads of a workgroup (`attend_pairs.wgsl`).
-const HEADS: usize = 4;
-
 /// Pairs of columns that each of 32 lanes has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Pairs {
@@ -34,37 +31,47 @@ pub(crate) const PAIRS: [Pairs; 8] = [
     pairs(9, 8, true, true),
 ];
 
-pub(super) fn attend_pairs_holes(pairs: Pairs) -> Vec<(&'static str, String)> {
-    const LANES: [&str; HEADS] = ["x", "y", "z", "w"];
+/// The heads that a workgroup may have: several read keys once for all of them, one has more workgroups where there are few keys.
+pub(crate) const PAIRS_HEADS: [usize; 2] = [1, 4];
+
+pub(super) fn attend_pairs_holes(pairs: Pairs, heads: usize) -> Vec<(&'static str, String)> {
+    // One head's scores are a number, those of four a vector.
+    let lanes = if heads == 1 { &[""][..] } else { &[".x", ".y", ".z", ".w"] };
     let (mut queries, mut keys, mut scores) = (String::new(), String::new(), String::new());
-    for head in 0..HEADS {
+    for head in 0..heads {
         for i in 0..pairs.keys {
             let place = format!("token, first_head + min({head}u, last), 2u * lane + {}u", 64 * i);
             let _ = writeln!(queries, "  let q{head}_{i} = query({place});");
         }
     }
-    for i in 0..pairs.keys {
-        let _ = writeln!(keys, "    let k{i} = pair(slot, key_first + min(2u * lane + {}u, end));", 64 * i);
-        for (head, lane) in LANES.iter().enumerate() {
-            for part in ["x", "y"] {
-                let _ = writeln!(scores, "    score.{lane} = fma(q{head}_{i}.{part}, k{i}.{part}, score.{lane});");
+    // Two keys at a time: `k`, `v`, then `k1`, `v1`.
+    for (key, slot) in ["", "1"].into_iter().zip(["slot", "slot1"]) {
+        for i in 0..pairs.keys {
+            let _ = writeln!(keys, "    let k{key}_{i} = pair({slot}, key_first + min(2u * lane + {}u, end));", 64 * i);
+            for (head, lane) in lanes.iter().enumerate() {
+                let score = format!("score{key}{lane}");
+                for part in ["x", "y"] {
+                    let _ = writeln!(scores, "    {score} = fma(q{head}_{i}.{part}, k{key}_{i}.{part}, {score});");
+                }
+            }
+        }
+        for i in (0..pairs.values).filter(|_| !pairs.shared) {
+            let column = format!("min(2u * lane + {}u, args.value_dim - 2u)", 64 * i);
+            let _ = writeln!(keys, "    let v{key}_{i} = pair({slot}, value_first + {column});");
+        }
+    }
+    let (mut values, mut values1, mut join) = (String::new(), String::new(), String::new());
+    for i in 0..pairs.values {
+        let name = if pairs.shared { "k" } else { "v" };
+        for (head, lane) in lanes.iter().enumerate() {
+            let _ = writeln!(queries, "  var a{head}_{i} = vec2<f32>();");
+            for (key, lines) in [("", &mut values), ("1", &mut values1)] {
+                let kept = format!("a{head}_{i} * kept{lane}");
+                let _ = writeln!(lines, "      a{head}_{i} = fma(vec2<f32>(share{lane}), {name}{key}_{i}, {kept});");
             }
         }
     }
-    let (mut values, mut join) = (String::new(), String::new());
-    for i in 0..pairs.values {
-        if !pairs.shared {
-            let column = format!("min(2u * lane + {}u, args.value_dim - 2u)", 64 * i);
-            let _ = writeln!(keys, "    let v{i} = pair(slot, value_first + {column});");
-        }
-        let value = if pairs.shared { format!("k{i}") } else { format!("v{i}") };
-        for (head, lane) in LANES.iter().enumerate() {
-            let _ = writeln!(queries, "  var a{head}_{i} = vec2<f32>();");
-            let kept = format!("a{head}_{i} * kept.{lane}");
-            let _ = writeln!(values, "    a{head}_{i} = fma(vec2<f32>(share.{lane}), {value}, {kept});");
-        }
-    }
-    for head in 0..HEADS {
+    for head in 0..heads {
         for i in 0..pairs.values {
             let at = format!("sums[subgroup * COLUMNS + 2u * lane + {}u", 64 * i);
             let _ = writeln!(join, "  {at}] = a{head}_{i}.x;\n  {at} + 1u] = a{head}_{i}.y;");
@@ -89,7 +96,11 @@ pub(super) fn attend_pairs_holes(pairs: Pairs) -> Vec<(&'static str, String)> {
         ("KEYS", keys),
         ("SCORES", scores),
         ("VALUES", values),
+        ("VALUES1", values1),
         ("JOIN", join),
+        ("HEADS", heads.to_string()),
+        ("SCORE", if heads == 1 { "f32" } else { "vec4<f32>" }.to_owned()),
+        ("STATE", if heads == 1 { "largest, sum" } else { "largest[lane], sum[lane]" }.to_owned()),
     ]
 }
 

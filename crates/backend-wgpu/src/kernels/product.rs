@@ -37,10 +37,13 @@ impl Weights {
 /// Rows of each weight that a team has, for so many rows of x: what fits into registers.
 pub(crate) fn team_rows(weights: Weights, tokens: usize) -> usize {
     match (weights, tokens) {
-        (_, 1) | (Weights::One, 2) => ROWS,
+        (_, 1) | (Weights::One, _) => ROWS,
         _ => ROWS / 2,
     }
 }
+
+/// Most columns of a head that `join_heads.wgsl` joins: their words as floats, of which integers need fewer.
+pub(crate) const JOINED_COLUMNS: usize = 512;
 
 /// What a product is made for.
 #[derive(Debug, Clone, Copy)]
@@ -261,11 +264,15 @@ impl Shape {
         (8 * all.len(), lines)
     }
 
+    /// Elements of x.
+    fn x_type(&self) -> &'static str {
+        if self.integers() { "vec4<u32>" } else { "vec4<f32>" }
+    }
+
     /// Fillings that all products share.
     fn holes(&self) -> Vec<(&'static str, String)> {
-        let x = if self.integers() { "vec4<u32>" } else { "vec4<f32>" };
         vec![
-            ("X", x.to_owned()),
+            ("X", self.x_type().to_owned()),
             ("TOKENS", self.tokens.to_string()),
             ("ROWS", self.team_rows().to_string()),
             ("WORD", word_type(self.code)),
@@ -303,12 +310,129 @@ impl Shape {
         holes
     }
 
-    pub(super) fn experts_down_holes(&self) -> Vec<(&'static str, String)> {
+    /// `with_shared`: the product that makes `plus` is part of the kernel.
+    pub(super) fn experts_down_holes(&self, with_shared: bool) -> Vec<(&'static str, String)> {
         let (partial, finish) = self.finish();
+        let (mut second, mut shared) = (partial, String::new());
+        if with_shared {
+            second.push_str(&format!(
+                "@group(0) @binding(8) var<storage, read> x_b: array<{}>;\n\
+                 @group(0) @binding(9) var<storage, read> codes_b: array<{}>;\n\
+                 @group(0) @binding(10) var<storage, read> scales_b: array<u32>;\n\
+                 @group(0) @binding(11) var<storage, read> extra_b: array<f32>;\n",
+                self.x_type(),
+                word_type(self.code)
+            ));
+            shared.push_str(include_str!("../../kernels/experts_down_shared.wgsl"));
+            let of_shared = |text: &str| {
+                second_side(text, &["codes[", "scales[", " x[", "args.chunks", "args.lanes", "args.scale_words"])
+            };
+            for (hole, filling) in [("START", self.start()), ("BODY", self.chunk()), ("FINISH", finish.clone())] {
+                shared = shared.replace(&format!("{{{{{hole}}}}}"), &of_shared(&filling));
+            }
+        }
         let mut holes = self.holes();
-        holes.extend([("SECOND", partial), ("START", self.start()), ("FINISH", finish)]);
+        holes.extend([("SECOND", second), ("SHARED", shared), ("START", self.start()), ("FINISH", finish)]);
         holes
     }
+
+    /// A weight's part of a kernel for one row, which starts at `x_row`, and its workgroup memory.
+    fn side(&self, x_row: &str) -> (String, String) {
+        let (partial, finish) = self.finish();
+        let (value, second) = match self.weights {
+            Weights::One => ("finished(sum0_0[r], row, matrix)", ""),
+            Weights::Pair => (
+                "activated(finished(sum0_0[r], row, matrix), finished_second(sum0_1[r], row, matrix))",
+                include_str!("../../kernels/beside_second.wgsl"),
+            ),
+        };
+        let mut side = include_str!("../../kernels/beside_side.wgsl").to_owned();
+        for (hole, filling) in [
+            ("FINISHED2", second),
+            ("X_ROW", x_row),
+            ("START", &self.start()),
+            ("BODY", &self.chunk()),
+            ("FINISH", &finish),
+            ("VALUE", value),
+        ] {
+            side = side.replace(&format!("{{{{{hole}}}}}"), filling);
+        }
+        (partial, side)
+    }
+
+    pub(super) fn latent_heads_holes(&self) -> Vec<(&'static str, String)> {
+        let (partial, side) = self.side("matrix * args.x_part_step");
+        let latent = include_str!("../../kernels/store_latent.wgsl").to_owned();
+        let mut holes = self.holes();
+        holes.extend([("LATENT", latent), ("PARTIAL", partial), ("SIDE", side)]);
+        holes
+    }
+
+    pub(super) fn join_heads_holes(&self) -> Vec<(&'static str, String)> {
+        let (partial, side) = self.side("0u");
+        // x is in workgroup memory.
+        let here = |line: &str| match line.contains("= x[") {
+            true => line.replacen("= x[", "= x_at(", 1).replacen("];", ");", 1) + "\n",
+            false => line.to_owned() + "\n",
+        };
+        let keep = if self.integers() {
+            "    let word = digits(value, args.x_per_byte, local);\n    \
+             if (column - local % 32u < args.value_dim && local % 32u < 26u) {\n      \
+             joined[digit_place(0u, column / 32u, args.chunks, local % 32u)] = word;\n    }"
+        } else {
+            "    if (column < args.value_dim) {\n      \
+             joined[4u * ((column % 32u) / 4u * args.chunks + column / 32u) + column % 4u] = bitcast<u32>(value);\n    }"
+        };
+        let mut holes = self.holes();
+        holes.extend([
+            ("JOIN", include_str!("../../kernels/join_parts.wgsl").to_owned()),
+            ("PARTIAL", partial),
+            ("SIDE", side.lines().map(here).collect()),
+            ("KEEP", keep.to_owned()),
+            ("WORDS", JOINED_COLUMNS.to_string()),
+        ]);
+        holes
+    }
+
+    pub(super) fn beside_holes(&self) -> Vec<(&'static str, String)> {
+        let word = word_type(self.code);
+        let (mut weights, mut binding) = (String::new(), 6);
+        let kinds = if self.weights == Weights::Pair { &["", "2"][..] } else { &[""] };
+        for side in ["", "_b"] {
+            for kind in kinds {
+                for (name, element) in [("codes", word.as_str()), ("scales", "u32"), ("extra", "f32")] {
+                    let _ = writeln!(
+                        weights,
+                        "@group(0) @binding({binding}) var<storage, read> {name}{kind}{side}: array<{element}>;"
+                    );
+                    binding += 1;
+                }
+            }
+        }
+        let (partial, side) = self.side("0u");
+        let bindings = ["codes[", "scales[", "extra[", "codes2[", "scales2[", "extra2[", " out[", " form["];
+        let functions = [" put(", " put_integers(", " finished(", "(finished(", " finished_second(", " side("];
+        let fields = ["rows", "lanes", "groups", "out_offset", "has", "bias_offset", "second_bias", "forms"];
+        let form_fields = ["part_stride", "part_cols", "part_chunks", "per_byte"];
+        let fields =
+            [&fields[..], &form_fields].concat().into_iter().map(|field| format!("args.{field}")).collect::<Vec<_>>();
+        let fields = fields.iter().map(String::as_str);
+        let names: Vec<&str> = bindings.into_iter().chain(functions).chain(fields).collect();
+        let second_side = second_side(&side, &names);
+        let mut holes = self.holes();
+        holes.extend([("WEIGHTS", weights), ("PARTIAL", partial), ("FIRST", side), ("SECOND", second_side)]);
+        holes
+    }
+}
+
+/// Text with `_b` behind each of `names`, of which none is part of another; punctuation at their ends stays outside.
+fn second_side(text: &str, names: &[&str]) -> String {
+    let mut text = text.to_owned();
+    for name in names {
+        let stem = name.trim_end_matches(['[', '(', ')', ' ', ';']);
+        text = text.replace(name, &format!("{stem}_b{}", &name[stem.len()..]));
+    }
+    text
 }
 
 pub(super) fn embed_holes(code: Code) -> Vec<(&'static str, String)> {

@@ -1,0 +1,57 @@
+// One of the two weights of beside.wgsl, or that of latent_heads.wgsl: chunks, sums and results as in product.wgsl, for one row: same bits.
+fn put(column: u32, value: f32) {
+  if ((args.forms & 1u) != 0u) { out[args.out_offset + column] = value; }
+  if ((args.forms & 2u) != 0u) {
+    let c = column % args.part_stride;
+    if (c < args.part_cols) {
+      let first = 8u * args.part_chunks * (column / args.part_stride);
+      form[4u * (first + (c % 32u) / 4u * args.part_chunks + c / 32u) + c % 4u] = bitcast<u32>(value);
+    }
+  }
+}
+
+fn put_integers(first: u32, count: u32, value: f32, local: u32) {
+  let lane = local % 32u;
+  let column = first + local - lane;
+  let c = column % args.part_stride;
+  let word = digits(value, args.per_byte, local);
+  if (local - lane < count && c < args.part_cols && lane < 26u) {
+    form[digit_place(7u * args.part_chunks * (column / args.part_stride), c / 32u, args.part_chunks, lane)] = word;
+  }
+}
+
+fn finished(sum: f32, row: u32, matrix: u32) -> f32 {
+  var global = 1.0;
+  if ((args.has & 2u) != 0u) { global = extra[matrix]; }
+  var bias = 0.0;
+  if ((args.has & 1u) != 0u) { bias = extra[args.bias_offset + matrix * args.rows + row]; }
+  return fma(sum, global, bias);
+}
+{{FINISHED2}}
+fn side(slot: u32, matrix: u32, group: u32, local: u32) {
+  let lane = local % args.lanes;
+  let team = group * (256u / args.lanes) + local / args.lanes;
+  let local_matrix = matrix;
+  let x_row0 = {{X_ROW}};
+{{START}}
+  for (var chunk = lane; chunk < args.chunks; chunk += args.lanes) {
+{{BODY}}
+  }
+{{FINISH}}
+  let group_rows = 256u / args.lanes * ROWS;
+  let here = local / args.lanes * ROWS;
+  // Choices of experts, and heads, lie side by side in a row of out.
+  let column = slot * args.rows + group * group_rows;
+  for (var r = lane; r < ROWS; r += args.lanes) {
+    let row = group * group_rows + here + r;
+    if (row < args.rows) {
+      let value = {{VALUE}};
+      put(column + here + r, value);
+      if ((args.forms & 4u) != 0u) { finals[here + r] = value; }
+    }
+  }
+  if ((args.forms & 4u) != 0u) {
+    workgroupBarrier();
+    put_integers(column, min(group_rows, args.rows - group * group_rows), finals[local], local);
+  }
+}
