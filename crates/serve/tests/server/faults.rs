@@ -237,6 +237,8 @@ async fn a_request_is_one_line_of_the_log_and_keys_are_in_none() {
         .finish();
     // For the whole process: whether anybody listens is remembered by place, not by thread. Other tests' lines are told by id.
     tracing::subscriber::set_global_default(subscriber).unwrap();
+    // A place that another test reached in this moment may remember that nobody listens.
+    tracing::callsite::rebuild_interest_cache();
     let options = ServeOptions { api_keys: vec!["sk-very-secret".to_owned()], ..options() };
     let tokenizer = served_model().tokenizer;
     let id = |text: &str| tokenizer.encode(text, false).unwrap()[0];
@@ -255,7 +257,15 @@ async fn a_request_is_one_line_of_the_log_and_keys_are_in_none() {
     assert_eq!(ask("hello", &[("authorization", "Bearer sk-very-secret"), ("x-request-id", "mine")]).await, 200);
     assert_eq!(ask("you", &[("x-api-key", "sk-very-secret"), ("x-request-id", "mine-too")]).await, 200);
     assert_eq!(ask("hello", &[("x-api-key", "sk-almost-secret")]).await, 401);
-    let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    // A line is written when its answer has been taken, which may be a moment later.
+    let text = async || loop {
+        let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+        if text.contains("\"mine-too\"") {
+            break text;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    };
+    let text = tokio::time::timeout(std::time::Duration::from_secs(30), text()).await.expect("both lines are written");
     assert!(!text.contains("very-secret") && !text.contains("almost-secret"), "{text}");
     let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let is_mine = |line: &&Value| line["request"] == "mine" || line["request"] == "mine-too";
