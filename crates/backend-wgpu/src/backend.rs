@@ -40,6 +40,8 @@ pub struct WgpuOptions {
     pub without_shared_memory: bool,
     /// Multiply floats even where the adapter multiplies integers: for tests.
     pub without_integer_products: bool,
+    /// Launch as if kernels could have few bindings: for tests.
+    pub without_many_bindings: bool,
     /// Told how many kernels are compiled while weights are loaded.
     pub progress: Option<Arc<dyn Fn(usize) + Send + Sync>>,
 }
@@ -52,6 +54,7 @@ impl Default for WgpuOptions {
             without_half_subnormals: false,
             without_shared_memory: false,
             without_integer_products: false,
+            without_many_bindings: false,
             progress: None,
         }
     }
@@ -141,6 +144,7 @@ impl WgpuBackend {
             device.self_test.half_subnormals = false;
         }
         device.shares_memory &= !options.without_shared_memory;
+        device.binds_many &= !options.without_many_bindings;
         if options.without_integer_products {
             device.self_test.integer_products = false;
         }
@@ -286,7 +290,7 @@ impl WgpuBackend {
         company: Company,
     ) -> Result<DeviceWeight> {
         let weight = DeviceWeight::load(name, matrices, bias, company, &mut self.device)?;
-        let binds_many = self.device.binds_many();
+        let binds_many = self.device.binds_many;
         let kernels = Kernel::of_code(weight.code, company, self.device.tokens());
         self.compile(kernels.into_iter().filter(|kernel| binds_many || !kernel.binds_many()))?;
         Ok(weight)

@@ -211,6 +211,8 @@ pub(crate) struct Device {
     bind_groups: HashMap<(u32, u32, Vec<u64>), wgpu::BindGroup>,
     /// The host writes weights where the adapter reads them.
     pub(crate) shares_memory: bool,
+    /// Kernels may have as many bindings as those have that do several operations at once.
+    pub(crate) binds_many: bool,
     arena: Option<Arena>,
     /// Bytes of all arenas.
     arena_bytes: u64,
@@ -291,6 +293,7 @@ impl Device {
             pipelines: HashMap::new(),
             bind_groups: HashMap::new(),
             shares_memory,
+            binds_many: adapter.limits().max_storage_buffers_per_shader_stage >= MOST_STORAGE_BUFFERS,
             arena: None,
             arena_bytes: 0,
             next_memory: 0,
@@ -307,11 +310,6 @@ impl Device {
     /// Bytes that one binding can have.
     pub(crate) fn max_binding_bytes(&self) -> u64 {
         self.report.max_binding_bytes
-    }
-
-    /// Whether kernels may have so many bindings as those have that do several operations at once.
-    pub(crate) fn binds_many(&self) -> bool {
-        self.device.limits().max_storage_buffers_per_shader_stage >= MOST_STORAGE_BUFFERS
     }
 
     /// Rows of activations that there are kernels of products for. A CPU that plays a GPU spends more on compiling kernels than it ever

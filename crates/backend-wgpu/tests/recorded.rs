@@ -18,7 +18,11 @@ const FORMATS: [&str; 12] = [
 ];
 
 fn open() -> Option<WgpuBackend> {
-    let opened = WgpuBackend::new(&WgpuOptions::default());
+    open_with(&WgpuOptions::default())
+}
+
+fn open_with(options: &WgpuOptions) -> Option<WgpuBackend> {
+    let opened = WgpuBackend::new(options);
     opened.map_err(|error| eprintln!("SKIP recorded steps of the wgpu back end: {error}")).ok()
 }
 
@@ -79,13 +83,26 @@ fn assert_bits(expected: &[f32], found: &[f32], name: &str, format: &str, run: &
     assert_eq!(differs, None, "{name} {format}: {run}: first logit that differs");
 }
 
-#[test]
-fn bundled_shape_in_every_format() {
-    let Some(mut backend) = open() else { return };
+fn bundled_shape() -> ModelConfig {
     let json = include_bytes!("../../../models/moellon-tiny/config.json");
     let mut config = arch::parse(&serde_json::from_slice(json).expect("config is JSON")).expect("config is legal");
     config.num_mtp_layers = 0;
     config.layers.truncate(3);
+    config
+}
+
+/// Adapters may not have as many bindings as the kernels that do several operations at once.
+#[test]
+fn bundled_shape_with_few_bindings() {
+    let options = WgpuOptions { without_many_bindings: true, ..WgpuOptions::default() };
+    let Some(mut backend) = open_with(&options) else { return };
+    assert_same("bundled, few bindings", &bundled_shape(), FORMATS[0], &[7, 80], &mut backend);
+}
+
+#[test]
+fn bundled_shape_in_every_format() {
+    let Some(mut backend) = open() else { return };
+    let config = bundled_shape();
     let formats = if is_software() { &FORMATS[..2] } else { &FORMATS[..] };
     for format in formats {
         // index_topk is 64: below it, and above.

@@ -19,7 +19,7 @@ struct Side {
 impl WgpuBackend {
     /// Whether two products of one row can be one dispatch.
     fn can_be_beside(&self, first: Factors, second: Factors) -> bool {
-        if !self.device.binds_many() {
+        if !self.device.binds_many {
             return false;
         }
         let weights = |factors: Factors| {

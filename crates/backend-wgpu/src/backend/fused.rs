@@ -184,7 +184,7 @@ impl WgpuBackend {
         let rotated = q.x.offset % q.head_stride;
         let is_before =
             heads.x.offset % q.head_stride + heads.weight.cols <= rotated && heads.x_head_stride == q.head_stride;
-        self.device.binds_many() && apart && is_before && heads.x.rows == 1 && w.shards.len() == 1
+        self.device.binds_many && apart && is_before && heads.x.rows == 1 && w.shards.len() == 1
     }
 
     /// `heads`: their product too.
