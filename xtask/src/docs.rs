@@ -3,7 +3,7 @@
 //! A document marks a table with `<!-- table:NAME -->` and `<!-- /table -->`, each on a line of its own. A receipt
 //! (`receipts/*.json`) gives rows to tables in its member `tables`: `{"NAME": [{"column": value, ..}, ..]}`. Rows stand
 //! in the order of the receipts' file names; columns in the order in which rows first name them; the last column names
-//! the receipt. `<!-- table:NAME | column=value | .. -->` shows the rows with those values alone.
+//! the receipt. `<!-- table:NAME | column=value | .. -->` shows the rows with those values alone; `receipt` is a column too.
 //!
 //! README.md makes no claim of its own: outside of such tables and of code no number may stand there with a unit that is
 //! measured ([`MEASURED_UNITS`]).
@@ -131,7 +131,10 @@ fn select<'a>(mark: &str, tables: &'a Tables) -> Result<Vec<&'a Row>> {
     let wanted = parts
         .map(|part| part.split_once('=').with_context(|| format!("table {name}: {part:?} is not column=value")))
         .collect::<Result<Vec<_>>>()?;
-    let has = |row: &&Row, (column, value): &(&str, &str)| row.cells.iter().any(|(c, v)| c == column && v == value);
+    let has = |row: &&Row, (column, value): &(&str, &str)| match *column {
+        "receipt" => row.receipt == *value,
+        _ => row.cells.iter().any(|(c, v)| c == column && v == value),
+    };
     let rows: Vec<&Row> = rows.iter().filter(|row| wanted.iter().all(|w| has(row, w))).collect();
     ensure!(!rows.is_empty(), "no row of table {mark}");
     Ok(rows)
