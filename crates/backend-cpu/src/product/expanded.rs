@@ -12,8 +12,8 @@ use std::mem::MaybeUninit;
 /// Rows from which on tiles are expanded: four calls of four rows pay for it. Two calls do not: the second finds the tile
 /// in the nearest cache, and unpacking again costs less than writing and reading what was unpacked.
 const EXPAND_ROWS: usize = 16;
-/// Rows from which on tile registers are faster than dot products of bytes: they take 1.15 times as many products a second
-/// at 12 rows, 1.3 times at 32, and nothing is won at 4 to 8, where an instruction for 16 rows takes as long.
+/// Rows from which on tile registers are faster than dot products of bytes, by `kernel_speed` with both levels: nothing is won at 4
+/// to 8 rows, where an instruction for 16 rows takes as long.
 #[cfg(target_arch = "x86_64")]
 const AMX_ROWS: usize = 12;
 /// Rows of a call with expanded tiles.

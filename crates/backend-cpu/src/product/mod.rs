@@ -45,8 +45,8 @@ pub(crate) const MAX_ROWS: usize = 8;
 pub(crate) const ROW_BLOCK: usize = 64;
 /// How far ahead of the reads lines are fetched into the nearest cache, in each stream.
 const PREFETCH_BYTES: usize = 512;
-/// And into the next one: the nearest cache has room for too few lines on their way to hide what memory takes. Qwen's shape
-/// on a Xeon with AMX read 28 GB/s with both, 25 to 26 with one fetch 2 KiB ahead.
+/// And into the next one: the nearest cache has room for too few lines on their way to hide what memory takes (the commit that brought
+/// it has steps with both and with one fetch 2 KiB ahead).
 const PREFETCH_FAR_BYTES: usize = 2048;
 
 /// The form in which a kernel reads activations.

@@ -58,6 +58,12 @@ impl Kernel for AllOperations {
                 float!("sum", s.splat(s.sum(x)));
             }
             float!("max_lane", s.splat(s.max_lane(a)));
+            for largest in s.max_lane_4([a, b, c, s.mul(a, b)]) {
+                float!("max_lane_4", s.splat(largest));
+            }
+            for sum in s.sum_i_4([i, k, s.add_i(i, k), s.and(i, k)]) {
+                int!("sum_i_4", s.splat_i(sum));
+            }
             float!("abs", math::abs(s, a));
             float!("exp", math::exp(s, a));
             float!("sigmoid", math::sigmoid(s, a));
