@@ -38,7 +38,10 @@ type Result<T> = std::result::Result<T, Error>;
 pub use crate::disturbance::STEAL_LIMIT_PERCENT;
 
 /// Rows that unions of experts are stated for.
-const UNION_ROWS: [f64; 14] = [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0];
+const UNION_ROWS: [usize; 14] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128];
+
+/// Steps of one row whose choices of experts are counted, to say what rows of strangers read together.
+const COUNTED_STEPS: usize = 64;
 
 /// How long a device with memory of its own runs steps before any counts: behind Vulkan an idle GPU has a fraction of its clock, and goes
 /// back to all of it only after a while.
@@ -129,6 +132,10 @@ pub struct DecodeResult {
     pub device_ms: Option<f64>,
     /// Where the time goes, from a separate profiled step: by the device's clock where it has one, else with a wait after each operation.
     pub stages: Vec<StageResult>,
+    /// Distinct experts of a layer by rows, for rows that choose as single rows did, each with a token of its own; empty without
+    /// experts, and for batches of several rows.
+    #[serde(default)]
+    pub unions: Vec<(f64, f64)>,
 }
 
 /// One stage of a step.
@@ -272,6 +279,7 @@ impl Bench<'_> {
         for _ in 0..PROFILED_STEPS {
             times.extend(self.decoder.forward_timed(&decode_batch(self.decoder, batch, plan, &mut rng), self.backend)?);
         }
+        let unions = if batch == 1 { self.unions_of_strangers(plan, &mut rng)? } else { Vec::new() };
         let device_steps: Vec<f64> = times.iter().map(|t: &StepTimes| t.step * 1e3).collect();
         let seconds = median(&samples);
         let bytes = profile.total_bytes() / PROFILED_STEPS;
@@ -295,7 +303,18 @@ impl Bench<'_> {
             discarded_windows: discarded,
             device_ms: (!device_steps.is_empty()).then(|| median(&device_steps)),
             stages: stage_results(&profile, PROFILED_STEPS, &times),
+            unions,
         })
+    }
+
+    /// What several rows read together if they choose as single rows do. A prompt's rows see each other and choose alike: they
+    /// are no measure of strangers.
+    fn unions_of_strangers(&mut self, plan: &BenchPlan, rng: &mut SplitMix64) -> Result<Vec<(f64, f64)>> {
+        let mut profiler = Profiler::new(self.backend);
+        for _ in 0..COUNTED_STEPS {
+            self.decoder.forward(&decode_batch(self.decoder, 1, plan, rng), &mut profiler)?;
+        }
+        Ok(unions(profiler.profile(), COUNTED_STEPS))
     }
 
     fn prefill(&mut self, plan: &BenchPlan, tokens: usize) -> Result<PrefillResult> {
@@ -329,8 +348,7 @@ impl Bench<'_> {
         let mut profiler = Profiler::new(self.backend);
         moellon_model::Session::new().extend(&prompt, self.decoder, &mut profiler)?;
         let stages = stage_results(profiler.profile(), 1, &[]);
-        let unions =
-            UNION_ROWS.into_iter().filter_map(|n| Some((n, profiler.profile().union_of_experts(n)?))).collect();
+        let unions = unions(profiler.profile(), tokens);
         Ok(PrefillResult {
             tokens,
             tok_s: median(&samples),
@@ -381,4 +399,10 @@ fn decode_batch(decoder: &Decoder, batch: usize, plan: &BenchPlan, rng: &mut Spl
         step.push_sequence(&[*token], context, &table, block_size, LogitRows::Last);
     }
     step
+}
+
+/// Distinct experts of a layer for numbers of rows up to those that were counted.
+fn unions(profile: &Profile, counted: usize) -> Vec<(f64, f64)> {
+    let rows = UNION_ROWS.into_iter().filter(|rows| *rows <= counted);
+    rows.filter_map(|rows| Some((rows as f64, profile.union_of_experts(rows)?))).collect()
 }

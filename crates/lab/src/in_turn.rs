@@ -1,7 +1,7 @@
 //! Two arms of an experiment in turn: A B, B A, A B, .. until the rule has seen enough.
 //!
 //! Where an engine's weights and caches happen to lie in memory makes it faster or slower for as long as it lives, so arms are
-//! built anew every [`BLOCK_PAIRS`] pairs, and the interval allows for what such blocks differ.
+//! built anew every [`BLOCK_PAIRS`] pairs, in the opposite order each time, and the interval allows for what such blocks differ.
 
 use crate::disturbance::{Taint, Windows, Witness};
 use crate::statistics::{Estimate, Outcome, Rule, median, quantile};
@@ -13,7 +13,7 @@ use std::time::Instant;
 const WARM_UP_PAIRS: usize = 2;
 
 /// Pairs that the same two arms run, at least.
-pub const BLOCK_PAIRS: usize = 40;
+pub const BLOCK_PAIRS: usize = 20;
 
 /// Running takes at least that many times as long as building: a large model is not read again and again.
 const RUNNING_PER_BUILDING: f64 = 3.0;
@@ -90,7 +90,8 @@ pub struct InTurn {
     pub seconds: f64,
 }
 
-/// Runs both arms that `fresh` builds in turn until `rule` has seen enough, or too much was disturbed.
+/// Runs both arms that `fresh` builds in turn until `rule` has seen enough, or too much was disturbed. `fresh` is to build the one
+/// first that it built second the time before.
 ///
 /// # Errors
 /// What an arm says, or what keeps it from being built.

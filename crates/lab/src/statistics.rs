@@ -61,6 +61,10 @@ pub fn trimmed_interval(values: &[f64], confidence: f64) -> Option<Estimate> {
 /// Blocks below which nothing can be said about how they differ.
 const LEAST_BLOCKS: usize = 4;
 
+/// What the logarithms of two builds' ratios are taken to differ by (a standard deviation) before [`LEAST_BLOCKS`] have shown it:
+/// with nothing assumed, one build decided in favour of an engine against its twin in 3 comparisons of 20.
+const BLOCK_SPREAD: f64 = 0.025;
+
 /// How many times as wide an interval of `values` is, for their blocks differ by more than the values within a block explain:
 /// the root of the ratio of both mean squares (the F of an analysis of variance), 1 at least. Of winsorized values, as the
 /// interval itself.
@@ -156,8 +160,11 @@ impl Rule {
         let each = 1.0 - (1.0 - self.confidence) / self.looks().len() as f64;
         let estimate = trimmed_interval(log_ratios, each)?;
         let factor = block_factor(log_ratios, blocks);
-        let widened = |end: f64| estimate.mean + factor * (end - estimate.mean);
-        Some(Estimate { low: widened(estimate.low), high: widened(estimate.high), ..estimate })
+        let unknown =
+            if blocks.len() < LEAST_BLOCKS { 2.0 * BLOCK_SPREAD / (blocks.len().max(1) as f64).sqrt() } else { 0.0 };
+        let half = |end: f64| (factor * (end - estimate.mean)).hypot(unknown);
+        let (low, high) = (estimate.mean - half(estimate.low), estimate.mean + half(estimate.high));
+        Some(Estimate { low, high, ..estimate })
     }
 
     /// What an interval of the logarithm of a ratio of times says.
@@ -174,7 +181,8 @@ impl Rule {
 
 #[cfg(test)]
 mod tests {
-    use super::{Outcome, Rule, median, quantile, t_quantile, trimmed_interval};
+    use super::{BLOCK_SPREAD, Outcome, Rule, median, quantile, t_quantile, trimmed_interval};
+    use crate::in_turn::BLOCK_PAIRS;
     use moellon_tensor::rng::SplitMix64;
 
     #[test]
@@ -217,6 +225,23 @@ mod tests {
         assert_eq!([super::block_factor(&alike, &[10; 4]), super::block_factor(&values, &[20; 2])], [1.0, 1.0]);
     }
 
+    #[test]
+    fn few_builds_say_little() {
+        let rule = Rule::default();
+        // 3 % with hardly a spread: a build may owe that to its place, four builds that agree do not.
+        let ratios: Vec<f64> = (0..80).map(|i| 0.03 + [1e-4, -1e-4][i % 2]).collect();
+        let width = |blocks: &[usize]| {
+            let estimate = rule.estimate(&ratios, blocks).unwrap();
+            (rule.outcome(&estimate), estimate.high - estimate.low)
+        };
+        let (one, two, four) = (width(&[80]), width(&[40; 2]), width(&[20; 4]));
+        assert_eq!((one.0, two.0, four.0), (Outcome::Undecided, Outcome::Undecided, Outcome::Slower));
+        assert!(
+            (one.1 - 4.0 * BLOCK_SPREAD).abs() < 1e-3 && (two.1 - one.1 / 2f64.sqrt()).abs() < 1e-3,
+            "{one:?} {two:?}"
+        );
+    }
+
     /// Windows of a noisy machine: a normal spread of 2 %, and one in ten with up to 40 % more.
     fn noisy(rng: &mut SplitMix64) -> f64 {
         let normal = (0..12).map(|_| rng.next_f64()).sum::<f64>() - 6.0;
@@ -231,7 +256,8 @@ mod tests {
             while ratios.len() < look {
                 ratios.push(factor.ln() + noisy(rng) - noisy(rng));
             }
-            let outcome = rule.outcome(&rule.estimate(&ratios, &[ratios.len()]).unwrap());
+            let blocks: Vec<usize> = ratios.chunks(BLOCK_PAIRS).map(<[f64]>::len).collect();
+            let outcome = rule.outcome(&rule.estimate(&ratios, &blocks).unwrap());
             if outcome != Outcome::Undecided || look == rule.max_pairs {
                 return (outcome, look);
             }

@@ -123,8 +123,7 @@ pub fn measure(
     let one = report.results.iter().find(|r| r.batch == 1).context("batch 1 was measured")?;
     // The bandwidth of the same windows as batch 1: on a shared machine it changes within a minute.
     let cost = CostModel::new(&account, decoder.config(), options.context, one.measured_read_gb_s * 1e9);
-    let unions = report.prefill.first().map_or_else(Vec::new, |prefill| prefill.unions.clone());
-    let cost = CostModel { unions, ..cost }.calibrated(one.step_ms / 1e3);
+    let cost = CostModel { unions: one.unions.clone(), ..cost }.calibrated(one.step_ms / 1e3);
     let measured: Vec<(usize, f64, f64)> =
         report.results.iter().map(|r| (r.batch, r.step_ms / 1e3, r.distinct_experts)).collect();
     // Each batch size is compared under the bandwidth of its own windows.

@@ -51,12 +51,18 @@ impl Profile {
         self.counts.iter().map(|c| c.seconds).sum()
     }
 
-    /// Distinct experts that a layer reads for `rows` independent rows which choose as the rows so far did, a mean over layers:
-    /// the sum of `1 - (1 - p)^rows` over experts, each with the share `p` of rows that chose it. `None` if none chose any.
-    pub fn union_of_experts(&self, rows: f64) -> Option<f64> {
+    /// Distinct experts that a layer reads for `rows` of the rows so far, any of them, a mean over layers: the sum over experts of
+    /// the chance that one of `rows` rows, drawn from all without putting any back, chose it. `None` if none chose any.
+    pub fn union_of_experts(&self, rows: usize) -> Option<f64> {
         let of_layer = |counts: &Vec<u64>| -> f64 {
             let seen = counts.iter().sum::<u64>() as f64 / self.active_experts.max(1) as f64;
-            counts.iter().map(|count| 1.0 - (1.0 - *count as f64 / seen).max(0.0).powf(rows)).sum()
+            let nobody = |count: f64| -> f64 {
+                (0..rows)
+                    .map(|drawn| drawn as f64)
+                    .map(|drawn| ((seen - count - drawn) / (seen - drawn).max(1.0)).max(0.0))
+                    .product()
+            };
+            counts.iter().map(|count| 1.0 - nobody(*count as f64)).sum()
         };
         let layers: Vec<f64> = self.choices.values().map(of_layer).collect();
         (!layers.is_empty()).then(|| layers.iter().sum::<f64>() / layers.len() as f64)
@@ -176,15 +182,19 @@ mod tests {
             ..Profile::default()
         };
         let even = of(&[&[10; 8]]);
-        // 8 (1 - (1 - 2/8)^n)
-        assert!((even.union_of_experts(1.0).unwrap() - 2.0).abs() < 1e-12);
-        assert!((even.union_of_experts(3.0).unwrap() - 8.0 * (1.0 - 0.75f64.powi(3))).abs() < 1e-12);
+        // Of 40 rows 30 did not choose an expert: 8 (1 - 30/40 29/39 28/38).
+        assert!((even.union_of_experts(1).unwrap() - 2.0).abs() < 1e-12);
+        assert!(
+            (even.union_of_experts(3).unwrap() - 8.0 * (1.0 - 30.0 * 29.0 * 28.0 / (40.0 * 39.0 * 38.0))).abs() < 1e-12
+        );
+        // All rows together read every expert that any of them chose.
+        assert_eq!(even.union_of_experts(40), Some(8.0));
         // A layer whose rows all choose the same two reads these alone; layers are a mean.
         let fixed = of(&[&[40, 0, 40, 0]]);
-        assert!((fixed.union_of_experts(5.0).unwrap() - 2.0).abs() < 1e-12);
+        assert!((fixed.union_of_experts(5).unwrap() - 2.0).abs() < 1e-12);
         let both = of(&[&[10; 8], &[40, 0, 40, 0]]);
-        let mean = 0.5 * (2.0 + even.union_of_experts(5.0).unwrap());
-        assert!((both.union_of_experts(5.0).unwrap() - mean).abs() < 1e-12);
-        assert_eq!(Profile::default().union_of_experts(1.0), None);
+        let mean = 0.5 * (2.0 + even.union_of_experts(5).unwrap());
+        assert!((both.union_of_experts(5).unwrap() - mean).abs() < 1e-12);
+        assert_eq!(Profile::default().union_of_experts(1), None);
     }
 }
