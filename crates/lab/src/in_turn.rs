@@ -306,7 +306,8 @@ mod tests {
         let result = in_turn(&mut arms, &Rule::default(), &mut Restless::default()).unwrap();
         assert_eq!(result.outcome, Outcome::Faster);
         let speedup = result.speedup.unwrap();
-        assert!(speedup.low > 1.27 && speedup.high < 1.33 && speedup.low < speedup.high, "{speedup:?}");
+        // One build says no more than what builds differ by.
+        assert!(speedup.low > 1.22 && speedup.low < 1.27 && speedup.high < 1.39 && speedup.high > 1.34, "{speedup:?}");
         assert_eq!((result.windows.kept, result.windows.discarded), (10, 4));
         assert_eq!(result.windows.reasons, BTreeMap::from([(Taint::Steal, 4)]));
         assert_eq!((result.a.samples_s.len(), result.b.extra["tokens"]), (10, 3.0));
