@@ -119,13 +119,19 @@ fn assert_rows_same(name: &str, config: &ModelConfig, format: &str, counts: &[us
     }
 }
 
-#[test]
-fn rows_of_the_bundled_shape_in_every_format() {
-    let Some(mut backend) = open() else { return };
+/// The bundled model's shape, three layers of it.
+fn bundled_config() -> ModelConfig {
     let json = include_bytes!("../../../models/moellon-tiny/config.json");
     let mut config = arch::parse(&serde_json::from_slice(json).expect("config is JSON")).expect("config is legal");
     config.num_mtp_layers = 0;
     config.layers.truncate(3);
+    config
+}
+
+#[test]
+fn rows_of_the_bundled_shape_in_every_format() {
+    let Some(mut backend) = open() else { return };
+    let config = bundled_config();
     for format in FORMATS {
         assert_rows_same("bundled", &config, format, &[2, 7, 13, 32], &mut backend);
     }
@@ -151,10 +157,7 @@ fn rows_of_published_shapes() {
 #[test]
 fn bundled_shape_in_every_format() {
     let Some(mut backend) = open() else { return };
-    let json = include_bytes!("../../../models/moellon-tiny/config.json");
-    let mut config = arch::parse(&serde_json::from_slice(json).expect("config is JSON")).expect("config is legal");
-    config.num_mtp_layers = 0;
-    config.layers.truncate(3);
+    let config = bundled_config();
     for format in FORMATS {
         // index_topk is 64: below it, and above.
         assert_same("bundled", &config, format, &[7, 80], &mut backend);

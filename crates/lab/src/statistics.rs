@@ -62,7 +62,7 @@ pub fn trimmed_interval(values: &[f64], confidence: f64) -> Option<Estimate> {
 const LEAST_BLOCKS: usize = 4;
 
 /// What the logarithms of two builds' ratios are taken to differ by (a standard deviation) before [`LEAST_BLOCKS`] have shown it:
-/// with nothing assumed, one build decided in favour of an engine against its twin in 3 comparisons of 20.
+/// with nothing assumed, 4 of 20 comparisons of an engine with its twin found a difference (receipt 2026-11-30-lever-check).
 const BLOCK_SPREAD: f64 = 0.025;
 
 /// How many times as wide an interval of `values` is, for their blocks differ by more than the values within a block explain:

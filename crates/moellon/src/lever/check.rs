@@ -12,8 +12,8 @@ use serde_json::json;
 /// Of twenty runs, how many must be right.
 const RIGHT_OF_20: usize = 19;
 
-/// Pairs and seconds that a planted slowdown has to show in, at most. On a machine that others share 100 pairs, which is what there
-/// is time for in the 15 s of a lever, leave one interval in five too wide for 3 %; what is not there needs no more time.
+/// Pairs and seconds that a planted slowdown has to show in, at most: on a machine that others share, the 15 s of a lever can end
+/// before the interval is narrow enough for 3 %. What is not there needs no more time.
 const PLANTED_LIMITS: (usize, f64) = (1280, 90.0);
 
 /// The lever whose arms are the same, and that whose second arm waits.
