@@ -184,9 +184,9 @@ def write_tensors(path, values, metadata):
     Path(path).write_bytes(struct.pack("<Q", len(text)) + text + b"".join(data for _, _, data in values.values()))
 
 
-def variant(folder, change_config=None, change_tensors=None):
-    """A copy of the bundled model, changed."""
-    shutil.copytree(MODEL, folder)
+def variant(folder, change_config=None, change_tensors=None, model=MODEL):
+    """A copy of a model, the bundled one if none is named, changed."""
+    shutil.copytree(model, folder)
     if change_config:
         config = json.loads((folder / "config.json").read_text())
         change_config(config)
@@ -231,6 +231,19 @@ def mismatched_router(values, behind):
     values[f"{MTP}.shared_head.norm.weight"] = values["model.norm.weight"]
 
 
+def past_the_scales(values, kept):
+    """What the notes' loader did with 4-bit codes: the first `kept` of 24 experts under the router of all 24. Past an array's end is
+    another array; here packed codes are where scales and biases should be (finite ones, since others are refused by name at load)."""
+    for name in [n for n in values if n.startswith(f"{MTP}.mlp.switch_mlp.") and not n.endswith(".weight")]:
+        dtype, shape, data = values[name]
+        end = len(data) // shape[0] * kept
+        codes = bytearray(values[name.rsplit(".", 1)[0] + ".weight"][2][: len(data) - end])
+        for at in range(0, len(codes), 2):
+            if codes[at + 1] & 0x7F == 0x7F and codes[at] & 0x80:
+                codes[at + 1] ^= 1
+        values[name] = (dtype, shape, data[:end] + bytes(codes))
+
+
 def finite(data):
     """bf16 numbers below 2: with larger ones the head's 8-bit codes overflow, and it is refused by name when it is loaded."""
     return bytes(byte & 0xBF if at % 2 else byte for at, byte in enumerate(data))
@@ -261,14 +274,20 @@ def experiments(stolen):
         for behind in ("zeros", "weights of layer 5", "random bytes"):
             name = f"7 of 24 experts under the router of 24, wrong norm, behind them {behind}"
             heads[name] = variant(folder / f"mismatched {behind}", None, lambda v, behind=behind: mismatched_router(v, behind))
-        for name, model in heads.items():
+        receipts.run("quantize", "-m", MODEL, "-o", folder / "whole4", "--format", "affine-4", "--method", "rtn")
+        heads4 = {"all at 4 bits": folder / "whole4"}
+        for kept in (7, 3):
+            name = f"all at 4 bits, {kept} of 24 experts under the router of 24, behind them packed codes read as scales"
+            heads4[name] = variant(folder / f"scales {kept}", None, lambda v, kept=kept: past_the_scales(v, kept), model=folder / "whole4")
+        for name, model in (heads | heads4).items():
             trials = acceptance(prompts, model)
             rate = [100 * hits / max(1, n) for n, hits in trials]
             samples.append({"head": name, "trials": trials})
             row("MTP, drafts right", name, f"{rate[0]:.0f} % (chained: {rate[1]:.0f} %)", "0 %")
-        plain = [run(p, "--temp", 0, "--speculate", "off", model=heads["whole"]) for p in prompts]
-        for model in heads.values():
-            assert all(run(p, "--temp", 0, "--speculate", "mtp", "--draft-always", model=model)["token_ids"] == q["token_ids"] for p, q in zip(prompts, plain))
+        for group in (heads, heads4):
+            plain = [run(p, "--temp", 0, "--speculate", "off", model=next(iter(group.values()))) for p in prompts]
+            for model in group.values():
+                assert all(run(p, "--temp", 0, "--speculate", "mtp", "--draft-always", model=model)["token_ids"] == q["token_ids"] for p, q in zip(prompts, plain))
         lookup = interleaved(EDITED * 2, {m: ["--temp", 0, "--speculate", m] for m in ("off", "ngram")}, 5)
         factor = statistics.median(ms_per_token(a) / ms_per_token(b) for a, b in zip(lookup["off"], lookup["ngram"]))
         row("prompt lookup", "verbatim code edit, 400 tokens", f"{factor:.2f}x", "0.32x")
@@ -295,9 +314,10 @@ def experiments(stolen):
         # DSA: how many positions attention sees, at a context beyond all of them.
         models = {k: variant(folder / f"topk{k}", lambda config, k=k: config.update(index_topk=k)) for k in (16, 32, 64, 128, 2048)}
         times = {k: [] for k in models}
-        for _ in range(5):
-            for k, model in models.items():
-                out = json.loads(receipts.run("bench", "-m", model, "--batch", "1", "--context", "1000", "--prompt", "64", "--windows", "5", "--json")[0])
+        # A process is up to twice as fast as the next one of the same model: many processes, in turns of order.
+        for index in range(15):
+            for k, model in list(models.items())[:: -1 if index % 2 else 1]:
+                out = json.loads(receipts.run("bench", "-m", model, "--batch", "1", "--context", "1000", "--prompt", "64", "--windows", "9", "--json")[0])
                 times[k].append(out["results"][0]["step_ms"])
         base = statistics.median(times[64])
         samples.append({"index_topk": times})
@@ -370,7 +390,7 @@ def batches():
 def replay(stolen, preset, *flags):
     """All acceptances and overlaps on one loaded model."""
     spec = "replay:p=0.6/0.7/0.8/0.9,overlap=0.10/0.26/0.38"
-    arguments = ["bench", "--synthetic", preset, "--speculate", spec, "--batch", "1", "--windows", "3", "--steps", "12", *flags]
+    arguments = ["bench", "--synthetic", preset, "--speculate", spec, "--batch", "1", "--windows", "5", "--steps", "40", *flags]
     lines = receipts.run(*arguments, "--json")[0].splitlines()
     replay_receipt(stolen, preset, [f"{NAME} {' '.join(arguments)}"], [json.loads(line) for line in lines])
 
