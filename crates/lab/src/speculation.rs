@@ -44,8 +44,28 @@ pub struct VerifyCost {
     pub distinct_experts_of_steps: Vec<f64>,
 }
 
-/// Measures steps of a few rows of one sequence after `context` positions whose tokens follow each other in `tokens`, in
-/// turn, `rounds` times.
+/// The token at a position of the text that walks through `tokens`, over and over: what [`replay`] reads and writes.
+fn walk(tokens: &Range<u32>, position: usize) -> u32 {
+    tokens.start + (position % (tokens.end - tokens.start) as usize) as u32
+}
+
+/// Caches the first `context` positions of the walk. What rows have in common of their text decides how many experts they
+/// share: after a cache of random numbers four rows of a replay read a tenth more experts than in the replay.
+fn read_walk(decoder: &mut Decoder, backend: &mut dyn Backend, tokens: &Range<u32>, context: usize) -> Result<()> {
+    let sizes = *decoder.options();
+    let blocks: Vec<u32> = (0..context.div_ceil(sizes.block_size) as u32).collect();
+    for start in (0..context).step_by(sizes.max_batch_tokens) {
+        let end = context.min(start + sizes.max_batch_tokens);
+        let ids: Vec<u32> = (start..end).map(|position| walk(tokens, position)).collect();
+        let mut batch = Batch::default();
+        batch.push_sequence(&ids, start, &blocks, sizes.block_size, LogitRows::Last);
+        decoder.forward(&batch, backend)?;
+    }
+    Ok(())
+}
+
+/// Measures steps of a few rows of one sequence after `context` positions of the text that walks through `tokens`, in turn,
+/// `rounds` times.
 ///
 /// # Errors
 /// A failing device or a decoder without room.
@@ -59,11 +79,10 @@ pub fn verify_cost(
     let sizes = *decoder.options();
     let most = VERIFIED.into_iter().max().unwrap_or(1);
     let chosen = backend.alloc("chosen tokens", ElementType::U32, most)?;
+    read_walk(decoder, backend, tokens, context)?;
     let batch = |rows: usize, round: usize| {
         // Elsewhere each time: experts differ.
-        let ids: Vec<u32> = (0..rows as u32)
-            .map(|row| tokens.start + (round as u32 * 11 + row) % (tokens.end - tokens.start))
-            .collect();
+        let ids: Vec<u32> = (0..rows).map(|row| walk(tokens, context + round * 11 + row)).collect();
         let blocks: Vec<u32> = (0..(context + rows).div_ceil(sizes.block_size) as u32).collect();
         let mut batch = Batch::default();
         batch.push_sequence(&ids, context, &blocks, sizes.block_size, LogitRows::All);
@@ -136,22 +155,22 @@ pub fn bands_of_overlaps(
 /// The share of a token's experts that the token before it had, over all layers: 2 - U(2) / k, where U(2) is the number of
 /// different experts of two neighbours.
 fn overlap_of(decoder: &mut Decoder, backend: &mut dyn Backend, band: &Range<u32>, context: usize) -> Result<f64> {
-    const PAIRS: u32 = 6;
+    const PAIRS: usize = 6;
     let top_k = decoder.config().moe.num_experts_per_tok as f64;
     let block_size = decoder.options().block_size;
     let blocks: Vec<u32> = (0..(context + 2).div_ceil(block_size) as u32).collect();
+    read_walk(decoder, backend, band, context)?;
     let mut shared = 0.0;
     for pair in 0..PAIRS {
-        let first = band.start + pair * (band.end - band.start - 1) / PAIRS;
+        let first = context + pair * 11;
         let mut batch = Batch::default();
-        // Two tokens alone would attend each other, and share what their states then have in common.
-        batch.push_sequence(&[first, first + 1], context, &blocks, block_size, LogitRows::Last);
+        batch.push_sequence(&[walk(band, first), walk(band, first + 1)], context, &blocks, block_size, LogitRows::Last);
         let mut profiler = Profiler::new(backend);
         decoder.forward(&batch, &mut profiler)?;
         let profile = profiler.profile();
         shared += 2.0 - profile.distinct_experts as f64 / profile.moe_layers.max(1) as f64 / top_k;
     }
-    Ok(shared / f64::from(PAIRS))
+    Ok(shared / PAIRS as f64)
 }
 
 /// What to replay.
@@ -245,12 +264,12 @@ pub fn replay(
 }
 
 fn replay_batch(engine: &mut Engine, plan: &ReplayPlan, batch: usize, verify: &[VerifyCost]) -> Result<ReplayResult> {
-    let size = plan.tokens.end - plan.tokens.start;
+    let size = (plan.tokens.end - plan.tokens.start) as usize;
     let mut receivers = Vec::new();
     for sequence in 0..batch {
         // Sequences walk apart from each other.
-        let first = sequence as u32 * size / batch as u32;
-        let prompt = (0..plan.context as u32).map(|i| plan.tokens.start + (first + i) % size).collect();
+        let first = sequence * size / batch;
+        let prompt = (0..plan.context).map(|i| walk(&plan.tokens, first + i)).collect();
         let request = Request {
             id: format!("replay {sequence}"),
             prompt,

@@ -90,7 +90,6 @@ fn replay(options: &BenchOptions, spec: &ReplaySpec, synthetic: &str, mut backen
     let loaded = table::bytes(time.bytes as f64);
     let seconds = time.elapsed.as_secs_f64();
     eprintln!("loaded {loaded} of synthetic {synthetic} in {seconds:.1} s onto {}", backend.caps().device);
-    decoder.fill_caches(options.seed, backend.as_mut())?;
     // Chance: experts that two independent choices share.
     let chance = config.moe.num_experts_per_tok as f64 / config.moe.num_experts as f64;
     let wanted = if spec.overlaps.is_empty() { vec![chance] } else { spec.overlaps.clone() };
