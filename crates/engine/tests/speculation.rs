@@ -45,18 +45,16 @@ fn decoder(backend: &mut dyn Backend, layers: Option<usize>) -> Decoder {
 }
 
 fn engine(speculation: Option<SpeculationOptions>) -> Engine {
-    let mut backend = support::cpu();
+    engine_on(support::cpu(), speculation)
+}
+
+fn engine_on(mut backend: Box<dyn Backend>, speculation: Option<SpeculationOptions>) -> Engine {
     let decoder = decoder(backend.as_mut(), None);
     Engine::new(decoder, backend, EngineOptions { speculation, ..EngineOptions::default() }).expect("the engine starts")
 }
 
-fn engine_with_draft_model() -> Engine {
-    drafted_by_layers(3, always(false, false))
-}
-
 /// The first layers of the model draft for it; all of them are always right.
-fn drafted_by_layers(layers: usize, speculation: SpeculationOptions) -> Engine {
-    let mut backend = support::cpu();
+fn drafted_by_layers(mut backend: Box<dyn Backend>, layers: usize, speculation: SpeculationOptions) -> Engine {
     let model = decoder(backend.as_mut(), None);
     let draft = decoder(backend.as_mut(), Some(layers));
     let options = EngineOptions { speculation: Some(speculation), ..EngineOptions::default() };
@@ -124,19 +122,21 @@ fn stats(engine: &mut Engine) -> SpeculationStats {
     engine.stats().speculation.expect("speculation is on")
 }
 
-#[test]
-fn every_source_and_batch_size_gives_what_plain_decoding_gives() {
+/// Every source of drafts and several batch sizes on one kind of back end against plain decoding on it.
+fn assert_same_with_every_source(open: &dyn Fn() -> Box<dyn Backend>) {
     let tokenizer = tokenizer();
-    let plain = answers(&mut engine(None), requests(&tokenizer, 110), 1);
+    let plain = answers(&mut engine_on(open(), None), requests(&tokenizer, 110), 1);
     let plain: Vec<_> = plain.iter().map(|events| tokens_of(events)).collect();
     assert!(plain.iter().map(Vec::len).sum::<usize>() > 1200);
-    for (name, make) in [
-        ("suffix", (|| engine(Some(always(true, false)))) as fn() -> Engine),
-        ("mtp", || engine(Some(always(false, true)))),
-        ("both", || engine(Some(always(true, true)))),
-        ("governed", || engine(Some(SpeculationOptions { cost: Some(cheap_rows()), ..SpeculationOptions::default() }))),
-        ("draft model", engine_with_draft_model),
-    ] {
+    let governed = || SpeculationOptions { cost: Some(cheap_rows()), ..SpeculationOptions::default() };
+    let sources: [(&str, &dyn Fn() -> Engine); 5] = [
+        ("suffix", &|| engine_on(open(), Some(always(true, false)))),
+        ("mtp", &|| engine_on(open(), Some(always(false, true)))),
+        ("both", &|| engine_on(open(), Some(always(true, true)))),
+        ("governed", &|| engine_on(open(), Some(governed()))),
+        ("draft model", &|| drafted_by_layers(open(), 3, always(false, false))),
+    ];
+    for (name, make) in sources {
         for width in [1, 3, 8] {
             let mut engine = make();
             let found = answers(&mut engine, requests(&tokenizer, 110), width);
@@ -155,6 +155,18 @@ fn every_source_and_batch_size_gives_what_plain_decoding_gives() {
                 .sum();
             assert_eq!(reported as u64, all.accepted_tokens, "{name}");
         }
+    }
+}
+
+#[test]
+fn every_source_and_batch_size_gives_what_plain_decoding_gives() {
+    assert_same_with_every_source(&support::cpu);
+}
+
+#[test]
+fn every_source_and_batch_size_gives_what_plain_decoding_gives_on_cuda() {
+    if support::cuda("speculation").is_some() {
+        assert_same_with_every_source(&|| support::cuda("speculation").expect("the device is still there"));
     }
 }
 
@@ -316,7 +328,7 @@ fn a_draft_model_computes_nothing_where_it_cannot_pay() {
     let run = |layers: usize, draft: f64| {
         let cost = CostCurve::from_points(vec![(1, 1e-3), (64, 2e-3)], vec![(1, draft), (64, 2.0 * draft)]);
         let options = SpeculationOptions { suffix: false, cost: Some(cost), ..SpeculationOptions::default() };
-        let mut engine = drafted_by_layers(layers, options);
+        let mut engine = drafted_by_layers(support::cpu(), layers, options);
         // A second request starts with what the first one taught.
         for _ in 0..2 {
             let events = answers(&mut engine, vec![request(ids.clone(), 100)], 1);

@@ -4,6 +4,8 @@
 pub(crate) mod faulty;
 
 use moellon_backend_cpu::{ActivationMode, CpuBackend, CpuOptions};
+use moellon_backend_cuda::{CudaBackend, CudaOptions};
+use moellon_backend_wgpu::{WgpuBackend, WgpuOptions};
 use moellon_checkpoint::Checkpoint;
 use moellon_engine::{Engine, EngineOptions, Event, EventReceiver, Request, SampledToken, SamplingParams};
 use moellon_model::weights::Weights;
@@ -41,6 +43,32 @@ impl Default for Sizes {
 pub(crate) fn cpu() -> Box<dyn Backend> {
     let options = CpuOptions { threads: Some(1), level: None, activation: ActivationMode::Exact, pin: false };
     Box::new(CpuBackend::new(options).expect("the portable level starts everywhere"))
+}
+
+/// A CUDA device; `None`, said aloud, where there is none.
+#[allow(clippy::print_stderr, reason = "a skipped test says so")]
+pub(crate) fn cuda(what: &str) -> Option<Box<dyn Backend>> {
+    // A developer's CUBINs, where the variable names a folder.
+    let options = CudaOptions { ordinal: 0, kernels: std::env::var_os("MOELLON_CUDA_KERNELS").map(Into::into) };
+    match CudaBackend::new(&options) {
+        Ok(backend) => Some(Box::new(backend)),
+        Err(error) => {
+            eprintln!("SKIP {what} on the CUDA back end: {error}");
+            None
+        }
+    }
+}
+
+/// A GPU through wgpu; `None`, said aloud, where there is none.
+#[allow(clippy::print_stderr, reason = "a skipped test says so")]
+pub(crate) fn wgpu(what: &str) -> Option<Box<dyn Backend>> {
+    match WgpuBackend::new(&WgpuOptions::default()) {
+        Ok(backend) => Some(Box::new(backend)),
+        Err(error) => {
+            eprintln!("SKIP {what} on the wgpu back end: {error}");
+            None
+        }
+    }
 }
 
 impl Sizes {

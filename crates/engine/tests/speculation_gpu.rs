@@ -1,10 +1,8 @@
-//! Speculation on a back end that records steps: the MTP layer's and an EAGLE-3 head's runs are recorded and replayed beside the
-//! model's own, and the output is that of plain decoding on the same back end. On whatever adapter there is (in CI lavapipe).
-#![allow(clippy::print_stderr)] // A skipped test says so.
+//! Speculation on back ends that record steps: the MTP layer's and an EAGLE-3 head's runs are recorded and replayed beside the
+//! model's own, and the output is that of plain decoding on the same back end. On whatever devices there are (in CI lavapipe).
 
 mod support;
 
-use moellon_backend_wgpu::{WgpuBackend, WgpuOptions};
 use moellon_checkpoint::Checkpoint;
 use moellon_engine::{Drafter, Engine, EngineOptions, Policy, Request, SamplingParams, SpeculationOptions};
 use moellon_model::{Eagle, EagleConfig};
@@ -14,16 +12,6 @@ use support::{Sizes, drain, ids_of, request, run};
 
 fn sizes(fixture: &'static str) -> Sizes {
     Sizes { fixture, num_blocks: 64, max_context: 96, max_batch_tokens: 32, ..Sizes::default() }
-}
-
-fn backend() -> Option<Box<dyn Backend>> {
-    match WgpuBackend::new(&WgpuOptions::default()) {
-        Ok(backend) => Some(Box::new(backend)),
-        Err(error) => {
-            eprintln!("SKIP speculation on the wgpu back end: {error}");
-            None
-        }
-    }
 }
 
 fn always(suffix: bool) -> EngineOptions {
@@ -54,7 +42,16 @@ fn answers(engine: &mut Engine, width: usize) -> Vec<Vec<u32>> {
 }
 
 #[test]
-fn recorded_drafting_changes_no_output() {
+fn recorded_drafting_changes_no_output_on_wgpu() {
+    recorded_drafting_changes_no_output(&|| support::wgpu("recorded drafting"));
+}
+
+#[test]
+fn recorded_drafting_changes_no_output_on_cuda() {
+    recorded_drafting_changes_no_output(&|| support::cuda("recorded drafting"));
+}
+
+fn recorded_drafting_changes_no_output(backend: &dyn Fn() -> Option<Box<dyn Backend>>) {
     // Few back ends, for each compiles its kernels.
     let (Some(first), Some(second)) = (backend(), backend()) else { return };
     // An MTP layer and lookups on a model with sparse attention, beyond its index_topk.
