@@ -323,6 +323,15 @@ def experiments(stolen):
         samples.append({"index_topk": times})
         for k in models:
             row("DSA index_topk", f"{k}{' (all)' if k == 2048 else ''}, about 1000 positions", f"{base / statistics.median(times[k]):.2f}x of 64", "flat 1.00-1.03x")
+        times = {size: [] for size in (16, 64, 256)}
+        for index in range(15):
+            for size in list(times)[:: -1 if index % 2 else 1]:
+                out = json.loads(receipts.run("bench", "--batch", "1", "--context", "1000", "--block-size", size, "--prompt", "64", "--windows", "9", "--json")[0])
+                times[size].append(out["results"][0]["step_ms"])
+        base = statistics.median(times[64])
+        samples.append({"block_size": times})
+        for size in times:
+            row("block size of the cache", f"{size}, about 1000 positions", f"{base / statistics.median(times[size]):.2f}x of 64", "flat 1.00-1.03x")
         # Fewer active experts, with what it costs.
         held = (ROOT / "crates/tensor/src/rng.rs").read_text()[:6000]
         for k in (4, 3, 2):

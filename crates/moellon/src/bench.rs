@@ -69,7 +69,7 @@ fn replay(options: &BenchOptions, spec: &ReplaySpec, synthetic: &str, mut backen
     let depth = spec.depth.unwrap_or(8);
     // Windows of both kinds and the warm-up, with every draft right.
     let tokens = options.context + (options.steps + 1) * (5 * options.windows) * (depth + 2) + 64 * (depth + 1);
-    let block_size = 64;
+    let block_size = options.block_size as usize;
     let max_context = tokens.next_multiple_of(block_size);
     let sizes = DecoderOptions {
         max_batch_tokens: (largest_batch * (1 + depth)).max(64),
@@ -206,7 +206,7 @@ fn print_replay(report: &ReplayReport) {
 pub fn open(options: &BenchOptions, backend: &mut dyn Backend) -> Result<(Decoder, String, String, LoadTime)> {
     let largest_batch = options.batch.iter().copied().max().unwrap_or(1);
     let longest_prompt = options.prompt.iter().copied().max().unwrap_or(1);
-    let block_size = 64;
+    let block_size = options.block_size as usize;
     let max_context = (options.context + 1).max(longest_prompt);
     let blocks = (largest_batch * (options.context + 1).div_ceil(block_size)).max(longest_prompt.div_ceil(block_size));
     let sizes = DecoderOptions {

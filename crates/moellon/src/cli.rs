@@ -432,6 +432,9 @@ pub struct BenchOptions {
     /// Positions cached for each sequence.
     #[arg(long, default_value_t = 128, value_name = "N")]
     pub context: usize,
+    /// Positions of a block of the cache.
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096), value_name = "N")]
+    pub block_size: u32,
     /// Lengths of prompts to prefill.
     #[arg(long, value_delimiter = ',', default_value = "512", value_name = "N,..")]
     pub prompt: Vec<usize>,

@@ -163,6 +163,7 @@ fn bench_options(options: &ReportOptions) -> BenchOptions {
         draft_vocab: DraftVocab(DraftVocabulary::Auto),
         batch: vec![1, 2, 4, 8],
         context: 128,
+        block_size: 64,
         prompt: vec![512],
         steps: 16,
         windows: 7,
