@@ -9,6 +9,7 @@
     python3 bench/receipts.py verify [SHAPE ..] # steps of several rows of one sequence against their bytes
     python3 bench/receipts.py resident DIRECTORY # memory of a large checkpoint, loaded and decoding
     python3 bench/receipts.py kernels           # one linear layer by format and rows (examples/kernel_speed)
+    python3 bench/receipts.py operations [SHAPE ..] # a step operation by operation, and its parallel regions (examples/step_operations)
     python3 bench/receipts.py cuda [SHAPE/FORMAT ..]  # the same on an NVIDIA GPU, up to the whole GLM-5.2-77; text against the CPU's
     python3 bench/receipts.py wgpu              # a slice on the portable GPU back end, stages by the adapter's clock; text against the CPU's
     python3 bench/receipts.py wgpu-steps FILE   # what examples/step_speed wrote on another machine: {"machine", "binary_sha256", "commands", "steps", "notes"}
@@ -258,6 +259,30 @@ def kernels(stolen):
     write("kernels-cpu", ["target/release/examples/kernel_speed " + " ".join(words)], lines, {"kernels-cpu": rows}, stolen)
 
 
+def operations(stolen, shapes):
+    program = Path(os.environ.get("MOELLON_STEP_OPERATIONS", ROOT / "target/release/examples/step_operations"))
+    reports, steps, rows, commands = [], [], [], []
+    for shape, batch in [(SLICES[shape], batch) for shape in shapes or ["qwen"] for batch in ("1", "8")]:
+        words = [shape, "affine-4", batch, "128", "30"]
+        report = json.loads(subprocess.run([program, *words], check=True, capture_output=True, text=True).stdout)
+        reports.append(report)
+        commands.append("target/release/examples/step_operations " + " ".join(words))
+        # A barrier costs what a region costs: both are a meeting of all threads.
+        meetings_us = (report["regions"] + report["barriers"]) * report["region_us"]
+        steps.append({
+            "shape": shape, "format": "affine-4", "batch": batch, "ms a step": f"{report['step_ms']:.2f}",
+            "quartiles": "-".join(f"{ms:.2f}" for ms in report["step_ms_quartiles"]), "regions": report["regions"],
+            "barriers in them": report["barriers"], "us of an empty region": f"{report['region_us']:.2f}",
+            "all of them, of a step": f"{meetings_us / report['step_ms'] / 10:.1f} %",
+        })
+        for operation in report["operations"]:
+            rows.append({
+                "shape": shape, "batch": batch, "operation": operation["operation"], "a step": operation["count"],
+                "us each": f"{operation['us']:.1f}", "us of a step": f"{operation['of_step_us']:.0f}",
+            })
+    write("-".join(["operations-cpu", *shapes]), commands, reports, {"regions-cpu": steps, "operations-cpu": rows}, stolen)
+
+
 def cuda(stolen, chosen):
     """All plans, or those named as SHAPE/FORMAT."""
     more = ["--backend", "cuda", "--windows", "7", "--steps", "20"]
@@ -386,7 +411,7 @@ def cuda_sanitizer(stolen, conformance, recorded):
 
 
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "cuda", "wgpu", "wgpu-steps", "cuda-kernels", "cuda-sanitizer"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "operations", "cuda", "wgpu", "wgpu-steps", "cuda-kernels", "cuda-sanitizer"):
         raise SystemExit(__doc__)
     stolen = steal_ticks()
     match sys.argv[1]:
@@ -406,6 +431,8 @@ def main():
             resident(stolen, sys.argv[2])
         case "kernels":
             kernels(stolen)
+        case "operations":
+            operations(stolen, sys.argv[2:])
         case "cuda":
             cuda(stolen, sys.argv[2:])
         case "wgpu":

@@ -4,10 +4,14 @@
 //! context once: chunk by chunk, and in each chunk token by token, while the chunk's rows stay in L2. A token's chunks
 //! are its own (they start at its first position), so its result does not depend on who shares the unit.
 //!
+//! Where a step has fewer tokens and key heads than there are threads, a unit is a part of a context: threads that took
+//! heads instead would all read the same rows. Parts of a token are joined by whoever is there after a barrier, in the order
+//! in which one thread would have joined them.
+//!
 //! `unsafe`: threads write disjoint heads of the output.
 #![allow(unsafe_code)]
 
-use crate::attention::{CHUNK, Heads, KeysAndValues, attend_chunk, heads_floats};
+use crate::attention::{CHUNK, Heads, KeysAndValues, PART_KEYS, Sums, attend_chunk, heads_floats, sums_floats};
 use crate::memory::Floats;
 use crate::paged::Pages;
 use crate::scratch::Scratch;
@@ -48,14 +52,70 @@ pub(crate) struct Attend<'a, K, C, Q> {
     pub(crate) out: Floats,
 }
 
-/// One token of a unit: its positions in order are `first + i`, or `chosen[i]`.
-struct Token<'a> {
-    number: usize,
-    heads: Heads<'a>,
+/// How work is cut into units.
+#[derive(Clone, Copy)]
+struct Split {
+    /// Tokens of a unit, and units that all tokens are.
+    unit_tokens: usize,
+    token_blocks: usize,
+    num_key_heads: usize,
+    /// Groups of heads of a key head, and units that they are.
+    head_groups: usize,
+    head_parts: usize,
+    /// Parts of the longest context, each a unit; 1 if units have whole contexts.
+    context_parts: usize,
+}
+
+impl Split {
+    fn num_units(&self) -> usize {
+        self.token_blocks * self.num_key_heads * self.head_parts * self.context_parts
+    }
+
+    /// Heads of a unit, at most.
+    fn unit_heads(&self) -> usize {
+        self.head_groups.div_ceil(self.head_parts) * UNIT_HEADS
+    }
+}
+
+/// What one thread does at a time.
+struct Unit {
+    key_head: usize,
+    /// Of the key head.
+    heads: Range<usize>,
+    tokens: Range<usize>,
+    /// Which part of the context; 0 for a whole one.
+    part: usize,
+}
+
+/// What a token sees: its positions in order are `first + i`, or `chosen[i]`.
+struct Context<'a> {
     blocks: &'a [u32],
     chosen: Option<&'a [u32]>,
     first: usize,
     num_keys: usize,
+}
+
+/// One token of a unit.
+struct Token<'a> {
+    number: usize,
+    heads: Heads<'a>,
+    /// The parts before the current one, if there are any.
+    joined: Sums<'a>,
+    parts_joined: usize,
+    context: Context<'a>,
+}
+
+impl Token<'_> {
+    /// Joins the current part to those before; the next one begins.
+    fn end_part(&mut self, level: Level) {
+        if self.parts_joined == 0 {
+            self.joined.copy_from(&self.heads.sums);
+        } else {
+            self.joined.join(level, &self.heads.sums);
+        }
+        self.parts_joined += 1;
+        self.heads.sums.clear(None);
+    }
 }
 
 /// Slots of the chunk of the token before, mostly those of the next one too.
@@ -66,24 +126,30 @@ struct ChunkSlots {
     of: Option<(*const u32, usize)>,
 }
 
+impl Default for ChunkSlots {
+    fn default() -> Self {
+        ChunkSlots { slots: [0; CHUNK], count: 0, of: None }
+    }
+}
+
 impl ChunkSlots {
-    /// Slots of `token`'s positions from `start` on, and whether they were asked for before.
-    fn of_token(&mut self, pages: &Pages, token: &Token<'_>, start: usize) -> (&[u32], bool) {
-        let count = CHUNK.min(token.num_keys - start);
-        if let Some(chosen) = token.chosen {
+    /// Slots of the positions of `context` from `start` on, and whether they were asked for before.
+    fn of_context(&mut self, pages: &Pages, context: &Context<'_>, start: usize) -> (&[u32], bool) {
+        let count = CHUNK.min(context.num_keys - start);
+        if let Some(chosen) = context.chosen {
             for (slot, position) in self.slots.iter_mut().zip(&chosen[start..start + count]) {
-                *slot = pages.slot(token.blocks, *position as usize);
+                *slot = pages.slot(context.blocks, *position as usize);
             }
             self.of = None;
             return (&self.slots[..count], false);
         }
-        let of = (token.blocks.as_ptr(), token.first + start);
+        let of = (context.blocks.as_ptr(), context.first + start);
         let known = self.of == Some(of);
         if !known {
             (self.of, self.count) = (Some(of), 0);
         }
         for i in self.count..count {
-            self.slots[i] = pages.slot(token.blocks, token.first + start + i);
+            self.slots[i] = pages.slot(context.blocks, context.first + start + i);
         }
         self.count = self.count.max(count);
         (&self.slots[..count], known)
@@ -98,68 +164,180 @@ where
 {
     /// Runs it on all threads.
     pub(crate) fn run(&self, pool: &Pool, scratch: &mut Scratch, queues: &mut Queues) {
-        let unit_tokens = if self.num_tokens > UNIT_TOKENS { UNIT_TOKENS } else { 1 };
-        let token_blocks = self.num_tokens.div_ceil(unit_tokens);
-        // A unit has all heads of a key head, unless that leaves threads without work or is too much for L2.
-        let head_groups = self.heads_per_key.div_ceil(UNIT_HEADS);
-        let for_threads = pool.num_threads().div_ceil((token_blocks * self.num_key_heads).max(1));
-        let group_floats = unit_tokens * heads_floats(UNIT_HEADS, self.dims[0], self.dims[1]);
-        let for_l2 = if unit_tokens == 1 { 1 } else { head_groups.div_ceil((UNIT_FLOATS / group_floats).max(1)) };
-        let head_parts = for_threads.max(for_l2).min(head_groups);
-        let unit_heads = head_groups.div_ceil(head_parts) * UNIT_HEADS;
-        let floats = unit_tokens * heads_floats(unit_heads, self.dims[0], self.dims[1]);
-        let space = scratch.per_thread(pool.num_threads(), floats);
-        queues.fill(token_blocks * self.num_key_heads * head_parts, pool.num_threads());
+        let num_threads = pool.num_threads();
+        let split = self.split(num_threads);
+        let space_floats = split.unit_tokens * self.token_floats(split.unit_heads());
+        let parts_floats = if split.context_parts == 1 { 0 } else { split.num_units() * self.part_floats(&split) };
+        let (space, parts) = scratch.per_thread_and_shared(num_threads, space_floats, parts_floats);
+        queues.fill(split.num_units(), num_threads);
         let queues = &*queues;
         pool.run(|index, _| {
             // SAFETY: each thread takes its own part.
             let space = unsafe { space.part(index) };
             // Pieces of one key head and part of its heads are neighbours: a thread keeps its rows in L2.
-            while let Some(unit) = queues.take(index) {
-                let (heads, block) = (unit / token_blocks, unit % token_blocks);
-                let (key_head, part) = (heads / head_parts, heads % head_parts);
-                let groups = partition(head_groups, head_parts, part, 1);
-                let end = (groups.end * UNIT_HEADS).min(self.heads_per_key);
-                let heads = groups.start * UNIT_HEADS..end;
-                let tokens = block * unit_tokens..((block + 1) * unit_tokens).min(self.num_tokens);
-                self.unit(key_head, heads, tokens, space);
+            while let Some(number) = queues.take(index) {
+                if split.context_parts == 1 {
+                    self.whole_contexts(&self.unit(&split, number), space);
+                } else {
+                    // SAFETY: this unit's part, by the thread that took it; others are read after the barrier.
+                    let sums = unsafe { parts.part(self.part_range(&split, number)) };
+                    self.part_of_context(&self.unit(&split, number), space, sums);
+                }
+            }
+            if split.context_parts > 1 {
+                pool.barrier();
+                let contexts = split.num_units() / split.context_parts;
+                for context in partition(contexts, num_threads, index, 1) {
+                    let first = context * split.context_parts;
+                    // SAFETY: written before the barrier; this thread alone joins them.
+                    let sums = |part: usize| unsafe { parts.part(self.part_range(&split, first + part)) };
+                    self.join_parts(&self.unit(&split, first), sums);
+                }
             }
         });
     }
 
-    /// Heads `heads` of a key head and tokens `tokens`.
-    fn unit(&self, key_head: usize, heads: Range<usize>, tokens: Range<usize>, mut space: &mut [f32]) {
-        let shared = (self.keys)(key_head);
-        let first_head = key_head * self.heads_per_key + heads.start;
-        let [key_dim, value_dim] = self.dims;
-        let mut unit: [Option<Token<'_>>; UNIT_TOKENS] = [const { None }; UNIT_TOKENS];
-        for (slot, number) in unit.iter_mut().zip(tokens) {
-            let (part, rest) = space.split_at_mut(heads_floats(heads.len(), key_dim, value_dim));
-            space = rest;
-            let sinks = self.sinks.map(|sinks| &sinks[first_head..][..heads.len()]);
-            let mut state = Heads::new(part, heads.len(), self.dims, sinks);
-            for head in 0..heads.len() {
-                (self.write_query)(number, first_head + head, state.query_mut(head, key_dim));
-            }
-            let (position, chosen) = (self.pages.position(number), (self.chosen)(number));
-            let first = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
-            let num_keys = chosen.map_or(position + 1 - first, <[u32]>::len);
-            *slot = Some(Token { number, heads: state, blocks: self.pages.blocks(number), chosen, first, num_keys });
+    /// How to share the work among `num_threads` threads.
+    fn split(&self, num_threads: usize) -> Split {
+        let unit_tokens = if self.num_tokens > UNIT_TOKENS { UNIT_TOKENS } else { 1 };
+        let token_blocks = self.num_tokens.div_ceil(unit_tokens);
+        let head_groups = self.heads_per_key.div_ceil(UNIT_HEADS);
+        let whole = Split {
+            unit_tokens,
+            token_blocks,
+            num_key_heads: self.num_key_heads,
+            head_groups,
+            head_parts: 1,
+            context_parts: 1,
+        };
+        if whole.num_units() >= num_threads {
+            // A unit has all heads of a key head, unless that is too much for L2.
+            let group_floats = unit_tokens * self.token_floats(UNIT_HEADS);
+            let for_l2 = if unit_tokens == 1 { 1 } else { head_groups.div_ceil((UNIT_FLOATS / group_floats).max(1)) };
+            return Split { head_parts: for_l2.min(head_groups), ..whole };
         }
-        let longest = unit.iter().flatten().map(|token| token.num_keys).max().unwrap_or(0);
-        let mut slots = ChunkSlots { slots: [0; CHUNK], count: 0, of: None };
+        let most_keys = (0..self.num_tokens).map(|token| self.context(token).num_keys).max().unwrap_or(0);
+        let context_parts = if unit_tokens == 1 { most_keys.div_ceil(PART_KEYS).max(1) } else { 1 };
+        let parted = Split { context_parts, ..whole };
+        // Heads apart as well, where threads would have no work, or some of them a good deal more than others.
+        let is_even = |split: &Split| {
+            let most = split.num_units().div_ceil(num_threads) * num_threads;
+            8 * (most - split.num_units()) <= split.num_units()
+        };
+        let mut candidates = (1..=head_groups).map(|head_parts| Split { head_parts, ..parted });
+        candidates.find(is_even).unwrap_or(Split { head_parts: head_groups, ..parted })
+    }
+
+    /// Unit `number` of all.
+    fn unit(&self, split: &Split, number: usize) -> Unit {
+        let (rest, part) = (number / split.context_parts, number % split.context_parts);
+        let (heads, block) = (rest / split.token_blocks, rest % split.token_blocks);
+        let (key_head, head_part) = (heads / split.head_parts, heads % split.head_parts);
+        let groups = partition(split.head_groups, split.head_parts, head_part, 1);
+        let tokens = block * split.unit_tokens..((block + 1) * split.unit_tokens).min(self.num_tokens);
+        let heads = groups.start * UNIT_HEADS..(groups.end * UNIT_HEADS).min(self.heads_per_key);
+        Unit { key_head, heads, tokens, part }
+    }
+
+    /// What token `token` sees.
+    fn context(&self, token: usize) -> Context<'_> {
+        let (position, chosen) = (self.pages.position(token), (self.chosen)(token));
+        let first = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        let num_keys = chosen.map_or(position + 1 - first, <[u32]>::len);
+        Context { blocks: self.pages.blocks(token), chosen, first, num_keys }
+    }
+
+    /// Floats of one token with `num_heads` heads: queries, sums of the current part and of those before.
+    fn token_floats(&self, num_heads: usize) -> usize {
+        heads_floats(num_heads, self.dims[0], self.dims[1]) + sums_floats(num_heads, self.dims[1])
+    }
+
+    /// Floats of a unit's part of a context, whole cache lines.
+    fn part_floats(&self, split: &Split) -> usize {
+        sums_floats(split.unit_heads(), self.dims[1]).next_multiple_of(16)
+    }
+
+    fn part_range(&self, split: &Split, number: usize) -> Range<usize> {
+        let floats = self.part_floats(split);
+        number * floats..(number + 1) * floats
+    }
+
+    /// Token `number` of `unit` with its queries, at the start of `space`, and the rest of it.
+    fn token<'s>(&'s self, unit: &Unit, number: usize, space: &'s mut [f32]) -> (Token<'s>, &'s mut [f32]) {
+        let (num_heads, [key_dim, value_dim]) = (unit.heads.len(), self.dims);
+        let (heads, rest) = space.split_at_mut(heads_floats(num_heads, key_dim, value_dim));
+        let (joined, rest) = rest.split_at_mut(sums_floats(num_heads, value_dim));
+        let mut heads = Heads::new(heads, num_heads, self.dims);
+        let first_head = unit.key_head * self.heads_per_key + unit.heads.start;
+        for head in 0..num_heads {
+            (self.write_query)(number, first_head + head, heads.query_mut(head, key_dim));
+        }
+        // A sink is there before the first position.
+        let sinks = self.sinks.filter(|_| unit.part == 0).map(|sinks| &sinks[first_head..][..num_heads]);
+        heads.sums.clear(sinks);
+        let joined = Sums::new(joined, num_heads, value_dim);
+        (Token { number, heads, joined, parts_joined: 0, context: self.context(number) }, rest)
+    }
+
+    /// Whole contexts of the unit's tokens.
+    fn whole_contexts<'s>(&'s self, unit: &Unit, mut space: &'s mut [f32]) {
+        let shared = (self.keys)(unit.key_head);
+        let mut tokens: [Option<Token<'_>>; UNIT_TOKENS] = [const { None }; UNIT_TOKENS];
+        for (slot, number) in tokens.iter_mut().zip(unit.tokens.clone()) {
+            let (token, rest) = self.token(unit, number, space);
+            space = rest;
+            *slot = Some(token);
+        }
+        let longest = tokens.iter().flatten().map(|token| token.context.num_keys).max().unwrap_or(0);
+        let mut slots = ChunkSlots::default();
         for start in (0..longest).step_by(CHUNK) {
-            for token in unit.iter_mut().flatten().filter(|token| start < token.num_keys) {
-                let (slots, known) = slots.of_token(&self.pages, token, start);
+            for token in tokens.iter_mut().flatten().filter(|token| start < token.context.num_keys) {
+                if start > 0 && start.is_multiple_of(PART_KEYS) {
+                    token.end_part(self.level);
+                }
+                let (slots, known) = slots.of_context(&self.pages, &token.context, start);
                 attend_chunk(self.level, &shared, self.scale, &mut token.heads, slots, !known);
             }
         }
-        for token in unit.iter().flatten() {
-            for head in 0..heads.len() {
-                // SAFETY: units are different heads or tokens.
-                let out = unsafe { self.out.part_mut(token.number, (first_head + head) * value_dim, value_dim) };
-                token.heads.write_average(head, out);
+        for token in tokens.iter_mut().flatten() {
+            if token.parts_joined > 0 {
+                token.end_part(self.level);
             }
+            let sums = if token.parts_joined > 0 { &token.joined } else { &token.heads.sums };
+            self.write(unit, token.number, sums);
+        }
+    }
+
+    /// The unit's part of the context of its one token, into `sums`.
+    fn part_of_context(&self, unit: &Unit, space: &mut [f32], sums: &mut [f32]) {
+        let shared = (self.keys)(unit.key_head);
+        let (mut token, _) = self.token(unit, unit.tokens.start, space);
+        let end = ((unit.part + 1) * PART_KEYS).min(token.context.num_keys);
+        let mut slots = ChunkSlots::default();
+        for start in (unit.part * PART_KEYS..end).step_by(CHUNK) {
+            let (slots, _) = slots.of_context(&self.pages, &token.context, start);
+            attend_chunk(self.level, &shared, self.scale, &mut token.heads, slots, true);
+        }
+        Sums::new(sums, unit.heads.len(), self.dims[1]).copy_from(&token.heads.sums);
+    }
+
+    /// Joins the parts that `sums(part)` holds, and writes the result.
+    fn join_parts<'p>(&self, unit: &Unit, sums: impl Fn(usize) -> &'p mut [f32]) {
+        let (num_heads, value_dim) = (unit.heads.len(), self.dims[1]);
+        let mut all = Sums::new(sums(0), num_heads, value_dim);
+        for part in 1..self.context(unit.tokens.start).num_keys.div_ceil(PART_KEYS) {
+            all.join(self.level, &Sums::new(sums(part), num_heads, value_dim));
+        }
+        self.write(unit, unit.tokens.start, &all);
+    }
+
+    /// Writes the unit's heads of token `number`.
+    fn write(&self, unit: &Unit, number: usize, sums: &Sums<'_>) {
+        let (first_head, value_dim) = (unit.key_head * self.heads_per_key + unit.heads.start, self.dims[1]);
+        for head in 0..unit.heads.len() {
+            // SAFETY: units are different heads or tokens, and parts of one context are joined by one thread.
+            let out = unsafe { self.out.part_mut(number, (first_head + head) * value_dim, value_dim) };
+            sums.write_average(head, out);
         }
     }
 }

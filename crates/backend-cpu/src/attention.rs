@@ -3,8 +3,9 @@
 //!
 //! A row's context is cut into chunks of [`CHUNK`] positions, counted from its first one. A chunk's scores stay in L1,
 //! its cache rows are read once for the scores of all heads and found in L2 for the values. Between chunks each head
-//! keeps its largest score, the sum of its weights and its weighted values, rescaled when the largest changes. All of
-//! this depends on the row alone.
+//! keeps its largest score, the sum of its weights and its weighted values ([`Sums`]), rescaled when the largest changes.
+//! These begin anew with every part of [`PART_KEYS`] positions and are joined in the order of the parts, so that parts may be
+//! computed by different threads. All of this depends on the row alone.
 //!
 //! `unsafe`: SIMD kernels over raw cache rows.
 #![allow(unsafe_code)]
@@ -18,6 +19,9 @@ use moellon_ops::CacheDtype;
 
 /// Positions of a chunk.
 pub(crate) const CHUNK: usize = 128;
+/// Positions of a part of a context, a multiple of [`CHUNK`]: long enough that joining parts costs a thousandth of
+/// computing them, short enough that the 2048 positions of sparse attention are work for four threads.
+pub(crate) const PART_KEYS: usize = 4 * CHUNK;
 /// Heads whose scores are computed together: their accumulators, two positions at once, fill 8 registers.
 const HEADS: usize = 4;
 /// The same where there are 32 registers: keys and values, which have to be widened first, serve twice as many products.
@@ -42,57 +46,73 @@ pub(crate) struct KeysAndValues {
     pub(crate) value_dim: usize,
 }
 
-/// Work space of one thread.
-pub(crate) struct Heads<'a> {
-    /// `[num_heads][padded key_dim]`, zeros behind each query.
-    pub(crate) queries: &'a mut [f32],
-    /// `[num_heads]`: largest score so far, sum of weights.
-    pub(crate) largest: &'a mut [f32],
-    pub(crate) sums: &'a mut [f32],
+/// What heads know of the positions so far.
+pub(crate) struct Sums<'a> {
+    /// `[num_heads]`: largest score, and the sum of weights.
+    largest: &'a mut [f32],
+    sums: &'a mut [f32],
     /// `[num_heads][padded value_dim]`: weighted values.
-    pub(crate) values: &'a mut [f32],
-    pub(crate) num_heads: usize,
+    values: &'a mut [f32],
 }
 
-/// Floats that [`Heads`] needs.
-pub(crate) fn heads_floats(num_heads: usize, key_dim: usize, value_dim: usize) -> usize {
-    num_heads * (key_dim.next_multiple_of(LANES) + value_dim.next_multiple_of(LANES) + 2)
+/// Floats that [`Sums`] needs.
+pub(crate) fn sums_floats(num_heads: usize, value_dim: usize) -> usize {
+    num_heads * (value_dim.next_multiple_of(LANES) + 2)
 }
 
-impl<'a> Heads<'a> {
-    /// Cuts `space` ([`heads_floats`] floats, or more) and clears the state. `sinks[h]`: a logit that takes its share of
-    /// the softmax and has no value.
-    pub(crate) fn new(
-        space: &'a mut [f32],
-        num_heads: usize,
-        [key_dim, value_dim]: [usize; 2],
-        sinks: Option<&[f32]>,
-    ) -> Self {
-        let (queries, rest) = space.split_at_mut(num_heads * key_dim.next_multiple_of(LANES));
-        let (values, rest) = rest.split_at_mut(num_heads * value_dim.next_multiple_of(LANES));
+impl<'a> Sums<'a> {
+    /// Cuts `space` ([`sums_floats`] floats, or more), which holds sums already or anything.
+    pub(crate) fn new(space: &'a mut [f32], num_heads: usize, value_dim: usize) -> Self {
+        let (values, rest) = space.split_at_mut(num_heads * value_dim.next_multiple_of(LANES));
         let (largest, rest) = rest.split_at_mut(num_heads);
-        let sums = &mut rest[..num_heads];
-        if key_dim % LANES != 0 {
-            queries.fill(0.0);
-        }
-        values.fill(0.0);
-        match sinks {
-            Some(sinks) => {
-                largest.copy_from_slice(sinks);
-                sums.fill(1.0);
-            }
-            None => {
-                largest.fill(f32::NEG_INFINITY);
-                sums.fill(0.0);
-            }
-        }
-        Heads { queries, largest, sums, values, num_heads }
+        Sums { largest, sums: &mut rest[..num_heads], values }
     }
 
-    /// The query of head `head`.
-    pub(crate) fn query_mut(&mut self, head: usize, key_dim: usize) -> &mut [f32] {
-        let stride = key_dim.next_multiple_of(LANES);
-        &mut self.queries[head * stride..][..key_dim]
+    /// No positions yet. `sinks[h]`: a logit that takes its share of the softmax and has no value.
+    pub(crate) fn clear(&mut self, sinks: Option<&[f32]>) {
+        self.values.fill(0.0);
+        match sinks {
+            Some(sinks) => {
+                self.largest.copy_from_slice(sinks);
+                self.sums.fill(1.0);
+            }
+            None => {
+                self.largest.fill(f32::NEG_INFINITY);
+                self.sums.fill(0.0);
+            }
+        }
+    }
+
+    /// Becomes a copy of `other`, which has as many heads.
+    pub(crate) fn copy_from(&mut self, other: &Sums<'_>) {
+        self.largest.copy_from_slice(other.largest);
+        self.sums.copy_from_slice(other.sums);
+        self.values.copy_from_slice(other.values);
+    }
+
+    /// Adds the positions of the next part.
+    ///
+    /// # Panics
+    /// If it has other heads.
+    pub(crate) fn join(&mut self, level: Level, next: &Sums<'_>) {
+        let num_heads = self.largest.len();
+        assert!(
+            next.largest.len() == num_heads && next.values.len() == self.values.len(),
+            "{} heads and {} values joined to {num_heads} and {}",
+            next.largest.len(),
+            next.values.len(),
+            self.values.len()
+        );
+        let args = Join {
+            num_heads,
+            value_stride: self.values.len() / num_heads.max(1),
+            largest: self.largest.as_mut_ptr(),
+            sums: self.sums.as_mut_ptr(),
+            values: self.values.as_mut_ptr(),
+            next: [next.largest.as_ptr(), next.sums.as_ptr(), next.values.as_ptr()],
+        };
+        // SAFETY: both have so many heads, values in whole vectors.
+        unsafe { level.call::<Join>(&args) }
     }
 
     /// The result of head `head`: weighted values over the sum of weights.
@@ -102,6 +122,76 @@ impl<'a> Heads<'a> {
         for (out, value) in out.iter_mut().zip(&self.values[head * stride..]) {
             *out = value * inverse;
         }
+    }
+}
+
+/// [`Sums::join`]
+struct Join {
+    num_heads: usize,
+    value_stride: usize,
+    largest: *mut f32,
+    sums: *mut f32,
+    values: *mut f32,
+    /// Largest, sums and values of the next part.
+    next: [*const f32; 3],
+}
+
+impl Kernel for Join {
+    type Args = Self;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(s: S, args: &Self) {
+        let [next_largest, next_sums, next_values] = args.next;
+        for head in 0..args.num_heads {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let both = [*args.largest.add(head), *next_largest.add(head)];
+                let largest = s.max_lane(s.max(s.splat(both[0]), s.splat(both[1])));
+                let mut factors = [[0.0; LANES]; 2];
+                for (factor, part) in factors.iter_mut().zip(both) {
+                    s.store(exp(s, s.splat(part - largest)), factor.as_mut_ptr());
+                }
+                let [before, after] = [factors[0][0], factors[1][0]];
+                *args.largest.add(head) = largest;
+                *args.sums.add(head) = *args.sums.add(head) * before + *next_sums.add(head) * after;
+                for first in (0..args.value_stride).step_by(LANES) {
+                    let at = head * args.value_stride + first;
+                    let value = s.mul(s.load(args.values.add(at)), s.splat(before));
+                    s.store(s.mul_add(s.load(next_values.add(at)), s.splat(after), value), args.values.add(at));
+                }
+            }
+        }
+    }
+}
+
+/// Work space of one thread.
+pub(crate) struct Heads<'a> {
+    /// `[num_heads][padded key_dim]`, zeros behind each query.
+    pub(crate) queries: &'a mut [f32],
+    /// Of the current part.
+    pub(crate) sums: Sums<'a>,
+    pub(crate) num_heads: usize,
+}
+
+/// Floats that [`Heads`] needs.
+pub(crate) fn heads_floats(num_heads: usize, key_dim: usize, value_dim: usize) -> usize {
+    num_heads * key_dim.next_multiple_of(LANES) + sums_floats(num_heads, value_dim)
+}
+
+impl<'a> Heads<'a> {
+    /// Cuts `space` ([`heads_floats`] floats, or more). Queries and sums are to be written.
+    pub(crate) fn new(space: &'a mut [f32], num_heads: usize, [key_dim, value_dim]: [usize; 2]) -> Self {
+        let (queries, rest) = space.split_at_mut(num_heads * key_dim.next_multiple_of(LANES));
+        if key_dim % LANES != 0 {
+            queries.fill(0.0);
+        }
+        Heads { queries, sums: Sums::new(rest, num_heads, value_dim), num_heads }
+    }
+
+    /// The query of head `head`.
+    pub(crate) fn query_mut(&mut self, head: usize, key_dim: usize) -> &mut [f32] {
+        let stride = key_dim.next_multiple_of(LANES);
+        &mut self.queries[head * stride..][..key_dim]
     }
 }
 
@@ -120,7 +210,7 @@ pub(crate) fn attend_chunk(
     assert!(slots.len() <= CHUNK);
     let (key_stride, value_stride) = (shared.key_dim.next_multiple_of(LANES), shared.value_dim.next_multiple_of(LANES));
     assert_eq!(heads.queries.len(), heads.num_heads * key_stride, "queries");
-    assert_eq!(heads.values.len(), heads.num_heads * value_stride, "values");
+    assert_eq!(heads.sums.values.len(), heads.num_heads * value_stride, "values");
     check_row(shared);
     let mut rows = [std::ptr::null::<u8>(); CHUNK];
     for (row, slot) in rows.iter_mut().zip(slots) {
@@ -133,9 +223,9 @@ pub(crate) fn attend_chunk(
         fetches,
         num_heads: heads.num_heads,
         queries: heads.queries.as_ptr(),
-        largest: heads.largest.as_mut_ptr(),
-        sums: heads.sums.as_mut_ptr(),
-        values: heads.values.as_mut_ptr(),
+        largest: heads.sums.largest.as_mut_ptr(),
+        sums: heads.sums.sums.as_mut_ptr(),
+        values: heads.sums.values.as_mut_ptr(),
     };
     // SAFETY: sizes were checked above; rows are inside the cache, which nobody writes during this operation.
     unsafe {

@@ -293,48 +293,74 @@ fn unpack_columns(bytes: &[u8], map: &TileMap, matrix: usize, row: usize, cols: 
     let tile = &bytes[map.tile_offset(matrix, row / TILE_ROWS)..][..layout.tile_bytes];
     let lane = row % TILE_ROWS;
     let global_scale = map.global_scales[matrix];
-    for (col, out) in cols.zip(out) {
-        *out = unpack_value(tile, layout, lane, col, global_scale);
+    let mut out = out.iter_mut();
+    for block in cols.start / BLOCK_COLS..cols.end.div_ceil(BLOCK_COLS) {
+        let here = cols.start.max(block * BLOCK_COLS)..cols.end.min((block + 1) * BLOCK_COLS);
+        let codes = unpack_block(tile, layout, lane, block);
+        let code = |col: usize| codes[col % BLOCK_COLS];
+        let scales_at = layout.scale_offset(block);
+        let e8m0_scale = || E8M0[usize::from(tile[scales_at + block % layout.record_blocks * TILE_ROWS + lane])];
+        let out = here.clone().zip(&mut out);
+        match layout.coding {
+            Coding::F32 => {
+                out.for_each(|(col, out)| *out = ScaleDtype::F32.read(tile, col * TILE_ROWS + lane) * global_scale)
+            }
+            Coding::F16 => {
+                out.for_each(|(col, out)| *out = ScaleDtype::F16.read(tile, col * TILE_ROWS + lane) * global_scale)
+            }
+            Coding::Bf16 => out.for_each(|(col, out)| {
+                *out = ScaleDtype::Bf16.read(tile, (col / 2 * TILE_ROWS + lane) * 2 + col % 2) * global_scale;
+            }),
+            Coding::Affine { .. } => {
+                let scales = &tile[scales_at..];
+                let scale = layout.scale_dtype.read(scales, lane);
+                let offset = layout.scale_dtype.read(scales, TILE_ROWS + lane);
+                out.for_each(|(col, out)| *out = (f32::from(code(col)) * scale + offset) * global_scale);
+            }
+            Coding::Mxfp4 => {
+                let scale = e8m0_scale() * global_scale;
+                out.for_each(|(col, out)| *out = E2M1[usize::from(code(col))] * scale);
+            }
+            Coding::Nvfp4 => out.for_each(|(col, out)| {
+                let scale = nvfp4_scale_value(tile[scales_at + 4 * lane + col / 16 % 4]);
+                *out = E2M1[usize::from(code(col))] * (scale * global_scale);
+            }),
+            Coding::Mxfp8 => {
+                let scale = e8m0_scale() * global_scale;
+                out.for_each(|(col, out)| *out = E4M3_WITHOUT_NAN[usize::from(code(col))] * scale);
+            }
+            Coding::Fp8Block => {
+                let lane = if layout.fp8_scale_lanes == 1 { 0 } else { lane };
+                out.for_each(|(col, out)| {
+                    let at = col / layout.fp8_block_cols * layout.fp8_scale_lanes + lane;
+                    *out = E4M3_WITHOUT_NAN[usize::from(code(col))] * (ScaleDtype::F32.read(tile, at) * global_scale);
+                });
+            }
+        }
     }
 }
 
-fn unpack_value(tile: &[u8], layout: &TileLayout, lane: usize, col: usize, global_scale: f32) -> f32 {
-    let scales_at = layout.scale_offset(col / BLOCK_COLS);
-    let e8m0_scale = || E8M0[usize::from(tile[scales_at + col / BLOCK_COLS % layout.record_blocks * TILE_ROWS + lane])];
-    let code = || unpack_code(tile, layout, lane, col);
-    match layout.coding {
-        Coding::F32 => ScaleDtype::F32.read(tile, col * TILE_ROWS + lane) * global_scale,
-        Coding::F16 => ScaleDtype::F16.read(tile, col * TILE_ROWS + lane) * global_scale,
-        Coding::Bf16 => ScaleDtype::Bf16.read(tile, (col / 2 * TILE_ROWS + lane) * 2 + col % 2) * global_scale,
-        Coding::Affine { .. } => {
-            let scales = &tile[scales_at..];
-            let (scale, offset) =
-                (layout.scale_dtype.read(scales, lane), layout.scale_dtype.read(scales, TILE_ROWS + lane));
-            (f32::from(code()) * scale + offset) * global_scale
-        }
-        Coding::Mxfp4 => E2M1[usize::from(code())] * (e8m0_scale() * global_scale),
-        Coding::Nvfp4 => {
-            let scale = nvfp4_scale_value(tile[scales_at + 4 * lane + col / 16 % 4]);
-            E2M1[usize::from(code())] * (scale * global_scale)
-        }
-        Coding::Mxfp8 => E4M3_WITHOUT_NAN[usize::from(code())] * (e8m0_scale() * global_scale),
-        Coding::Fp8Block => {
-            let lane = if layout.fp8_scale_lanes == 1 { 0 } else { lane };
-            let scale = ScaleDtype::F32.read(tile, col / layout.fp8_block_cols * layout.fp8_scale_lanes + lane);
-            E4M3_WITHOUT_NAN[usize::from(code())] * (scale * global_scale)
-        }
+/// The codes of lane `lane` of block `block`, one a column; zeros where weights are floats.
+fn unpack_block(tile: &[u8], layout: &TileLayout, lane: usize, block: usize) -> [u8; BLOCK_COLS] {
+    let mut codes = [0; BLOCK_COLS];
+    if matches!(layout.coding, Coding::F32 | Coding::F16 | Coding::Bf16) {
+        return codes;
     }
-}
-
-fn unpack_code(tile: &[u8], layout: &TileLayout, lane: usize, col: usize) -> u8 {
-    let (m, j) = (col % BLOCK_COLS / 4, col % 4);
-    let block = layout.block_offset(col / BLOCK_COLS);
-    let mut code = 0;
-    for part in code_parts(layout.format.code_bits(), m).into_iter().flatten() {
-        let byte = tile[block + part.line * LINE_BYTES + 4 * lane + j];
-        code |= ((byte >> part.shift) & part.mask()) << part.lowest;
+    let bits = layout.format.code_bits();
+    let start = layout.block_offset(block) + 4 * lane;
+    // As `pack_codes` left them: a word of each line.
+    let mut lines = [0u32; 8];
+    for (number, line) in lines[..bits].iter_mut().enumerate() {
+        *line = u32::from_le_bytes(*tile[start + number * LINE_BYTES..].first_chunk().expect("blocks are whole lines"));
     }
-    code
+    for (m, four) in codes.chunks_exact_mut(4).enumerate() {
+        let mut word = 0;
+        for part in code_parts(bits, m).into_iter().flatten() {
+            word |= (lines[part.line] >> part.shift & (0x0101_0101 * u32::from(part.mask()))) << part.lowest;
+        }
+        four.copy_from_slice(&word.to_le_bytes());
+    }
+    codes
 }
 
 #[cfg(test)]

@@ -23,11 +23,22 @@ pub(crate) struct PerThread<'a> {
 impl Scratch {
     /// `each` floats or more for every thread, with anything in them.
     pub(crate) fn per_thread(&mut self, num_threads: usize, each: usize) -> PerThread<'_> {
+        self.per_thread_and_shared(num_threads, each, 0).0
+    }
+
+    /// The same, and `shared` floats for all threads together.
+    pub(crate) fn per_thread_and_shared(
+        &mut self,
+        num_threads: usize,
+        each: usize,
+        shared: usize,
+    ) -> (PerThread<'_>, Disjoint<'_, f32>) {
         let each = each.next_multiple_of(GRANULARITY);
-        if self.floats.len() < each * num_threads {
-            self.floats.resize((each * num_threads).next_power_of_two(), 0.0);
+        if self.floats.len() < each * num_threads + shared {
+            self.floats.resize((each * num_threads + shared).next_power_of_two(), 0.0);
         }
-        PerThread { all: Disjoint::new(&mut self.floats), each }
+        let (own, rest) = self.floats.split_at_mut(each * num_threads);
+        (PerThread { all: Disjoint::new(own), each }, Disjoint::new(&mut rest[..shared]))
     }
 }
 

@@ -1,12 +1,14 @@
-//! Sharing tiles of several matrices among threads: pieces of about the same cost, in order. Each thread begins with its
-//! own share of them and then takes from the ends of the others': memory does not serve all cores alike at all times, and
-//! a system takes cores away, so equal shares do not end together. Who computes a tile does not change its bits.
+//! Sharing tiles of several matrices among threads: pieces in order, of which each thread begins with its own share and
+//! then takes from the ends of the others': memory does not serve all cores alike at all times, and a system takes cores
+//! away, so equal shares do not end together. A thread's first piece is half of its share, the next one half of the rest:
+//! every piece begins in the middle of memory, where nothing was fetched ahead, so there should be few of them, and small
+//! ones are needed at the end alone. Who computes a tile does not change its bits.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Pieces that a thread's share is cut into, at most.
-const PIECES_PER_THREAD: usize = 16;
+/// Pieces that a thread's share is cut into, at most: the last one is a 64th of it.
+const PIECES_PER_THREAD: usize = 7;
 /// The least cost of a piece, in bytes read: a few microseconds, against 50 nanoseconds for taking it.
 const MIN_PIECE_COST: u64 = 48 * 1024;
 
@@ -25,9 +27,9 @@ struct Queue(AtomicU64);
 impl Queues {
     /// Cuts `items` into pieces for `num_threads` threads. Before the region that takes them.
     pub(crate) fn fill_for_items(&mut self, items: &[Item], num_threads: usize) {
-        let pieces = (total_cost(items) / MIN_PIECE_COST) as usize;
-        // One piece a thread would be at the mercy of the slowest.
-        self.fill(pieces.clamp(num_threads, num_threads * PIECES_PER_THREAD), num_threads);
+        let smallest = (total_cost(items) / num_threads as u64 / MIN_PIECE_COST).max(1);
+        let each = smallest.ilog2() as usize + 1;
+        self.fill(each.min(PIECES_PER_THREAD) * num_threads, num_threads);
     }
 
     /// `pieces` pieces for `num_threads` threads.
@@ -62,8 +64,20 @@ impl Queues {
     /// once.
     pub(crate) fn share(&self, items: &[Item], index: usize, mut each: impl FnMut(usize, Range<usize>)) {
         while let Some(piece) = self.take(index) {
-            share(items, self.pieces, piece, &mut each);
+            share(items, self.part(piece), &mut each);
         }
+    }
+
+    /// Where a piece starts and ends: of a thread's share the halves, a quarter, .., and what is left.
+    fn part(&self, piece: usize) -> Part {
+        let num_threads = self.queues.len();
+        let each = self.pieces / num_threads;
+        let (thread, number) = (piece / each, piece % each);
+        // The smallest piece of a share.
+        let units = 1u64 << (each - 1);
+        let before = |number: usize| if number == each { units } else { units - (units >> number) };
+        let start = thread as u64 * units;
+        Part { start: start + before(number), end: start + before(number + 1), of: num_threads as u64 * units }
     }
 }
 
@@ -97,12 +111,20 @@ pub(crate) fn tile_cost(tile_bytes: usize, cols: usize, num_rows: usize) -> u64 
 /// Tiles that stay together: as many as kernels read at once, which is faster than one after the other.
 const GROUP_TILES: u64 = 4;
 
-/// Calls `each(item, tiles)` for the parts of `items` that belong to piece `piece` of `pieces`. Over all pieces every tile
-/// is called once; a group of tiles belongs to the piece in whose share of the cost it starts.
-fn share(items: &[Item], pieces: usize, piece: usize, mut each: impl FnMut(usize, Range<usize>)) {
+/// A part of a cost: from `start` to `end` of `of`.
+#[derive(Debug, Clone, Copy)]
+struct Part {
+    start: u64,
+    end: u64,
+    of: u64,
+}
+
+/// Calls `each(item, tiles)` for what of `items` belongs to `part` of their cost. Over all parts every tile is called once;
+/// a group of tiles belongs to the part in which it starts.
+fn share(items: &[Item], part: Part, mut each: impl FnMut(usize, Range<usize>)) {
     let total = total_cost(items);
-    let cut = |part: usize| (u128::from(total) * part as u128 / pieces as u128) as u64;
-    let (from, to) = (cut(piece), cut(piece + 1));
+    let cut = |at: u64| (u128::from(total) * u128::from(at) / u128::from(part.of)) as u64;
+    let (from, to) = (cut(part.start), cut(part.end));
     let mut start = 0;
     for (number, item) in items.iter().enumerate() {
         let end = start + item.tiles as u64 * item.tile_cost;
@@ -145,16 +167,36 @@ mod tests {
                 let mut seen = Vec::new();
                 for index in 0..num_threads {
                     let mut cost = 0;
-                    share(&items, num_threads, index, |item, tiles| {
+                    let part = Part { start: index, end: index + 1, of: num_threads };
+                    share(&items, part, |item, tiles| {
                         cost += tiles.len() as u64 * items[item].tile_cost;
                         seen.extend(tiles.map(|tile| (item, tile)));
                     });
                     assert!(
-                        cost <= total.div_ceil(num_threads as u64) + GROUP_TILES * largest,
+                        cost <= total.div_ceil(num_threads) + GROUP_TILES * largest,
                         "{cost} of {total} by one of {num_threads}"
                     );
                 }
                 assert_eq!(seen, expected, "{num_threads} threads");
+            }
+        }
+    }
+
+    #[test]
+    fn pieces_of_a_share_follow_each_other_and_become_smaller() {
+        let mut queues = Queues::default();
+        for num_threads in [1, 2, 5] {
+            for each in [1, 2, PIECES_PER_THREAD] {
+                queues.fill(each * num_threads, num_threads);
+                let parts: Vec<Part> = (0..each * num_threads).map(|piece| queues.part(piece)).collect();
+                let of = parts[0].of;
+                assert_eq!((parts[0].start, parts.last().unwrap().end), (0, of), "{num_threads} threads");
+                assert!(parts.windows(2).all(|pair| pair[0].end == pair[1].start), "{parts:?}");
+                for share in parts.chunks(each) {
+                    assert_eq!(share[each - 1].end - share[0].start, of / num_threads as u64, "{share:?}");
+                    let sizes: Vec<u64> = share.iter().map(|part| part.end - part.start).collect();
+                    assert!(sizes.windows(2).all(|pair| pair[0] >= pair[1]) && sizes[each - 1] == 1, "{sizes:?}");
+                }
             }
         }
     }

@@ -3,8 +3,8 @@
 use moellon_backend_cpu::{ActivationMode, CpuBackend, CpuLevel, CpuOptions};
 use moellon_ops::conformance::{random_matrices, views};
 use moellon_ops::{
-    Activation, AttendGqa, AttendMla, Backend, CacheDtype, ElementType, ExpertsSource, GateUp, KvStore, Linear,
-    LinearHeads, MoeDown, MoeGateUp, Paging, Result, RmsNorm, Tensor, Weight, WeightSource,
+    Activation, AttendGqa, AttendMla, Backend, Cache, CacheDtype, ElementType, ExpertsSource, GateUp, IndexSet,
+    KvStore, Linear, LinearHeads, MoeDown, MoeGateUp, Paging, Result, RmsNorm, Tensor, Weight, WeightSource,
 };
 use moellon_tensor::rng::SplitMix64;
 use moellon_tensor::{ScaleDtype, WeightFormat};
@@ -143,6 +143,105 @@ fn levels_and_threads_do_not_change_a_bit() {
             for threads in [1, 2, 3, 8] {
                 let actual = step(CpuOptions { threads: Some(threads), level: Some(level), ..options }).unwrap();
                 assert!(actual == expected, "{activation:?} at {level} on {threads} threads");
+            }
+        }
+    }
+}
+
+/// Attention of the tokens `rows` (of a dozen, at these positions of one sequence) of both kinds, as bits: `[token][output]`.
+fn long_attention(options: CpuOptions, rows: &[usize]) -> Result<Vec<Vec<u32>>> {
+    const POSITIONS: [u32; 12] = [1411, 5, 511, 512, 513, 1023, 1024, 700, 1200, 1300, 1400, 64];
+    const CHOSEN: usize = 900;
+    let backend = &mut CpuBackend::new(options)?;
+    let (width, slots) = (2 * 2 * 24, 1472);
+    let cache: Cache = backend.alloc_cache("test", CacheDtype::Bf16, slots, width)?;
+    let keys = floats(backend, 60, slots, width)?;
+    let all: Vec<u32> = (0..slots as u32).collect();
+    let all = integers(backend, 1, &all)?;
+    backend.kv_store(&KvStore { parts: &[keys], slots: all, cache })?;
+    let tokens = rows.len();
+    let positions: Vec<u32> = rows.iter().map(|row| POSITIONS[*row]).collect();
+    let blocks: Vec<u32> = (0..slots as u32 / 64).map(|block| block * 5 % (slots as u32 / 64)).collect();
+    let paging = Paging {
+        positions: integers(backend, 1, &positions)?,
+        sequences: integers(backend, 1, &vec![0; tokens])?,
+        block_table: integers(backend, 1, &blocks)?,
+        block_size: 64,
+        max_context: slots,
+    };
+    let mut of_rows = |seed: u64, cols: usize| -> Result<Tensor> {
+        let values: Vec<f32> = rows.iter().flat_map(|r| SplitMix64::new(seed + *r as u64).normals(cols, 1.0)).collect();
+        let tensor = backend.alloc("test", ElementType::F32, values.len())?.tensor(tokens, cols);
+        backend.write_f32(tensor, &values)?;
+        Ok(tensor)
+    };
+    let (q, gqa) = (of_rows(100, 10 * 24)?, of_rows(0, 10 * 24)?);
+    let (q_latent, q_rope) = (of_rows(200, 9 * 64)?, of_rows(300, 9 * 32)?);
+    let (mla, sparse) = (of_rows(0, 9 * 64)?, of_rows(0, 9 * 64)?);
+    // Every token's chosen positions: all, or every other one from the last on.
+    let counts: Vec<u32> = positions.iter().map(|p| (p + 1).min(CHOSEN as u32).min(p / 2 + 1)).collect();
+    let ids: Vec<u32> = positions
+        .iter()
+        .zip(&counts)
+        .flat_map(|(p, count)| (0..CHOSEN as u32).map(move |i| p % 2 + 2 * i.min(count - 1)))
+        .collect();
+    let index = Some(IndexSet { ids: integers(backend, tokens, &ids)?, counts: integers(backend, 1, &counts)? });
+    let sinks = floats(backend, 61, 1, 10)?;
+    let (num_heads, num_kv_heads, head_dim, scale) = (10, 2, 24, 0.2);
+    let (window, sinks) = (Some(1350), Some(sinks));
+    backend.attend_gqa(&AttendGqa {
+        q,
+        cache,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        scale,
+        window,
+        sinks,
+        paging,
+        out: gqa,
+    })?;
+    for (index, out) in [(None, mla), (index, sparse)] {
+        backend.attend_mla(&AttendMla {
+            q_latent,
+            q_rope,
+            q_rope_head_stride: 32,
+            cache,
+            num_heads: 9,
+            kv_lora_rank: 64,
+            qk_rope_head_dim: 32,
+            scale: 0.1,
+            index,
+            paging,
+            out,
+        })?;
+    }
+    let mut bits = vec![Vec::new(); tokens];
+    for output in [gqa, mla, sparse] {
+        let mut values = vec![0.0; output.rows * output.cols];
+        backend.read_f32(output, &mut values)?;
+        assert!(values.iter().all(|v| v.is_finite()));
+        for (bits, row) in bits.iter_mut().zip(values.chunks_exact(output.cols)) {
+            bits.extend(row.iter().map(|v| v.to_bits()));
+        }
+    }
+    Ok(bits)
+}
+
+#[test]
+fn parts_of_long_contexts_do_not_change_a_bit() {
+    let options = CpuOptions { threads: Some(1), level: Some(CpuLevel::Portable), ..CpuOptions::default() };
+    let batch: Vec<usize> = (0..12).collect();
+    let expected = long_attention(options, &batch).unwrap();
+    for level in CpuLevel::available() {
+        // Few tokens and many threads: a part of a context is a unit; a dozen tokens and few threads: all parts are one's.
+        for (threads, rows) in
+            [(1, &batch[..1]), (2, &batch[..]), (2, &batch[..1]), (3, &batch[2..4]), (7, &batch[..3])]
+        {
+            let options = CpuOptions { threads: Some(threads), level: Some(level), ..options };
+            let actual = long_attention(options, rows).unwrap();
+            for (actual, row) in actual.iter().zip(rows) {
+                assert!(actual == &expected[*row], "token {row} of {} at {level} on {threads} threads", rows.len());
             }
         }
     }

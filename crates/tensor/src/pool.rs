@@ -266,6 +266,11 @@ impl Pool {
         samples[samples.len() / 2]
     }
 
+    /// Regions run and barriers opened since the start: how often a step meets.
+    pub fn num_meetings(&self) -> [u64; 2] {
+        [self.shared.epoch.0.load(Ordering::Relaxed), self.shared.generation.0.load(Ordering::Relaxed)]
+    }
+
     /// Whether threads yield early because something else wants the same cores.
     pub fn is_oversubscribed(&self) -> bool {
         self.shared.oversubscribed.load(Ordering::Relaxed)

@@ -42,6 +42,22 @@ fn every_thread_runs_every_region_once() {
 }
 
 #[test]
+fn meetings_are_counted() {
+    for threads in [1, 3] {
+        let pool = pool(threads);
+        let before = pool.num_meetings();
+        for _ in 0..7 {
+            pool.run(|_, _| {
+                pool.barrier();
+                pool.barrier();
+            });
+        }
+        let after = pool.num_meetings();
+        assert_eq!([after[0] - before[0], after[1] - before[1]], [7, 14], "{threads} threads");
+    }
+}
+
+#[test]
 fn writes_of_a_region_are_visible_after_it_and_after_its_barrier() {
     // Plain (non-atomic) writes through disjoint slices: a missing acquire or release is a wrong sum.
     let pool = pool(4);
