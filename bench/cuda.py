@@ -209,12 +209,12 @@ def faults(stolen, kernels):
     note("no GPU is visible", "exit status 1, one line", *said(*small, CUDA_VISIBLE_DEVICES=""))
     note("a GPU that does not exist", "exit status 1, one line", *said(*small, "--gpu", 9))
     note("a cache larger than the memory", "exit status 1, the numbers", *said("serve", "--backend", "cuda", "--port", 0, "--cache-gb", 400))
-    with Server("--backend", "cuda", "--context", 512) as server:
+    with Server("--backend", "cuda", "--context", 512, "--cache-gb", 30) as server:
         before = ask(server)
         note("none", 200, *before)
         server.post("/models/unload", {})
         with contextlib.ExitStack() as hog:
-            hog.enter_context(Server("--backend", "cuda", "--cache-gb", 139))
+            hog.enter_context(Server("--backend", "cuda", "--cache-gb", 125))
             note("another program has the memory when a model is loaded again", "an error with the numbers", *ask(server))
         after = ask(server)
         note("the other program has ended", 200, after[0], "the same text" if after == before else after[1])
