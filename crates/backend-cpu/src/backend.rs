@@ -90,6 +90,7 @@ impl CpuBackend {
             },
             formats: WeightFormatSet::ALL,
             memory_bytes: moellon_tensor::arena::free_memory_bytes(),
+            samples: false,
         };
         Ok(CpuBackend {
             caps,

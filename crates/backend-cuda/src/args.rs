@@ -250,6 +250,17 @@ pub(crate) struct Gather {
     pub(crate) rows: DevicePtr,
 }
 
+/// `SampleArgs` of `sample.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Sample {
+    pub(crate) logits: Mat,
+    pub(crate) draws: DevicePtr,
+    pub(crate) out: DevicePtr,
+    pub(crate) draws_stride: u32,
+    pub(crate) out_stride: u32,
+}
+
 /// `ArgmaxArgs` of `rows.cu`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]

@@ -15,8 +15,9 @@ use crate::weights::{DeviceWeight, Loader};
 use moellon_ops::backend::WeightFormatSet;
 use moellon_ops::{
     ActivationPrecision, Add, Argmax, AttendGqa, AttendMla, Backend, Buffer, Cache, CacheDtype, Caps, ElementType,
-    Embed, Error, Experts, ExpertsSource, GateUp, GatherRows, IndexScore, IndexTopk, KvStore, LayerNorm, Linear,
-    LinearHeads, MoeDown, MoeGateUp, Paging, Result, RmsNorm, Rope, RopeTable, Route, Tensor, Weight, WeightSource,
+    Embed, Error, Experts, ExpertsSource, GateUp, GatherRows, IndexScore, IndexTopk, KernelTime, KvStore, LayerNorm,
+    Linear, LinearHeads, MoeDown, MoeGateUp, Paging, Result, RmsNorm, Rope, RopeTable, Route, Sample, Tensor, Weight,
+    WeightSource,
 };
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -45,6 +46,10 @@ pub struct CudaOptions {
     pub ordinal: usize,
     /// A folder of CUBINs to use instead of those in this binary, for work on kernels.
     pub kernels: Option<PathBuf>,
+    /// Compile kernels here although this binary has some for the GPU.
+    pub compile: bool,
+    /// Where kernels that were compiled here are kept.
+    pub cache_folder: Option<PathBuf>,
 }
 
 struct DeviceExperts {
@@ -110,7 +115,8 @@ enum Recording {
     Seen,
     /// It ran with operations fused, which loaded all kernels; the next time it is recorded.
     Fused,
-    Ready(Graph),
+    /// The graph, and the operations that it was made of.
+    Ready(Graph, Vec<Op>),
 }
 
 impl CudaBackend {
@@ -120,7 +126,7 @@ impl CudaBackend {
     /// [`Error::Device`] in one line: no driver, no such GPU, no kernels for it.
     pub fn new(options: &CudaOptions) -> Result<Self> {
         let mut device = Device::open(options.ordinal)?;
-        let kernels = Kernels::load(&mut device, options.kernels.as_deref())?;
+        let kernels = Kernels::load(&mut device, options)?;
         let (_, total) = device.memory()?;
         let caps = Caps {
             name: NAME,
@@ -135,6 +141,7 @@ impl CudaBackend {
             activations: ActivationPrecision::Half,
             formats: WeightFormatSet::ALL,
             memory_bytes: Some(total),
+            samples: true,
         };
         Ok(CudaBackend {
             caps,
@@ -282,7 +289,7 @@ impl Backend for CudaBackend {
 
     fn replay(&mut self, key: u64) -> Result<bool> {
         match self.graphs.get(&key) {
-            Some(Recording::Ready(graph)) => self.device.launch_graph(graph).map(|()| true),
+            Some(Recording::Ready(graph, _)) => self.device.launch_graph(graph).map(|()| true),
             _ => Ok(false),
         }
     }
@@ -322,8 +329,23 @@ impl Backend for CudaBackend {
         }
         let graph = graph?;
         self.device.launch_graph(&graph)?;
-        self.graphs.insert(key, Recording::Ready(graph));
+        self.graphs.insert(key, Recording::Ready(graph, program));
         Ok(())
+    }
+
+    fn time_kernels(&mut self, key: u64) -> Result<Vec<KernelTime>> {
+        let Some(Recording::Ready(_, program)) = self.graphs.get(&key) else { return Ok(Vec::new()) };
+        // The driver call that reads the clock is as young as that.
+        if self.device.driver_version < 12080 {
+            return Ok(Vec::new());
+        }
+        let program = program.clone();
+        self.device.synchronize()?;
+        self.device.start_clock()?;
+        let launched = self.run_program(&program);
+        let times = self.device.stop_clock();
+        launched?;
+        Ok(times?.into_iter().map(|(name, seconds)| KernelTime { name: name.to_owned(), seconds }).collect())
     }
 
     fn alloc_cache(&mut self, what: &str, dtype: CacheDtype, num_slots: usize, width: usize) -> Result<Cache> {
@@ -436,6 +458,10 @@ impl Backend for CudaBackend {
     fn argmax(&mut self, op: &Argmax) -> Result<()> {
         self.submit(Op::Argmax(*op))
     }
+
+    fn sample(&mut self, op: &Sample) -> Result<()> {
+        self.submit(Op::Sample(*op))
+    }
 }
 
 impl CudaBackend {
@@ -472,6 +498,7 @@ impl CudaBackend {
             Op::Add(op) => self.add_now(op),
             Op::GatherRows(op) => self.gather_rows_now(op),
             Op::Argmax(op) => self.argmax_now(op),
+            Op::Sample(op) => self.sample_now(op),
         }
     }
 

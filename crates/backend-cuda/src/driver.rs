@@ -47,8 +47,12 @@ pub(crate) struct Device {
     pub(crate) capability: (i32, i32),
     /// Streaming multiprocessors.
     pub(crate) multiprocessors: u32,
+    /// Most shared memory of a block, in bytes.
+    pub(crate) shared_bytes: u32,
     /// Driver's CUDA version, e.g. 13000.
     pub(crate) driver_version: i32,
+    /// Events around kernels while they are timed.
+    clock: Option<KernelClock>,
     /// Whether a kernel may start while the one before it ends (programmatic dependent launch). Kernels that fill the device by
     /// themselves are better off without: 2.06 ms a step instead of 2.09 (12 layers of GLM-5.2-77 in affine-4, H200).
     pub(crate) overlaps: bool,
@@ -100,6 +104,7 @@ impl Device {
             attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
         );
         let multiprocessors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
+        let shared_bytes = attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
         let thread = Some(std::thread::current().id());
         Ok(Device {
             device,
@@ -109,7 +114,9 @@ impl Device {
             name,
             capability,
             multiprocessors,
+            shared_bytes,
             driver_version,
+            clock: None,
             overlaps: true,
         })
     }
@@ -262,9 +269,34 @@ impl Device {
             sys::cuLaunchKernelEx(&raw const config, kernel.function, parameters.as_mut_ptr(), ptr::null_mut())
         };
         if result == sys::CUresult::CUDA_SUCCESS {
-            return Ok(());
+            return self.mark(kernel.name);
         }
         check(result, &format!("launching {} with grid {grid:?}, {block} threads, {shared} bytes", kernel.name))
+    }
+
+    /// Times every kernel from now on, until [`Device::stop_clock`].
+    pub(crate) fn start_clock(&mut self) -> Result<()> {
+        self.enter()?;
+        self.clock = Some(KernelClock::default());
+        self.mark("")
+    }
+
+    /// Names of the kernels since [`Device::start_clock`] and the seconds from one's end to the next one's.
+    pub(crate) fn stop_clock(&mut self) -> Result<Vec<(&'static str, f64)>> {
+        self.synchronize()?;
+        let Some(clock) = self.clock.take() else { return Ok(Vec::new()) };
+        clock.marks.windows(2).map(|pair| Ok((pair[1].0, pair[0].1.seconds_to(&pair[1].1)?))).collect()
+    }
+
+    /// Remembers that a kernel ends here, if kernels are timed.
+    fn mark(&mut self, name: &'static str) -> Result<()> {
+        if let Some(clock) = &mut self.clock {
+            let event = Event::new()?;
+            // SAFETY: the event and the stream are alive.
+            check(unsafe { sys::cuEventRecord(event.0, self.stream) }, "recording an event")?;
+            clock.marks.push((name, event));
+        }
+        Ok(())
     }
 
     /// Starts recording what is appended to the stream.
@@ -304,6 +336,45 @@ impl Drop for Device {
             let _ = sys::cuStreamSynchronize(self.stream);
             let _ = sys::cuStreamDestroy_v2(self.stream);
             let _ = sys::cuDevicePrimaryCtxRelease_v2(self.device);
+        }
+    }
+}
+
+/// Events behind kernels.
+#[derive(Default)]
+struct KernelClock {
+    marks: Vec<(&'static str, Event)>,
+}
+
+/// A point in the stream whose time is taken.
+struct Event(sys::CUevent);
+
+// SAFETY: a handle that any thread may use.
+unsafe impl Send for Event {}
+
+impl Event {
+    fn new() -> Result<Self> {
+        let mut event = ptr::null_mut();
+        // SAFETY: out pointer; the context is current (`Device::launch` entered it).
+        check(unsafe { sys::cuEventCreate(&raw mut event, 0) }, "making an event")?;
+        Ok(Event(event))
+    }
+
+    /// Both have passed.
+    fn seconds_to(&self, later: &Event) -> Result<f64> {
+        let mut milliseconds = 0.0f32;
+        // SAFETY: out pointer; both events were recorded and the stream has passed them.
+        let result = unsafe { sys::cuEventElapsedTime_v2(&raw mut milliseconds, self.0, later.0) };
+        check(result, "asking for the time between events")?;
+        Ok(f64::from(milliseconds) / 1e3)
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made once, destroyed once.
+        unsafe {
+            let _ = sys::cuEventDestroy_v2(self.0);
         }
     }
 }

@@ -3,7 +3,7 @@
 //! | file | what |
 //! |---|---|
 //! | `driver` | the driver behind a safe surface: context, stream, memory, kernels, graphs |
-//! | `kernels` | the compiled kernels, found by compute capability |
+//! | `kernels` | the compiled kernels, found by compute capability, or compiled by `nvrtc` where there are none |
 //! | `weights` | repacking weights on the device while they are loaded |
 //! | `buffers` | device buffers and their bfloat16 twins |
 //! | `backend` | memory, weights and caches; the operations: which kernel, which grid; steps, recorded and replayed |
@@ -18,6 +18,7 @@ mod backend;
 mod buffers;
 mod driver;
 mod kernels;
+mod nvrtc;
 mod program;
 mod weights;
 

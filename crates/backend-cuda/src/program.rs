@@ -2,7 +2,7 @@
 
 use moellon_ops::{
     Add, Argmax, AttendGqa, AttendMla, Cache, Embed, GateUp, GatherRows, IndexScore, IndexTopk, LayerNorm, LinearHeads,
-    MoeDown, MoeGateUp, RmsNorm, Rope, RopeTable, Route, Tensor, Weight,
+    MoeDown, MoeGateUp, RmsNorm, Rope, RopeTable, Route, Sample, Tensor, Weight,
 };
 
 /// One operation of the seam with its arguments.
@@ -27,4 +27,5 @@ pub(crate) enum Op {
     Add(Add),
     GatherRows(GatherRows),
     Argmax(Argmax),
+    Sample(Sample),
 }

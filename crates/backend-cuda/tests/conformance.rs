@@ -7,7 +7,8 @@ use moellon_ops::conformance::run_all;
 #[test]
 fn every_operation() {
     // A developer's CUBINs, where the variable names a folder.
-    let options = CudaOptions { ordinal: 0, kernels: std::env::var_os("MOELLON_CUDA_KERNELS").map(Into::into) };
+    let options =
+        CudaOptions { kernels: std::env::var_os("MOELLON_CUDA_KERNELS").map(Into::into), ..CudaOptions::default() };
     let mut backend = match CudaBackend::new(&options) {
         Ok(backend) => backend,
         Err(error) => {

@@ -5,6 +5,7 @@
 use moellon_backend_cuda::{CudaBackend, CudaOptions};
 use moellon_model::batch::{Batch, LogitRows};
 use moellon_model::config::ModelConfig;
+use moellon_model::mtp::{MtpHidden, MtpStep};
 use moellon_model::session::read_logits;
 use moellon_model::synthetic::{FormatPlan, Synthetic, preset};
 use moellon_model::weights::Weights;
@@ -16,8 +17,18 @@ const FORMATS: [&str; 12] = [
     "q3a4",
 ];
 
+/// The words of an environment variable, for tools under which everything takes an hour; without it, all.
+fn chosen(variable: &str, all: &[&'static str]) -> Vec<&'static str> {
+    let wanted = std::env::var(variable).ok();
+    let is_wanted = |name: &&&str| wanted.as_ref().is_none_or(|wanted| wanted.split(',').any(|word| word == **name));
+    let chosen: Vec<&str> = all.iter().filter(is_wanted).copied().collect();
+    assert!(!chosen.is_empty(), "{variable} is {wanted:?}, expected some of {all:?}");
+    chosen
+}
+
 fn open() -> Option<CudaBackend> {
-    let options = CudaOptions { ordinal: 0, kernels: std::env::var_os("MOELLON_CUDA_KERNELS").map(Into::into) };
+    let options =
+        CudaOptions { kernels: std::env::var_os("MOELLON_CUDA_KERNELS").map(Into::into), ..CudaOptions::default() };
     CudaBackend::new(&options).map_err(|error| eprintln!("SKIP recorded steps of the CUDA back end: {error}")).ok()
 }
 
@@ -128,12 +139,53 @@ fn bundled_config() -> ModelConfig {
     config
 }
 
+/// Steps of the MTP layer are recorded as the trunk's are: each way of launching one gives the bits of the first, operation by operation.
+#[test]
+fn mtp_steps_of_the_bundled_shape() {
+    let Some(mut backend) = open() else { return };
+    let config = ModelConfig { num_mtp_layers: 1, ..bundled_config() };
+    for format in ["affine-4", "nvfp4", "bf16"] {
+        let plan = FormatPlan::parse(format).expect("format is known");
+        let provider = Synthetic::new(&config, plan, 5);
+        let weights = Weights::load(&config, &provider, &mut backend, &mut |_| {}).expect("weights load");
+        let options = DecoderOptions::single_sequence(128, 64, CacheDtype::Bf16);
+        let mut decoder = Decoder::new(config.clone(), weights, options, &mut backend).expect("decoder fits");
+        let table: Vec<u32> = (0..options.num_blocks as u32).collect();
+        for rows in [1, 3, 8] {
+            let tokens = tokens_of(rows, rows + 1, config.vocab_size);
+            let batch_of = |tokens: &[u32]| {
+                let mut batch = Batch::default();
+                batch.push_sequence(tokens, 0, &table, options.block_size, LogitRows::All);
+                batch
+            };
+            let hidden_rows: Vec<u32> = (0..rows as u32).collect();
+            let mut expected = None;
+            for way in ["op by op", "fused", "recorded", "replayed"] {
+                decoder.forward_tapped(&batch_of(&tokens[..rows]), &mut backend, None).expect("the trunk runs");
+                let batch = batch_of(&tokens[1..]);
+                let step = MtpStep {
+                    batch: &batch,
+                    hidden_rows: &hidden_rows,
+                    hidden: MtpHidden::Trunk,
+                    share_index_of: None,
+                };
+                let logits = decoder.forward_mtp(&step, &mut backend).expect("the MTP layer runs");
+                let found = bits(&read_logits(logits, &mut backend).expect("logits come back"));
+                let expected = expected.get_or_insert_with(|| found.clone());
+                assert!(found == *expected, "{format}, {rows} rows: {way} differs from the first run");
+            }
+        }
+    }
+}
+
 #[test]
 fn rows_of_the_bundled_shape_in_every_format() {
     let Some(mut backend) = open() else { return };
     let config = bundled_config();
-    for format in FORMATS {
-        assert_rows_same("bundled", &config, format, &[2, 7, 13, 32], &mut backend);
+    let counts = chosen("MOELLON_TEST_ROWS", &["2", "7", "13", "32"]);
+    let counts: Vec<usize> = counts.iter().map(|count| count.parse().expect("it is a number")).collect();
+    for format in chosen("MOELLON_TEST_FORMATS", &FORMATS) {
+        assert_rows_same("bundled", &config, format, &counts, &mut backend);
     }
 }
 
@@ -158,7 +210,7 @@ fn rows_of_published_shapes() {
 fn bundled_shape_in_every_format() {
     let Some(mut backend) = open() else { return };
     let config = bundled_config();
-    for format in FORMATS {
+    for format in chosen("MOELLON_TEST_FORMATS", &FORMATS) {
         // index_topk is 64: below it, and above.
         assert_same("bundled", &config, format, &[7, 80], &mut backend);
     }

@@ -156,6 +156,7 @@ impl WgpuBackend {
             activations: ActivationPrecision::Exact,
             formats: WeightFormatSet::ALL,
             memory_bytes: None,
+            samples: false,
         };
         let mut backend = WgpuBackend {
             caps,

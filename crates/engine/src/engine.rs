@@ -6,6 +6,7 @@
 //! An engine belongs to one thread ([`crate::thread`]); tests and batch programs may call [`Engine::step`] themselves.
 
 use crate::block_rows::BlockRows;
+use crate::device_draws::{DeviceDraws, Drawn};
 use crate::disk_cache::{DiskCache, DiskCacheError, DiskCacheOptions, WantedBlock};
 use crate::events::{EventReceiver, channel};
 use crate::kv_pool::{BlockId, KvPool};
@@ -182,6 +183,7 @@ pub struct Engine {
     pub(crate) governor: ChunkGovernor,
     /// u32 `[max_logit_rows, 1]`: tokens that the device chose.
     chosen: moellon_ops::Buffer,
+    pub(crate) draws: Option<DeviceDraws>,
     /// Work space: one row of logits `[vocab_size]`.
     logits: Vec<f32>,
     mask: TokenMask,
@@ -224,6 +226,7 @@ impl Engine {
             BlockRows::new(&decoder, speculation.as_ref().map_or_else(Vec::new, Speculation::draft_caches));
         let block_bytes = block_rows.block_bytes() as u64;
         let chosen = backend.alloc("chosen tokens", ElementType::U32, sizes.max_logit_rows)?;
+        let draws = DeviceDraws::new(sizes.max_logit_rows, backend.as_mut())?;
         let caps = backend.caps();
         // Rows of another back end or precision are not bit for bit the same.
         let head = if speculation.as_ref().is_some_and(Speculation::has_head) { " drafting" } else { "" };
@@ -258,6 +261,7 @@ impl Engine {
             num_waiting: Arc::new(AtomicUsize::new(0)),
             governor: ChunkGovernor::new(options.max_decode_slowdown, sizes.max_batch_tokens),
             chosen,
+            draws,
             logits: vec![0.0; vocab_size],
             mask: TokenMask::all(vocab_size),
             speculation,
@@ -715,9 +719,8 @@ impl Engine {
 
     /// The next tokens of every share that reaches the end of its sequence, or why there are none. They are appended.
     fn choose(&mut self, shares: &[Share], batch: &Batch, logits: Tensor) -> Result<Vec<Outcome>, EngineError> {
-        let mut outcomes = Vec::new();
-        let mut chosen = None;
         let (mut row, mut logit_row) = (0, 0);
+        let mut first_rows = Vec::new();
         for share in shares {
             let end = row + share.num_tokens;
             let first_logit_row = logit_row;
@@ -725,10 +728,15 @@ impl Engine {
             row = end;
             self.score_prompt(share, first_logit_row..logit_row, logits)?;
             let due = self.is_due(share) && !self.running[share.sequence].is_full();
-            outcomes.push(if due {
-                self.next_tokens(share, logit_row - 1 - share.num_drafts, logits, &mut chosen)?
-            } else {
-                Outcome { tokens: Vec::new(), end: Ok(None) }
+            first_rows.push(due.then(|| logit_row - 1 - share.num_drafts));
+        }
+        let drawn = self.draw_on_device(shares, &first_rows, logits)?;
+        let mut chosen = Chosen { drawn, largest: None };
+        let mut outcomes = Vec::new();
+        for (share, first_row) in shares.iter().zip(first_rows) {
+            outcomes.push(match first_row {
+                Some(row) => self.next_tokens(share, row, logits, &mut chosen)?,
+                None => Outcome { tokens: Vec::new(), end: Ok(None) },
             });
         }
         Ok(outcomes)
@@ -747,7 +755,7 @@ impl Engine {
         share: &Share,
         row: usize,
         logits: Tensor,
-        chosen: &mut Option<Vec<u32>>,
+        chosen: &mut Chosen,
     ) -> Result<Outcome, EngineError> {
         let mut drafts = std::mem::take(&mut self.running[share.sequence].track.drafts);
         drafts.truncate(share.num_drafts);
@@ -776,20 +784,36 @@ impl Engine {
         Ok(outcome)
     }
 
-    /// `chosen` are the device's choices for all rows, once any is wanted.
     fn next_token(
         &mut self,
         sequence: usize,
         row: usize,
         draft: Option<u32>,
         logits: Tensor,
-        chosen: &mut Option<Vec<u32>>,
+        chosen: &mut Chosen,
     ) -> Result<Result<SampledToken, RequestError>, EngineError> {
         let sequence = &mut self.running[sequence];
+        if let Some(drawn) = chosen.drawn[row]
+            && sequence.needs_no_logits()
+            && drawn.bits.is_none_or(|bits| sequence.next_draws().next().is_some_and(|draw| draw.bits == bits))
+        {
+            let token = drawn.token;
+            if drawn.certainty.is_nan() {
+                return Ok(Err(sequence.bad_logits(&PickError::Nan { token })));
+            }
+            if drawn.bits.is_some() {
+                return Ok(Ok(sequence.accept_drawn(token, drawn.certainty)));
+            }
+            let previous = sequence.tokens[sequence.tokens.len() - 1];
+            let replayed = self.speculation.as_mut().and_then(|s| s.replayed(previous, draft));
+            return Ok(Ok(sequence.accept_argmax(replayed.unwrap_or(token))));
+        }
         if sequence.takes_argmax() {
-            let chosen = match chosen {
+            let chosen = match &mut chosen.largest {
                 Some(chosen) => chosen,
-                None => chosen.insert(greedy(logits, self.chosen.tensor(logits.rows, 1), self.backend.as_mut())?),
+                None => {
+                    chosen.largest.insert(greedy(logits, self.chosen.tensor(logits.rows, 1), self.backend.as_mut())?)
+                }
             };
             let token = chosen[row];
             // A row with a NaN anywhere gives the column of a NaN: the chosen logit tells.
@@ -942,6 +966,14 @@ impl Engine {
         self.stats.last_step_tokens = num_tokens;
         self.stats.failures_in_a_row = 0;
     }
+}
+
+/// What the device chose of the rows of a step.
+struct Chosen {
+    /// One a row of logits, where it was asked to.
+    drawn: Vec<Option<Drawn>>,
+    /// The largest logits of all rows, once any is wanted.
+    largest: Option<Vec<u32>>,
 }
 
 /// What a share gave.

@@ -10,9 +10,10 @@
 //! | `sequence.rs` | one request on its way |
 //! | `kv_pool.rs` | cache blocks and who holds them |
 //! | `prefix_cache.rs`, `disk_cache.rs` | prefixes that need not be computed again |
-//! | `sampler.rs`, `thinking.rs` | logits to a token; the thinking budget |
+//! | `sampler.rs`, `device_draws.rs`, `thinking.rs` | logits to a token, on the host and on the device; the thinking budget |
 
 mod block_rows;
+mod device_draws;
 pub mod disk_cache;
 pub mod engine;
 pub mod events;

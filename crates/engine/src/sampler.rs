@@ -1,9 +1,11 @@
 //! Logits to a token. The order of the steps is that of most servers: penalties, bias, mask, then top-k, temperature, top-p
-//! and min-p, then one draw. Same seed, same logits: same tokens, on every machine.
+//! and min-p, then one draw. Same seed, same logits: same tokens, on every machine and where the device draws: weights, their sums and
+//! the draw are those of [`moellon_ops::Sample`].
 
+use moellon_ops::Draw;
+use moellon_ops::sample::{self, more_likely};
 use moellon_tensor::rng::SplitMix64;
 use moellon_text::constraint::TokenMask;
-use std::cmp::Ordering;
 use std::collections::HashMap;
 
 /// How the next token is chosen.
@@ -100,9 +102,14 @@ impl SamplingParams {
         self.repetition_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0
     }
 
-    /// Whether the choice is the largest unmodified logit: then the device can make it.
-    pub fn is_argmax(&self) -> bool {
-        self.is_greedy() && !self.has_penalties() && self.logit_bias.is_empty()
+    /// Whether the choice depends on the logits as they are: then the device can make it.
+    pub fn takes_plain_logits(&self) -> bool {
+        !self.has_penalties() && self.logit_bias.is_empty()
+    }
+
+    /// A choice with these random bits.
+    pub fn draw(&self, bits: u64) -> Draw {
+        Draw { temperature: self.temperature, top_k: self.top_k, top_p: self.top_p, min_p: self.min_p, bits }
     }
 }
 
@@ -120,6 +127,15 @@ pub enum PickError {
     NothingAllowed,
 }
 
+/// A token that may be chosen.
+#[derive(Debug, Clone, Copy)]
+struct Candidate {
+    token: u32,
+    logit: f32,
+    /// Relative to the likeliest one's.
+    weight: f32,
+}
+
 /// The state of one sequence's sampling.
 #[derive(Debug, Clone)]
 pub struct Sampler {
@@ -129,8 +145,8 @@ pub struct Sampler {
     seen: HashMap<u32, u32>,
     /// Work space: logits after penalties and bias.
     logits: Vec<f32>,
-    /// Work space: candidates `(token, logit or weight)`.
-    candidates: Vec<(u32, f32)>,
+    /// Work space.
+    candidates: Vec<Candidate>,
     certainty: f32,
 }
 
@@ -184,22 +200,39 @@ impl Sampler {
         }
     }
 
+    /// The random bits of the next tokens.
+    pub(crate) fn next_bits(&self) -> impl Iterator<Item = u64> + use<> {
+        let mut rng = self.rng.clone();
+        std::iter::repeat_with(move || rng.next_u64())
+    }
+
+    /// Remembers a token that was drawn elsewhere with the next random bits, and how likely the likeliest was.
+    pub(crate) fn accept_drawn(&mut self, token: u32, certainty: f32) {
+        self.rng.next_u64();
+        self.certainty = certainty;
+        self.accept(token);
+    }
+
     fn choose(&mut self, mask: Option<&TokenMask>) -> Option<u32> {
+        // One draw a token, whatever becomes of it, so that bits belong to tokens.
+        let bits = if self.params.is_greedy() { 0 } else { self.rng.next_u64() };
         self.penalize();
-        let tokens = (0u32..).zip(self.logits.iter().copied());
+        let candidate = |(token, logit): (u32, &f32)| Candidate { token, logit: *logit, weight: 0.0 };
+        let tokens = (0u32..).zip(&self.logits).map(candidate);
         self.candidates.clear();
         match mask {
             None => self.candidates.extend(tokens),
-            Some(mask) => self.candidates.extend(tokens.filter(|(token, _)| mask.contains(*token))),
+            Some(mask) => self.candidates.extend(tokens.filter(|c| mask.contains(c.token))),
         }
         let first = *self.candidates.first()?;
-        let best = self.candidates.iter().fold(first, |best, c| if c.1 > best.1 { *c } else { best });
+        let best = self.candidates.iter().fold(first, |best, c| if c.logit > best.logit { *c } else { best });
         // With no candidate above negative infinity all are as likely: the lowest.
-        if self.params.is_greedy() || best.1 == f32::NEG_INFINITY {
-            return Some(best.0);
+        if self.params.is_greedy() || best.logit == f32::NEG_INFINITY {
+            return Some(best.token);
         }
-        self.keep_most_likely(best.1);
-        Some(self.draw())
+        let draw = self.params.draw(bits);
+        self.keep_most_likely(&draw, best.logit);
+        Some(self.pick_unit(&draw))
     }
 
     fn penalize(&mut self) {
@@ -218,41 +251,42 @@ impl Sampler {
     }
 
     /// Leaves the candidates that top-k, top-p and min-p keep, with weights relative to the most likely one's.
-    fn keep_most_likely(&mut self, max: f32) {
-        let params = &self.params;
-        if params.top_k > 0 && params.top_k < self.candidates.len() {
-            self.candidates.select_nth_unstable_by(params.top_k - 1, more_likely);
-            self.candidates.truncate(params.top_k);
+    fn keep_most_likely(&mut self, draw: &Draw, max: f32) {
+        if draw.top_k > 0 && draw.top_k < self.candidates.len() {
+            self.candidates.select_nth_unstable_by(draw.top_k - 1, by_likelihood);
+            self.candidates.truncate(draw.top_k);
         }
-        for (_, value) in &mut self.candidates {
-            // An infinite maximum leaves only its equals.
-            *value = if *value == max { 1.0 } else { ((*value - max) / params.temperature).exp() };
+        for candidate in &mut self.candidates {
+            candidate.weight = sample::weight(candidate.logit, max, draw.temperature);
         }
-        let total: f64 = self.candidates.iter().map(|c| f64::from(c.1)).sum();
-        self.candidates.retain(|(_, weight)| *weight > 0.0 && *weight >= params.min_p);
-        if params.top_p < 1.0 {
-            let wanted = f64::from(params.top_p) * total;
-            let kept = self.sort_until(wanted);
+        let total = self.total_units();
+        self.candidates.retain(|c| sample::units(c.weight) > 0 && c.weight >= draw.min_p);
+        if let Some(share) = draw.top_p_share() {
+            let kept = self.sort_until(Draw::wanted(share, total));
             self.candidates.truncate(kept);
         }
         // A draw walks the candidates in order of their ids: the same for the same set, however it was found.
-        self.candidates.sort_unstable_by_key(|(token, _)| *token);
+        self.candidates.sort_unstable_by_key(|c| c.token);
     }
 
-    /// Sorts the most likely candidates to the front until their weights reach `wanted`; returns how many that takes.
+    fn total_units(&self) -> u64 {
+        self.candidates.iter().map(|c| sample::units(c.weight)).sum()
+    }
+
+    /// Sorts the most likely candidates to the front until their units reach `wanted`; returns how many that takes.
     ///
     /// A vocabulary has 150,000 tokens and a nucleus some dozens, so ever larger fronts are sorted, not everything.
-    fn sort_until(&mut self, wanted: f64) -> usize {
-        let (mut sorted, mut sum) = (0, 0.0);
+    fn sort_until(&mut self, wanted: u64) -> usize {
+        let (mut sorted, mut sum) = (0, 0);
         while sorted < self.candidates.len() {
             let front = (sorted * 8).max(64).min(self.candidates.len());
             let rest = &mut self.candidates[sorted..];
             if front < sorted + rest.len() {
-                rest.select_nth_unstable_by(front - sorted, more_likely);
+                rest.select_nth_unstable_by(front - sorted, by_likelihood);
             }
-            rest[..front - sorted].sort_unstable_by(more_likely);
-            for (index, (_, weight)) in rest[..front - sorted].iter().enumerate() {
-                sum += f64::from(*weight);
+            rest[..front - sorted].sort_unstable_by(by_likelihood);
+            for (index, candidate) in rest[..front - sorted].iter().enumerate() {
+                sum += sample::units(candidate.weight);
                 if sum >= wanted {
                     return sorted + index + 1;
                 }
@@ -262,25 +296,23 @@ impl Sampler {
         sorted
     }
 
-    fn draw(&mut self) -> u32 {
-        let total: f64 = self.candidates.iter().map(|c| f64::from(c.1)).sum();
-        // Weights are relative to the likeliest candidate's.
-        self.certainty = (1.0 / total) as f32;
-        let mut rest = self.rng.next_f64() * total;
-        for (token, weight) in &self.candidates {
-            rest -= f64::from(*weight);
-            if rest < 0.0 {
-                return *token;
-            }
-        }
-        // Rounding may leave a crumb: it belongs to the last candidate.
-        self.candidates[self.candidates.len() - 1].0
+    /// The candidate that has the drawn unit.
+    fn pick_unit(&mut self, draw: &Draw) -> u32 {
+        let total = self.total_units();
+        self.certainty = sample::certainty(total);
+        let mut rest = draw.unit(total);
+        let drawn = self.candidates.iter().find(|c| {
+            let units = sample::units(c.weight);
+            let here = rest < units;
+            rest = rest.saturating_sub(units);
+            here
+        });
+        drawn.expect("the unit is one of those that are left").token
     }
 }
 
-/// Larger value first, lower token first where equal: a total order, so that choices are reproducible.
-fn more_likely(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
-    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+fn by_likelihood(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
+    more_likely(&(a.token, a.logit), &(b.token, b.logit))
 }
 
 /// Log-probabilities of one row of logits: the chosen token's, and the `count` most likely tokens with theirs, best first.
@@ -413,29 +445,18 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_nucleus_is_the_one_that_sorting_everything_gives(
-            logits in proptest::collection::vec(-8f32..8.0, 1..400), top_p in 0.01f32..1.0, temperature in 0.1f32..3.0,
+        fn a_choice_is_the_reference_of_the_operation(
+            logits in proptest::collection::vec(prop_oneof![-8f32..8.0, (-4i8..4).prop_map(f32::from)], 1..600),
+            temperature in prop_oneof![Just(0f32), 0.1f32..3.0], top_p in prop_oneof![Just(1f32), 0.01f32..1.0],
+            top_k in prop_oneof![Just(0usize), 1usize..300], min_p in prop_oneof![Just(0f32), 0f32..0.3], seed: u64,
         ) {
-            let params = SamplingParams { temperature, top_p, ..SamplingParams::default() };
-            let mut all = sampler(params);
-            all.logits = logits.clone();
-            all.candidates = (0u32..).zip(logits.iter().copied()).collect();
-            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            all.keep_most_likely(max);
-            let mut sorted: Vec<(u32, f32)> = (0u32..).zip(logits.iter().map(|x| ((x - max) / temperature).exp())).collect();
-            let wanted = f64::from(top_p) * sorted.iter().map(|c| f64::from(c.1)).sum::<f64>();
-            sorted.sort_by(more_likely);
-            let mut sum = 0.0;
-            let mut kept: Vec<u32> = Vec::new();
-            for (token, weight) in sorted {
-                kept.push(token);
-                sum += f64::from(weight);
-                if sum >= wanted {
-                    break;
-                }
+            let params = SamplingParams { temperature, top_p, top_k, min_p, seed, ..SamplingParams::default() };
+            let mut sampler = sampler(params.clone());
+            for bits in sampler.next_bits().take(4) {
+                let (token, certainty) = sample::draw_row(&logits, &params.draw(bits).words());
+                prop_assert_eq!(sampler.pick(&logits), token);
+                prop_assert_eq!(sampler.certainty(), certainty);
             }
-            kept.sort_unstable();
-            prop_assert_eq!(all.candidates.iter().map(|c| c.0).collect::<Vec<_>>(), kept);
         }
 
         #[test]

@@ -10,6 +10,7 @@ use crate::sampler::{PickError, Sampler, log_probabilities};
 use crate::scheduler::Demand;
 use crate::speculate::SequenceTrack;
 use crate::thinking::ThinkingState;
+use moellon_ops::Draw;
 use moellon_text::constraint::{Constraint, TokenMask};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -197,7 +198,12 @@ impl Sequence {
 
     /// Whether the next token is simply the largest logit, which the device can find.
     pub(crate) fn takes_argmax(&self) -> bool {
-        self.sampler.params().is_argmax()
+        self.sampler.params().is_greedy() && self.needs_no_logits()
+    }
+
+    /// Whether nothing but the next token is wanted of its row of logits, so that the device can choose it.
+    pub(crate) fn needs_no_logits(&self) -> bool {
+        self.sampler.params().takes_plain_logits()
             && self.logprobs.is_none()
             && self.constraint.is_none()
             && (self.stop_token_ids.is_empty() || self.generated() >= self.min_tokens)
@@ -208,6 +214,18 @@ impl Sequence {
     pub(crate) fn accept_argmax(&mut self, token: u32) -> SampledToken {
         self.sampler.accept(token);
         self.track.learn_certainty(1.0);
+        SampledToken { id: token, logprob: None, top_logprobs: Vec::new(), forced: false }
+    }
+
+    /// How the next tokens are drawn, one after the other.
+    pub(crate) fn next_draws(&self) -> impl Iterator<Item = Draw> + '_ {
+        self.sampler.next_bits().map(|bits| self.sampler.params().draw(bits))
+    }
+
+    /// Takes the token that the device drew with the next random bits.
+    pub(crate) fn accept_drawn(&mut self, token: u32, certainty: f32) -> SampledToken {
+        self.sampler.accept_drawn(token, certainty);
+        self.track.learn_certainty(certainty);
         SampledToken { id: token, logprob: None, top_logprobs: Vec::new(), forced: false }
     }
 

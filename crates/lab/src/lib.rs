@@ -5,6 +5,7 @@
 //! | file | concept |
 //! |---|---|
 //! | `machine.rs`, `bench.rs`, `speculation.rs` | a machine, a model's steps and prompts, drafts at a given acceptance |
+//! | `ladder.rs` | hot operations in each implementation, checked and timed |
 //! | `lever.rs` | hypotheses as data: `levers/*.toml` |
 //! | `in_turn.rs`, `disturbance.rs`, `statistics.rs` | two arms in turn, what disturbed them, when it is decided |
 //! | `plain.rs` | a back end without fused experts or recorded steps, to compare with |
@@ -14,6 +15,7 @@
 pub mod bench;
 pub mod disturbance;
 pub mod in_turn;
+pub mod ladder;
 pub mod lever;
 pub mod machine;
 pub mod plain;

@@ -52,7 +52,7 @@ impl Backend for PlainBackend {
         inner: caps alloc free write_f32 write_u32 read_f32 read_u32 synchronize measure_read
             alloc_cache read_cache write_cache load_weight stage
             embed rope_table rms_norm layer_norm linear linear_heads rope kv_store attend_gqa attend_mla
-            index_score index_topk route gate_up add gather_rows argmax
+            index_score index_topk route gate_up add gather_rows argmax sample
     }
 
     fn load_experts(&mut self, source: &ExpertsSource<'_>) -> Result<Experts> {

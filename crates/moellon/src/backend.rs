@@ -50,7 +50,9 @@ pub fn open_gpu(options: &DeviceOptions) -> (Option<Box<dyn Backend>>, String) {
 }
 
 fn cuda_options(options: &DeviceOptions) -> CudaOptions {
-    CudaOptions { ordinal: options.gpu, kernels: options.cuda_kernels.clone() }
+    let compile = options.cuda_kernels.as_deref() == Some(Path::new("compile"));
+    let kernels = options.cuda_kernels.clone().filter(|_| !compile);
+    CudaOptions { ordinal: options.gpu, kernels, compile, cache_folder: cache_folder() }
 }
 
 fn open_wgpu(ordinal: usize, allow_software: bool) -> moellon_ops::Result<WgpuBackend> {

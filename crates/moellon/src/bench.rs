@@ -3,7 +3,7 @@
 use crate::cli::{BenchOptions, CacheChoice, ReplaySpec};
 use crate::load::LoadTime;
 use crate::model_source::ModelSource;
-use crate::{backend, doctor, load, table};
+use crate::{backend, doctor, ladder, load, table};
 use anyhow::Result;
 use moellon_engine::{Engine, EngineOptions, Policy, Replay, SpeculationOptions};
 use moellon_lab::Machine;
@@ -25,6 +25,9 @@ pub fn run(options: &BenchOptions) -> Result<()> {
 fn measure(options: &BenchOptions) -> Result<()> {
     anyhow::ensure!(!options.batch.contains(&0), "--batch has 0, expected positive numbers");
     let mut backend = backend::create(&options.device, options.activations)?;
+    if let (true, Some(synthetic)) = (options.kernels, &options.synthetic) {
+        return ladder::run(options, synthetic, backend.as_mut());
+    }
     if let (Some(spec), Some(synthetic)) = (&options.speculate, &options.synthetic) {
         return replay(options, spec, synthetic, backend);
     }

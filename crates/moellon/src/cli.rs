@@ -88,7 +88,7 @@ pub struct DeviceOptions {
     /// Which GPU, where there are several.
     #[arg(long, env = "MOELLON_GPU", default_value_t = 0, value_name = "N")]
     pub gpu: usize,
-    /// Folder of CUBINs to use instead of the built-in ones, for work on kernels.
+    /// Folder of CUBINs to use instead of the built-in ones, or `compile` to compile them here; for work on kernels.
     #[arg(long, env = "MOELLON_CUDA_KERNELS", value_name = "DIR", hide = true)]
     pub cuda_kernels: Option<PathBuf>,
 }
@@ -423,6 +423,10 @@ pub struct BenchOptions {
     /// p=0.6/0.8. A preset with `mtp=1` drafts with its MTP layer, one without drafts for nothing.
     #[arg(long, value_name = "replay:..", requires = "synthetic")]
     pub speculate: Option<ReplaySpec>,
+    /// Measure the hot operations of a layer one by one instead, with as many rows as `--batch` says: the reference (the CPU in exact
+    /// mode), the back end operation by operation, and what steps run, each checked and timed.
+    #[arg(long, requires = "synthetic", conflicts_with = "speculate")]
+    pub kernels: bool,
     /// Tokens that the MTP layer drafts, as for `run`.
     #[arg(long, default_value = "auto", value_name = "N")]
     pub draft_vocab: DraftVocab,

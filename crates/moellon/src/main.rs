@@ -10,6 +10,7 @@ mod cli;
 mod doctor;
 mod generate;
 mod inspect;
+mod ladder;
 mod lever;
 mod load;
 mod logits;

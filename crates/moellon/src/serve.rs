@@ -274,6 +274,7 @@ impl Generator for EngineGenerator {
             steps: stats.steps,
             since_last_step: stats.since_progress,
             failed: stats.failures_in_a_row > 0 || !self.handle.is_running(),
+            failures_in_a_row: stats.failures_in_a_row,
             restarts: stats.restarts,
             cache_used_bytes: stats.used_bytes(),
             cache_reusable_bytes: stats.reusable_bytes(),

@@ -1,9 +1,9 @@
 //! The trait that a back end implements: memory, weights, and one method an operation.
 
-use crate::Result;
 use crate::buffer::{Buffer, Cache, CacheDtype, ElementType, Tensor};
 use crate::ops::*;
 use crate::weight::{Experts, ExpertsSource, Weight, WeightSource};
+use crate::{Error, Result};
 use moellon_tensor::WeightFormat;
 use std::fmt;
 
@@ -79,6 +79,9 @@ pub struct Caps {
     pub formats: WeightFormatSet,
     /// Bytes that weights and caches may take in all, where the device says so.
     pub memory_bytes: Option<u64>,
+    /// Whether tokens can be drawn where the logits are ([`Sample`]). Elsewhere whoever draws reads the logits: on the host they are near
+    /// already.
+    pub samples: bool,
 }
 
 /// A part of a step, for profilers: the same names in the same order everywhere.
@@ -151,6 +154,15 @@ pub struct StepTimes {
     pub stages: [f64; Stage::ALL.len()],
 }
 
+/// One kernel of a recorded step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KernelTime {
+    /// Its name.
+    pub name: String,
+    /// Seconds from the end of what was before it to its own end, by the device's clock.
+    pub seconds: f64,
+}
+
 /// A device that runs operations. Operations append to one in-order stream: each sees the results of those before it;
 /// `read_*` waits for the stream.
 ///
@@ -215,6 +227,12 @@ pub trait Backend: Send {
         Ok(None)
     }
 
+    /// Runs the step recorded under `key` kernel by kernel and says how long each took, in their order; nothing where there is no such step
+    /// or no clock for kernels.
+    fn time_kernels(&mut self, _key: u64) -> Result<Vec<KernelTime>> {
+        Ok(Vec::new())
+    }
+
     /// Allocates a cache of `num_slots` rows of `width` elements.
     fn alloc_cache(&mut self, what: &str, dtype: CacheDtype, num_slots: usize, width: usize) -> Result<Cache>;
 
@@ -272,4 +290,10 @@ pub trait Backend: Send {
     fn gather_rows(&mut self, op: &GatherRows) -> Result<()>;
     /// [`Argmax`]
     fn argmax(&mut self, op: &Argmax) -> Result<()>;
+    /// [`Sample`], where [`Caps::samples`] says so.
+    fn sample(&mut self, op: &Sample) -> Result<()> {
+        op.validate()?;
+        let message = "does not draw tokens: Caps::samples says so".to_owned();
+        Err(Error::Device { backend: self.caps().name, message })
+    }
 }

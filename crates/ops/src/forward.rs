@@ -106,6 +106,7 @@ macro_rules! forward_backend {
     (@ $field:ident add) => { $crate::forward_backend!(@ $field add($crate::Add)); };
     (@ $field:ident gather_rows) => { $crate::forward_backend!(@ $field gather_rows($crate::GatherRows)); };
     (@ $field:ident argmax) => { $crate::forward_backend!(@ $field argmax($crate::Argmax)); };
+    (@ $field:ident sample) => { $crate::forward_backend!(@ $field sample($crate::Sample)); };
     (@ $field:ident $method:ident($op:ty)) => {
         fn $method(&mut self, op: &$op) -> $crate::Result<()> {
             self.$field.$method(op)

@@ -27,7 +27,7 @@ pub mod profile;
 pub mod reference;
 pub mod weight;
 
-pub use backend::{ActivationPrecision, Backend, Caps, Stage, StepTimes};
+pub use backend::{ActivationPrecision, Backend, Caps, KernelTime, Stage, StepTimes};
 pub use buffer::{Buffer, Cache, CacheDtype, ElementType, Paging, Tensor};
 pub use error::{Error, Result};
 pub use ops::*;

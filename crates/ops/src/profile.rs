@@ -146,6 +146,7 @@ impl Backend for Profiler<'_> {
         add: Add,
         gather_rows: GatherRows,
         argmax: Argmax,
+        sample: Sample,
     }
 
     fn moe_gate_up(&mut self, op: &MoeGateUp) -> Result<()> {

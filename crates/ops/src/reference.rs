@@ -194,6 +194,7 @@ impl ReferenceBackend {
             activations: ActivationPrecision::Exact,
             formats: WeightFormatSet::ALL,
             memory_bytes: None,
+            samples: true,
         };
         ReferenceBackend { caps, memory: Memory::default() }
     }
@@ -337,5 +338,6 @@ impl Backend for ReferenceBackend {
         add: Add,
         gather_rows: GatherRows,
         argmax: Argmax,
+        sample: Sample,
     }
 }

@@ -77,6 +77,8 @@ pub struct GeneratorStats {
     pub unloaded: bool,
     /// Whether it failed and has not restarted yet.
     pub failed: bool,
+    /// Steps that failed since the last one that did not.
+    pub failures_in_a_row: u64,
     /// Times it restarted after a failure.
     pub restarts: u64,
     /// Bytes of cache in use by running requests.

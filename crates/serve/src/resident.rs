@@ -2,6 +2,9 @@
 //!
 //! The first request after an unload starts the load, and it and those behind it wait for it. What the generator cached on
 //! disk is still there afterwards; what it cached in memory is not.
+//!
+//! A generator whose steps fail again and again is left and loaded anew by the next request: a GPU that was lost comes back with a
+//! new context only.
 
 use crate::generator::{EventSource, EventStream, Generator, GeneratorStats, UnloadError};
 use moellon_engine::{Event, Request, RequestError};
@@ -13,6 +16,9 @@ use tokio::sync::oneshot;
 
 /// Makes the generator again, as it was; an error is said to everybody who waits, and the next request tries again.
 type Load = dyn Fn() -> Result<Arc<dyn Generator>, String> + Send + Sync;
+
+/// Failed steps in a row after which a generator is not asked again. One may be anything; the engine begins anew after it.
+const FAILURES: u64 = 2;
 
 /// A generator that may be unloaded. Needs a place for its requests only while it loads.
 pub struct Resident {
@@ -115,16 +121,21 @@ impl Shared {
         let is_wanted = matches!(&*state, State::Moving { waiting, .. } if !waiting.is_empty());
         if is_wanted {
             drop(state);
-            self.spawn_load();
+            self.spawn_load(None);
         } else {
             *state = State::Unloaded { last };
         }
         Ok(())
     }
 
-    fn spawn_load(self: &Arc<Self>) {
+    /// Loads in a thread of its own, once `broken` has let go of the device.
+    fn spawn_load(self: &Arc<Self>, broken: Option<Arc<dyn Generator>>) {
         let shared = Arc::clone(self);
         let spawned = std::thread::Builder::new().name("load".to_owned()).spawn(move || {
+            if let Some(broken) = broken {
+                tracing::warn!("the device failed {FAILURES} times in a row, the model is loaded anew");
+                broken.close();
+            }
             let started = Instant::now();
             let loaded = (shared.load)();
             match &loaded {
@@ -165,13 +176,21 @@ impl Shared {
 impl Generator for Resident {
     fn submit(&self, request: Request) -> Result<EventStream, RequestError> {
         let mut state = self.shared.lock();
-        if let State::Loaded { generator, used, .. } = &mut *state {
-            *used = Instant::now();
-            return generator.submit(request);
-        }
         let (sender, receiver) = oneshot::channel();
+        let mut broken = None;
         let must_load = match &mut *state {
-            State::Loaded { .. } => unreachable!("it is asked above, and the lock is held"),
+            State::Loaded { generator, used, .. } => {
+                *used = Instant::now();
+                let stats = generator.stats();
+                if stats.failures_in_a_row < FAILURES || stats.running > 0 {
+                    return generator.submit(request);
+                }
+                let moving = State::Moving { last: Box::new(stats), waiting: vec![sender] };
+                if let State::Loaded { generator, .. } = std::mem::replace(&mut *state, moving) {
+                    broken = Some(generator);
+                }
+                true
+            }
             State::Unloaded { last } => {
                 let last = std::mem::take(last);
                 *state = State::Moving { last, waiting: vec![sender] };
@@ -188,7 +207,7 @@ impl Generator for Resident {
         };
         drop(state);
         if must_load {
-            self.shared.spawn_load();
+            self.shared.spawn_load(broken);
         }
         Ok(Box::new(AfterLoad::Waiting(Box::new(request), receiver)))
     }

@@ -249,7 +249,7 @@ impl Backend for Observer {
     moellon_ops::forward_backend! {
         backend: caps alloc free write_f32 write_u32 read_f32 read_u32 synchronize alloc_cache read_cache write_cache stage
             embed rope_table rms_norm layer_norm rope kv_store attend_gqa attend_mla index_score index_topk route add
-            gather_rows argmax
+            gather_rows argmax sample
     }
 
     fn load_weight(&mut self, source: &WeightSource<'_>) -> Result<Weight> {

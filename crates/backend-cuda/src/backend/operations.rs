@@ -11,7 +11,7 @@ use crate::weights::{format_name, product_suffix, ring_bytes};
 use moellon_ops::{
     Activation, Add, Argmax, AttendGqa, AttendMla, CacheDtype, Embed, GateUp, GatherRows, IndexScore, IndexTopk,
     KvStore, LayerNorm, Linear, LinearHeads, MoeDown, MoeGateUp, Result, RmsNorm, Rope, RopePairs, RopeTable, Route,
-    Scoring, Tensor, Weight,
+    Sample, Scoring, Tensor, Weight,
 };
 use moellon_tensor::WeightFormat;
 
@@ -580,6 +580,19 @@ impl CudaBackend {
         };
         let kernel = self.kernels.rows("argmax")?;
         self.device.launch(&kernel, [rows as u32, blocks as u32, 1], 1024, 0, &args)
+    }
+
+    pub(super) fn sample_now(&mut self, op: &Sample) -> Result<()> {
+        op.validate()?;
+        let args = args::Sample {
+            logits: self.input(op.logits)?,
+            draws: self.address(op.draws)?,
+            out: self.address(op.out)?,
+            draws_stride: op.draws.stride as u32,
+            out_stride: op.out.stride as u32,
+        };
+        let kernel = self.kernels.sample("sample")?;
+        self.device.launch(&kernel, [op.logits.rows as u32, 1, 1], 1024, 0, &args)
     }
 
     /// Counters in device memory that are zero between two kernels: each kernel leaves them so.

@@ -50,7 +50,7 @@ impl Backend for FaultyBackend {
     moellon_ops::forward_backend! {
         inner: caps alloc free write_f32 write_u32 read_u32 alloc_cache read_cache write_cache load_weight load_experts
             rope_table rms_norm layer_norm linear linear_heads rope kv_store attend_gqa attend_mla
-            index_score index_topk route moe_gate_up moe_down gate_up add gather_rows argmax
+            index_score index_topk route moe_gate_up moe_down gate_up add gather_rows argmax sample
     }
 
     fn read_f32(&mut self, src: Tensor, dst: &mut [f32]) -> Result<()> {

@@ -1,6 +1,7 @@
 //! Tiny random models for the engine's tests.
 #![allow(dead_code, reason = "every test file uses a part")]
 
+pub(crate) mod drawing;
 pub(crate) mod faulty;
 
 use moellon_backend_cpu::{ActivationMode, CpuBackend, CpuOptions};

@@ -160,6 +160,7 @@ fn bench_options(options: &ReportOptions) -> BenchOptions {
         synthetic: None,
         format: "affine-4".to_owned(),
         speculate: None,
+        kernels: false,
         draft_vocab: DraftVocab(DraftVocabulary::Auto),
         batch: vec![1, 2, 4, 8],
         context: 128,

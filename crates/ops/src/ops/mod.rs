@@ -19,6 +19,7 @@ mod moe_gate_up;
 mod rms_norm;
 mod rope;
 mod route;
+pub mod sample;
 
 pub use activation::Activation;
 pub use add::Add;
@@ -39,6 +40,7 @@ pub use moe_gate_up::MoeGateUp;
 pub use rms_norm::RmsNorm;
 pub use rope::{Rope, RopePairs, RopeTable};
 pub use route::{Route, Scoring};
+pub use sample::{Draw, Sample};
 
 use crate::conformance::Case;
 
@@ -63,6 +65,7 @@ pub fn all_cases() -> Vec<Case> {
         add::cases(),
         gather_rows::cases(),
         argmax::cases(),
+        sample::cases(),
     ]
     .into_iter()
     .flatten()

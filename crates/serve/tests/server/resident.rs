@@ -102,6 +102,52 @@ async fn an_unloaded_model_is_loaded_by_the_next_request() {
     assert!(server.get("/metrics").await.body.contains("moellon:model_loaded{model_name=\"tiny\"} 1"));
 }
 
+/// A generator whose device is gone.
+struct Broken {
+    failures_in_a_row: u64,
+    is_closed: Arc<AtomicBool>,
+}
+
+impl Generator for Broken {
+    fn submit(&self, _: Request) -> Result<EventStream, RequestError> {
+        Err(RequestError::Engine("the device is lost".to_owned()))
+    }
+
+    fn stats(&self) -> GeneratorStats {
+        GeneratorStats { failures_in_a_row: self.failures_in_a_row, ..GeneratorStats::default() }
+    }
+
+    fn close(&self) {
+        self.is_closed.store(true, Ordering::SeqCst);
+    }
+}
+
+#[tokio::test]
+async fn a_generator_that_fails_again_and_again_is_loaded_anew() {
+    for (failures_in_a_row, is_reloaded) in [(1, false), (2, true)] {
+        let model = served_model();
+        let script = |_: &str, _: &Request| ScriptedAnswer::text("</think>ok");
+        let scripted = Arc::new(ScriptedGenerator::new(Arc::clone(&model.tokenizer), script));
+        let is_closed = Arc::new(AtomicBool::new(false));
+        let broken = Arc::new(Broken { failures_in_a_row, is_closed: Arc::clone(&is_closed) });
+        let (next, seen) = (Arc::clone(&scripted), Arc::clone(&is_closed));
+        let load = move || {
+            assert!(seen.load(Ordering::SeqCst), "the device is let go of before it is opened again");
+            Ok(Arc::clone(&next) as Arc<dyn Generator>)
+        };
+        let generator = Resident::new(broken, load, None, 8).unwrap();
+        let server = TestServer::start_generator(model, options(), scripted, Arc::new(generator)).await;
+        let reply = server.post(PATH, &ask("hi")).await;
+        if is_reloaded {
+            assert_eq!(reply.json()["choices"][0]["message"]["content"], "ok");
+        } else {
+            assert_eq!(reply.status, 500);
+            assert!(reply.body.contains("the device is lost"), "{reply:?}");
+        }
+        assert_eq!(is_closed.load(Ordering::SeqCst), is_reloaded);
+    }
+}
+
 #[tokio::test]
 async fn requests_wait_for_one_load_and_too_many_are_told_so() {
     let (server, loads, count) = resident(None, 3).await;

@@ -1,0 +1,249 @@
+"""Measures what bench/receipts.py does not on an NVIDIA GPU, and writes receipts.
+
+    cargo build --release -p moellon
+    python3 bench/cuda.py ladder [FORMAT ..]    # hot operations one by one: reference, plain, best; checked and timed
+    python3 bench/cuda.py sampling              # draws on the device against draws on the host, over HTTP: the same texts, and their speed
+    python3 bench/cuda.py context [SHAPE/FORMAT ..]  # decode at 8192 positions against 128
+    python3 bench/cuda.py golden                # worst difference from transformers; texts of the bundled model against the CPU's
+    python3 bench/cuda.py faults [KERNELS]      # no memory, no driver, a lost GPU (a folder of kernels of which one traps): what is said, and who survives
+    cargo xtask docs --write
+
+Needs nothing but Python.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+
+from receipts import BINARY, NAME, ROOT, run, steal_ticks, tensors, write
+from serving import Server, wide_model
+
+SHAPE = "glm-5.2-77"
+SLICE = "glm-5.2-77:layers=12"
+
+
+def ladder(stolen, formats):
+    reports, rows, kernels, commands = [], [], [], []
+    for form in formats or ("nvfp4", "affine-4", "affine-3"):
+        command = ["bench", "--kernels", "--backend", "cuda", "--synthetic", SHAPE, "--format", form, "--batch", "1,8,32", "--prompt", "512", "--json"]
+        report = json.loads(run(*command)[0])
+        reports.append(report)
+        commands.append(f"{NAME} {' '.join(command)}")
+        experts = {}
+        for rung in report["rungs"]:
+            if not rows or [rows[-1][key] for key in ("format", "operation", "rows")] != [form, rung["operation"], rung["rows"]]:
+                rows.append({
+                    "format": form, "operation": rung["operation"], "rows": rung["rows"], "MB": f"{rung['bytes'] / 1e6:.1f}", "reference, us": "-",
+                    "plain, us": "-", "best, us": "-", "best, GB/s": "-", "share of measured bandwidth": "-", "best, TFLOP/s": "-",
+                    "plain against the reference": "-", "best against plain": "-",
+                })
+            rows[-1][f"{rung['implementation']}, us"] = f"{rung['microseconds']:.1f}"
+            if rung["implementation"] == "plain":
+                rows[-1]["plain against the reference"] = rung["check"]
+            if rung["implementation"] == "best":
+                rows[-1] |= {
+                    "best, GB/s": f"{rung['gb_s']:.0f}", "share of measured bandwidth": f"{100 * rung['bandwidth_share']:.0f} %",
+                    "best, TFLOP/s": f"{rung['tflop_s']:.1f}", "best against plain": rung["check"],
+                }
+            if rung["implementation"] == "plain" and rung["operation"].startswith("expert "):
+                experts[rung["operation"], rung["rows"]] = rung
+            if rung["operation"].startswith("experts,") and rung["implementation"] == "best":
+                for kernel in rung["kernels"]:
+                    operation = "expert down" if "down" in kernel["name"] else "expert gate and up" if "_up" in kernel["name"] or kernel["name"].startswith("up") else None
+                    moved = experts.get((operation, rung["rows"]))
+                    row = {"format": form, "rows": rung["rows"], "kernel": kernel["name"], "us": f"{kernel['microseconds']:.1f}", "MB": "-", "GB/s": "-", "share of measured bandwidth": "-", "us a distinct expert": "-", "against one row": "-"}
+                    if moved:
+                        rate = moved["bytes"] / kernel["microseconds"] / 1e3
+                        each = kernel["microseconds"] / rung["distinct_experts"]
+                        one = next((k for k in kernels if (k["format"], k["rows"], k["of"]) == (form, 1, operation)), None)
+                        row |= {
+                            "MB": f"{moved['bytes'] / 1e6:.1f}", "GB/s": f"{rate:.0f}", "share of measured bandwidth": f"{100 * rate / report['measured_read_gb_s']:.0f} %",
+                            "us a distinct expert": f"{each:.2f}", "against one row": f"{each / one['each']:.2f}" if one else "1.00", "each": each,
+                        }
+                    kernels.append({**row, "of": operation})
+    shown = [{key: value for key, value in row.items() if key not in ("of", "each")} for row in kernels]
+    write("cuda-ladder", commands, reports, {"cuda-ladder": rows, "cuda-ladder-kernels": shown}, stolen)
+
+
+def complete(server, count, body, tokens):
+    """Texts of `count` requests at a time, and tokens a second of all."""
+    texts = [None] * count
+
+    def one(index):
+        answer, _ = server.post("/v1/completions", {"prompt": [5 + index, 17, 99, 3 + 7 * index], "max_tokens": tokens, "seed": 100 + index, "ignore_eos": True, **body})
+        texts[index] = (answer["choices"][0]["text"], answer["usage"]["completion_tokens"])
+
+    threads = [threading.Thread(target=one, args=(index,)) for index in range(count)]
+    start = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    elapsed = time.monotonic() - start
+    return [text for text, _ in texts], sum(tokens for _, tokens in texts) / elapsed
+
+
+def sampling(stolen):
+    ways = {
+        "greedy": {"temperature": 0},
+        "temperature 0.8": {"temperature": 0.8, "top_p": 1, "top_k": 0, "min_p": 0},
+        "temperature 0.8, top-p 0.95": {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "min_p": 0},
+        "temperature 0.7, top-k 40, min-p 0.05": {"temperature": 0.7, "top_p": 1, "top_k": 40, "min_p": 0.05},
+    }
+    rows, samples, commands = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        model = wide_model(folder, 154_880)
+        options = ["-m", model, "--backend", "cuda", "--synthetic", SLICE, "--format", "affine-4", "--context", 1024, "--max-sequences", 32, "--speculate", "off"]
+        with Server(*options) as server:
+            commands.append(server.shown.replace(str(model), "(the bundled model with a tokenizer of 154,880 tokens)"))
+            complete(server, 32, ways["greedy"], 16)
+            for count in (1, 8, 32):
+                for name, body in ways.items():
+                    # A bias of nothing needs the logits on the host and changes none.
+                    speeds = {"device": [], "host": []}
+                    texts = {}
+                    for turn in range(3):
+                        for where, more in (("device", {}), ("host", {"logit_bias": {"0": 0}})):
+                            texts[where], speed = complete(server, count, {**body, **more}, 96 if count == 1 else 48)
+                            speeds[where].append(speed)
+                    middle = {where: sorted(values)[1] for where, values in speeds.items()}
+                    same = sum(a == b for a, b in zip(texts["device"], texts["host"]))
+                    samples.append({"requests": count, "way": name, "tok_s": speeds, "same texts": same})
+                    rows.append({
+                        "requests at a time": count, "choice": name, "on the device, tok/s": f"{middle['device']:.0f}", "on the host, tok/s": f"{middle['host']:.0f}",
+                        "factor": f"{middle['device'] / middle['host']:.2f}", "same texts": f"{same} of {count}",
+                    })
+    write("cuda-sampling", commands, samples, {"cuda-sampling": rows}, stolen)
+
+
+def context(stolen, chosen):
+    reports, rows, commands = [], [], []
+    for plan in chosen or (f"{SLICE}/affine-4", f"{SHAPE}/q3a4"):
+        shape, form = plan.split("/")
+        first = {}
+        for length in (128, 8192):
+            command = ["bench", "--backend", "cuda", "--synthetic", shape, "--format", form, "--batch", "1,8", "--context", str(length), "--prompt", "1", "--windows", "7", "--steps", "20", "--json"]
+            report = json.loads(run(*command)[0])
+            reports.append(report)
+            commands.append(f"{NAME} {' '.join(command)}")
+            for result in report["results"]:
+                ms = result["step_ms"]
+                first.setdefault(result["batch"], ms)
+                rows.append({
+                    "shape": shape, "format": form, "batch": result["batch"], "context": length, "tok/s": f"{result['decode_tok_s']:.1f}", "ms a step": f"{ms:.2f}",
+                    "against 128": f"{ms / first[result['batch']]:.2f}", "MB a step": f"{result['bytes_per_step'] / 1e6:.0f}",
+                    "share of measured bandwidth": f"{100 * result['bandwidth_share']:.0f} %",
+                })
+    write("cuda-context", commands, reports, {"cuda-context": rows}, stolen)
+
+
+def golden(stolen):
+    rows, samples, commands = [], [], []
+    for fixture in sorted(p for p in (ROOT / "fixtures/golden").iterdir() if p.is_dir()):
+        expected = tensors(fixture / "golden.safetensors")
+        mtp = ["--mtp"] if "mtp_logits" in expected else []
+        with tempfile.TemporaryDirectory() as folder:
+            out = f"{folder}/out.safetensors"
+            ids = ",".join(map(str, expected["input_ids"]))
+            run("logits", "-m", fixture, "--backend", "cuda", "--ids", ids, "--greedy", len(expected["greedy_ids"]), *mtp, "--out", out)
+            found = tensors(out)
+        worst = lambda key, golden_key: max(abs(a - b) for a, b in zip(found[key], expected[golden_key], strict=True))
+        deltas = {key: worst(key, "logits" if key == "decode_logits" else key) for key in ("logits", "decode_logits", "greedy_logits", "mtp_logits") if key in found}
+        same = found["greedy_ids"] == expected["greedy_ids"]
+        samples.append({"fixture": fixture.name, **deltas, "greedy ids equal": same})
+        commands.append(f"{NAME} logits -m fixtures/golden/{fixture.name} --backend cuda --ids .. --greedy .. --mtp --out ..")
+        show = lambda key: f"{deltas[key]:.1e}" if key in deltas else "-"
+        rows.append({"model": fixture.name, "prefill": show("logits"), "decode": show("decode_logits"), "greedy": show("greedy_logits"), "mtp": show("mtp_logits"), "greedy ids": "equal" if same else "DIFFERENT"})
+    prompts = ["def quicksort(items):", "fn main() {\n    let mut", "class Stack:\n    def __init__(self):"]
+    ways = {"greedy": ["--temp", 0], "temperature 0.8, top-p 0.95, seed 7": ["--temp", 0.8, "--top-p", 0.95, "--top-k", 0, "--min-p", 0, "--seed", 7]}
+    texts, text_rows = [], []
+    for way, flags in ways.items():
+        same, first = 0, []
+        for prompt in prompts:
+            answers = []
+            for where in (["--backend", "cpu", "--activations", "exact"], ["--backend", "cuda"]):
+                for speculate in ("off", "auto"):
+                    command = ["run", *where, "--speculate", speculate, *flags, "-n", 200, "--raw", "--json", "-p", prompt]
+                    answers.append(json.loads(run(*command)[0]))
+                    commands.append(f"{NAME} {' '.join(map(str, command))}")
+            ids = [answer["token_ids"] for answer in answers]
+            same += all(i == ids[0] for i in ids)
+            first += [next(n for n, pair in enumerate(zip(i, ids[0])) if pair[0] != pair[1]) for i in ids if i != ids[0]]
+            texts += [{key: answer[key] for key in ("token_ids", "completion_tokens")} for answer in answers]
+        text_rows.append({
+            "model": "moellon-tiny (bundled)", "choice": way, "prompts": len(prompts), "tokens each": min(t["completion_tokens"] for t in texts),
+            "CPU exact, CUDA, speculation off and on: all the same": f"{same} of {len(prompts)}", "first different tokens": ", ".join(map(str, first)) or "-",
+        })
+    write("cuda-golden", commands, {"golden": samples, "text": texts}, {"golden-cuda": rows, "texts-cuda": text_rows}, stolen)
+
+
+def ask(server, **more):
+    """Status and text of a short completion."""
+    try:
+        answer, _ = server.post("/v1/completions", {"prompt": "def f(x):", "max_tokens": 8, "temperature": 1, "seed": 1, **more})
+        return 200, answer["choices"][0]["text"]
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())["error"]["message"]
+
+
+def said(*arguments, **environment):
+    """Exit status and the last line of a program that fails."""
+    done = subprocess.run([BINARY, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, **environment})
+    return done.returncode, (done.stderr.strip().splitlines() or [""])[-1]
+
+
+def faults(stolen, kernels):
+    rows = []
+
+    def note(what, expected, found, text):
+        rows.append({"fault": what, "expected": expected, "found": found, "said": text})
+        print(rows[-1], flush=True)
+
+    small = ["run", "--backend", "cuda", "-p", "x", "-n", "1"]
+    note("no GPU is visible", "exit status 1, one line", *said(*small, CUDA_VISIBLE_DEVICES=""))
+    note("a GPU that does not exist", "exit status 1, one line", *said(*small, "--gpu", 9))
+    note("a cache larger than the memory", "exit status 1, the numbers", *said("serve", "--backend", "cuda", "--port", 0, "--cache-gb", 400))
+    with Server("--backend", "cuda", "--context", 512, "--cache-gb", 30) as server:
+        before = ask(server)
+        note("none", 200, *before)
+        server.post("/models/unload", {})
+        with contextlib.ExitStack() as hog:
+            hog.enter_context(Server("--backend", "cuda", "--cache-gb", 125))
+            note("another program has the memory when a model is loaded again", "an error with the numbers", *ask(server))
+        after = ask(server)
+        note("the other program has ended", 200, after[0], "the same text" if after == before else after[1])
+    if kernels:
+        with Server("--backend", "cuda", "--context", 512, "--cuda-kernels", kernels[0]) as server:
+            note("none, kernels that can trap", 200, *ask(server, top_k=7))
+            note("a kernel traps: the context is lost", "an error", *ask(server, top_k=12345))
+            note("the next request", 200, *ask(server, top_k=7))
+            time.sleep(2)
+            note("a request two seconds later", 200, *ask(server, top_k=7))
+    write("cuda-faults", [f"{NAME} serve --backend cuda ..", f"{NAME} run --backend cuda .."], rows, {"cuda-faults": rows}, stolen)
+
+
+def main():
+    stolen = steal_ticks()
+    match sys.argv[1:]:
+        case ["ladder", *formats]:
+            ladder(stolen, formats)
+        case ["sampling"]:
+            sampling(stolen)
+        case ["context", *plans]:
+            context(stolen, plans)
+        case ["golden"]:
+            golden(stolen)
+        case ["faults", *kernels]:
+            faults(stolen, kernels)
+        case _:
+            raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
