@@ -10,6 +10,7 @@
     python3 bench/receipts.py resident DIRECTORY # memory of a large checkpoint, loaded and decoding
     python3 bench/receipts.py kernels           # one linear layer by format and rows (examples/kernel_speed)
     python3 bench/receipts.py operations [SHAPE ..] # a step operation by operation, and its parallel regions (examples/step_operations)
+    python3 bench/receipts.py pages             # what huge pages are worth on this machine (moellon-tensor's examples/page_walks)
     python3 bench/receipts.py cuda [SHAPE/FORMAT ..]  # the same on an NVIDIA GPU, up to the whole GLM-5.2-77; text against the CPU's
     python3 bench/receipts.py wgpu              # a slice on the portable GPU back end, stages by the adapter's clock; text against the CPU's
     python3 bench/receipts.py wgpu-steps FILE   # what examples/step_speed wrote on another machine: {"machine", "binary_sha256", "commands", "steps", "notes"}
@@ -283,6 +284,18 @@ def operations(stolen, shapes):
     write("-".join(["operations-cpu", *shapes]), commands, reports, {"regions-cpu": steps, "operations-cpu": rows}, stolen)
 
 
+def pages(stolen):
+    program = Path(os.environ.get("MOELLON_PAGE_WALKS", ROOT / "target/release/examples/page_walks"))
+    samples = [subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines() for _ in range(5)]
+    rows = []
+    for lines in zip(*samples):
+        # `huge pages: 4.9 ns a line side by side, 14.4 ns a line a page`
+        numbers = [[float(line.split()[at]) for at in (2, 9)] for line in lines]
+        dense, paged = (statistics.median(column) for column in zip(*numbers))
+        rows.append({"pages": lines[0].split()[0], "ns a line, side by side": f"{dense:.1f}", "ns a line, a 4 KiB page each": f"{paged:.1f}"})
+    write("pages-cpu", ["target/release/examples/page_walks"], samples, {"pages-cpu": rows}, stolen)
+
+
 def cuda(stolen, chosen):
     """All plans, or those named as SHAPE/FORMAT."""
     more = ["--backend", "cuda", "--windows", "7", "--steps", "20"]
@@ -425,7 +438,7 @@ def cuda_sanitizer(stolen, conformance, recorded):
 
 
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "operations", "cuda", "wgpu", "wgpu-steps", "cuda-kernels", "cuda-sanitizer"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "operations", "pages", "cuda", "wgpu", "wgpu-steps", "cuda-kernels", "cuda-sanitizer"):
         raise SystemExit(__doc__)
     stolen = steal_ticks()
     match sys.argv[1]:
@@ -447,6 +460,8 @@ def main():
             kernels(stolen)
         case "operations":
             operations(stolen, sys.argv[2:])
+        case "pages":
+            pages(stolen)
         case "cuda":
             cuda(stolen, sys.argv[2:])
         case "wgpu":

@@ -11,12 +11,15 @@
 //! `unsafe`: threads write disjoint heads of the output.
 #![allow(unsafe_code)]
 
-use crate::attention::{CHUNK, Heads, KeysAndValues, PART_KEYS, Sums, attend_chunk, heads_floats, sums_floats};
+use crate::attention::{
+    CHUNK, Heads, KeysAndValues, PART_KEYS, Sums, WideRows, attend_chunk, heads_floats, sums_floats,
+};
 use crate::memory::Floats;
 use crate::paged::Pages;
 use crate::scratch::Scratch;
 use crate::simd::Level;
 use crate::work::Queues;
+use moellon_ops::CacheDtype;
 use moellon_tensor::pool::{Pool, partition};
 use std::ops::Range;
 
@@ -24,6 +27,8 @@ use std::ops::Range;
 const UNIT_TOKENS: usize = 8;
 /// Heads that kernels take at once: units hold multiples, except the last of a key head.
 const UNIT_HEADS: usize = 4;
+/// Heads that read a row at once, at most ([`crate::attention`]): with more of them, or several tokens, rows are widened first.
+const WIDE_HEADS: usize = 8;
 /// Floats of queries and sums of a unit of several tokens, about: they and a chunk's rows share L2.
 const UNIT_FLOATS: usize = 40 * 1024;
 
@@ -166,7 +171,7 @@ where
     pub(crate) fn run(&self, pool: &Pool, scratch: &mut Scratch, queues: &mut Queues) {
         let num_threads = pool.num_threads();
         let split = self.split(num_threads);
-        let space_floats = split.unit_tokens * self.token_floats(split.unit_heads());
+        let space_floats = self.wide_floats(&split) + split.unit_tokens * self.token_floats(split.unit_heads());
         let parts_floats = if split.context_parts == 1 { 0 } else { split.num_units() * self.part_floats(&split) };
         let (space, parts) = scratch.per_thread_and_shared(num_threads, space_floats, parts_floats);
         queues.fill(split.num_units(), num_threads);
@@ -176,12 +181,14 @@ where
             let space = unsafe { space.part(index) };
             // Pieces of one key head and part of its heads are neighbours: a thread keeps its rows in L2.
             while let Some(number) = queues.take(index) {
+                let (wide, space) = space.split_at_mut(self.wide_floats(&split));
+                let wide = (!wide.is_empty()).then(|| WideRows::new(wide));
                 if split.context_parts == 1 {
-                    self.whole_contexts(&self.unit(&split, number), space);
+                    self.whole_contexts(&self.unit(&split, number), wide, space);
                 } else {
                     // SAFETY: this unit's part, by the thread that took it; others are read after the barrier.
                     let sums = unsafe { parts.part(self.part_range(&split, number)) };
-                    self.part_of_context(&self.unit(&split, number), space, sums);
+                    self.part_of_context(&self.unit(&split, number), wide, space, sums);
                 }
             }
             if split.context_parts > 1 {
@@ -210,11 +217,11 @@ where
             head_parts: 1,
             context_parts: 1,
         };
+        // A unit has all heads of a key head, unless that is too much for L2.
+        let group_floats = unit_tokens * self.token_floats(UNIT_HEADS);
+        let for_l2 = if unit_tokens == 1 { 1 } else { head_groups.div_ceil((UNIT_FLOATS / group_floats).max(1)) };
         if whole.num_units() >= num_threads {
-            // A unit has all heads of a key head, unless that is too much for L2.
-            let group_floats = unit_tokens * self.token_floats(UNIT_HEADS);
-            let for_l2 = if unit_tokens == 1 { 1 } else { head_groups.div_ceil((UNIT_FLOATS / group_floats).max(1)) };
-            return Split { head_parts: for_l2.min(head_groups), ..whole };
+            return Split { head_parts: for_l2, ..whole };
         }
         let most_keys = (0..self.num_tokens).map(|token| self.context(token).num_keys).max().unwrap_or(0);
         let context_parts = if unit_tokens == 1 { most_keys.div_ceil(PART_KEYS).max(1) } else { 1 };
@@ -224,7 +231,7 @@ where
             let most = split.num_units().div_ceil(num_threads) * num_threads;
             8 * (most - split.num_units()) <= split.num_units()
         };
-        let mut candidates = (1..=head_groups).map(|head_parts| Split { head_parts, ..parted });
+        let mut candidates = (for_l2..=head_groups).map(|head_parts| Split { head_parts, ..parted });
         candidates.find(is_even).unwrap_or(Split { head_parts: head_groups, ..parted })
     }
 
@@ -245,6 +252,13 @@ where
         let first = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
         let num_keys = chosen.map_or(position + 1 - first, <[u32]>::len);
         Context { blocks: self.pages.blocks(token), chosen, first, num_keys }
+    }
+
+    /// Floats for keys and values of a chunk as f32; none where they are so already, or one group of heads alone reads them.
+    fn wide_floats(&self, split: &Split) -> usize {
+        let shared = (self.keys)(0);
+        let groups = split.unit_tokens * split.unit_heads().div_ceil(WIDE_HEADS);
+        if shared.rows.dtype == CacheDtype::F32 || groups < 2 { 0 } else { WideRows::num_floats(&shared) }
     }
 
     /// Floats of one token with `num_heads` heads: queries, sums of the current part and of those before.
@@ -280,7 +294,7 @@ where
     }
 
     /// Whole contexts of the unit's tokens.
-    fn whole_contexts<'s>(&'s self, unit: &Unit, mut space: &'s mut [f32]) {
+    fn whole_contexts<'s>(&'s self, unit: &Unit, mut wide: Option<WideRows<'_>>, mut space: &'s mut [f32]) {
         let shared = (self.keys)(unit.key_head);
         let mut tokens: [Option<Token<'_>>; UNIT_TOKENS] = [const { None }; UNIT_TOKENS];
         for (slot, number) in tokens.iter_mut().zip(unit.tokens.clone()) {
@@ -296,7 +310,13 @@ where
                     token.end_part(self.level);
                 }
                 let (slots, known) = slots.of_context(&self.pages, &token.context, start);
-                attend_chunk(self.level, &shared, self.scale, &mut token.heads, slots, !known);
+                if let Some(wide) = &mut wide {
+                    if !known {
+                        wide.forget();
+                    }
+                    wide.extend(self.level, &shared, slots);
+                }
+                attend_chunk(self.level, &shared, self.scale, &mut token.heads, slots, !known, wide.as_ref());
             }
         }
         for token in tokens.iter_mut().flatten() {
@@ -309,14 +329,18 @@ where
     }
 
     /// The unit's part of the context of its one token, into `sums`.
-    fn part_of_context(&self, unit: &Unit, space: &mut [f32], sums: &mut [f32]) {
+    fn part_of_context(&self, unit: &Unit, mut wide: Option<WideRows<'_>>, space: &mut [f32], sums: &mut [f32]) {
         let shared = (self.keys)(unit.key_head);
         let (mut token, _) = self.token(unit, unit.tokens.start, space);
         let end = ((unit.part + 1) * PART_KEYS).min(token.context.num_keys);
         let mut slots = ChunkSlots::default();
         for start in (unit.part * PART_KEYS..end).step_by(CHUNK) {
             let (slots, _) = slots.of_context(&self.pages, &token.context, start);
-            attend_chunk(self.level, &shared, self.scale, &mut token.heads, slots, true);
+            if let Some(wide) = &mut wide {
+                wide.forget();
+                wide.extend(self.level, &shared, slots);
+            }
+            attend_chunk(self.level, &shared, self.scale, &mut token.heads, slots, true, wide.as_ref());
         }
         Sums::new(sums, unit.heads.len(), self.dims[1]).copy_from(&token.heads.sums);
     }

@@ -55,9 +55,9 @@ pub(crate) struct Sums<'a> {
     values: &'a mut [f32],
 }
 
-/// Floats that [`Sums`] needs.
+/// Floats that [`Sums`] needs: whole vectors, so that what follows begins with one.
 pub(crate) fn sums_floats(num_heads: usize, value_dim: usize) -> usize {
-    num_heads * (value_dim.next_multiple_of(LANES) + 2)
+    (num_heads * (value_dim.next_multiple_of(LANES) + 2)).next_multiple_of(LANES)
 }
 
 impl<'a> Sums<'a> {
@@ -195,7 +195,124 @@ impl<'a> Heads<'a> {
     }
 }
 
-/// Adds `slots` (up to [`CHUNK`]) to the state of all heads. `fetches`: whether rows are not in a cache yet.
+/// Keys and values of a chunk as f32, where so many heads and tokens read them that widening them for every group of heads would
+/// take a fifth of the time: `[CHUNK][keys, then values that are no part of them]`.
+pub(crate) struct WideRows<'a> {
+    space: &'a mut [f32],
+    /// Rows that are there.
+    count: usize,
+}
+
+/// Floats of a row of [`WideRows`], whole vectors, and where values start in it.
+fn wide_row(shared: &KeysAndValues) -> [usize; 2] {
+    let (key_end, value_end) = (shared.key_at + shared.key_dim, shared.value_at + shared.value_dim);
+    if shared.key_at <= shared.value_at && value_end <= key_end {
+        return [shared.key_dim.next_multiple_of(LANES), shared.value_at - shared.key_at];
+    }
+    let keys = shared.key_dim.next_multiple_of(LANES);
+    [keys + shared.value_dim.next_multiple_of(LANES), keys]
+}
+
+impl<'a> WideRows<'a> {
+    /// Floats that it needs.
+    pub(crate) fn num_floats(shared: &KeysAndValues) -> usize {
+        CHUNK * wide_row(shared)[0]
+    }
+
+    /// Room for rows, and none there.
+    pub(crate) fn new(space: &'a mut [f32]) -> Self {
+        WideRows { space, count: 0 }
+    }
+
+    /// The next rows are of another chunk.
+    pub(crate) fn forget(&mut self) {
+        self.count = 0;
+    }
+
+    /// Adds what is missing of the chunk of `slots`, of which earlier ones are there.
+    ///
+    /// # Panics
+    /// If there is no room, or a slot is not in the cache.
+    pub(crate) fn extend(&mut self, level: Level, shared: &KeysAndValues, slots: &[u32]) {
+        check_row(shared);
+        assert!(slots.len() <= CHUNK && self.space.len() >= Self::num_floats(shared), "room for a chunk");
+        let [stride, values_at] = wide_row(shared);
+        let mut rows = [std::ptr::null::<u8>(); CHUNK];
+        for (row, slot) in rows.iter_mut().zip(slots) {
+            *row = shared.rows.pointer(*slot as usize);
+        }
+        if self.count < slots.len() {
+            let args = Widen {
+                shared,
+                rows: &rows[self.count..slots.len()],
+                to: self.space[self.count * stride..].as_mut_ptr(),
+            };
+            let args = WidenTo { args, stride, values_at };
+            // SAFETY: rows are inside the cache, which nobody writes during this operation; there is room for all of them. Only the
+            // lifetime changes, and the kernel keeps nothing.
+            unsafe { level.call::<WidenTo<'static>>(std::mem::transmute::<&WidenTo<'_>, &WidenTo<'static>>(&args)) }
+            self.count = slots.len();
+        }
+    }
+}
+
+struct Widen<'a> {
+    shared: &'a KeysAndValues,
+    rows: &'a [*const u8],
+    to: *mut f32,
+}
+
+/// Widens rows of bf16 to rows of f32, `stride` apart.
+struct WidenTo<'a> {
+    args: Widen<'a>,
+    stride: usize,
+    values_at: usize,
+}
+
+impl Kernel for WidenTo<'_> {
+    type Args = WidenTo<'static>;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(s: S, args: &WidenTo<'static>) {
+        let Widen { shared, rows, to } = args.args;
+        for i in 0..PREFETCH_ROWS {
+            prefetch_row::<S, true>(s, shared, rows, i);
+        }
+        for i in 0..rows.len() {
+            prefetch_row::<S, true>(s, shared, rows, i + PREFETCH_ROWS);
+            let to = to.wrapping_add(i * args.stride);
+            // SAFETY: the caller's promise.
+            unsafe {
+                widen(s, rows[i], shared.key_at, shared.key_dim, to);
+                if args.values_at >= shared.key_dim {
+                    widen(s, rows[i], shared.value_at, shared.value_dim, to.add(args.values_at));
+                }
+            }
+        }
+    }
+}
+
+/// Elements `at .. at + dim` of a row of bf16 as f32.
+///
+/// # Safety
+/// They are there, and `to` has room for whole vectors.
+#[inline(always)]
+unsafe fn widen<S: Simd>(s: S, row: *const u8, at: usize, dim: usize, to: *mut f32) {
+    for first in (0..dim).step_by(LANES) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let wide = if first + LANES <= dim {
+                load_elements::<S, true>(s, row, at + first)
+            } else {
+                load_last_elements::<S, true>(s, row, at + first, dim - first)
+            };
+            s.store(wide, to.add(first));
+        }
+    }
+}
+
+/// Adds `slots` (up to [`CHUNK`]) to the state of all heads. `fetches`: whether rows are not in a cache yet. `wide`: these rows as f32, if
+/// they were widened.
 ///
 /// # Panics
 /// If a slot is not in the cache, or the work space has other sizes.
@@ -206,6 +323,7 @@ pub(crate) fn attend_chunk(
     heads: &mut Heads<'_>,
     slots: &[u32],
     fetches: bool,
+    wide: Option<&WideRows<'_>>,
 ) {
     assert!(slots.len() <= CHUNK);
     let (key_stride, value_stride) = (shared.key_dim.next_multiple_of(LANES), shared.value_dim.next_multiple_of(LANES));
@@ -213,14 +331,26 @@ pub(crate) fn attend_chunk(
     assert_eq!(heads.sums.values.len(), heads.num_heads * value_stride, "values");
     check_row(shared);
     let mut rows = [std::ptr::null::<u8>(); CHUNK];
-    for (row, slot) in rows.iter_mut().zip(slots) {
-        *row = shared.rows.pointer(*slot as usize);
+    let [stride, values_at] = wide_row(shared);
+    let of_wide = KeysAndValues { key_at: 0, value_at: values_at, ..*shared };
+    match wide {
+        Some(wide) => {
+            assert!(slots.len() <= wide.count, "{} of {} rows are wide", wide.count, slots.len());
+            for (row, wide) in rows.iter_mut().zip(wide.space.chunks_exact(stride)) {
+                *row = wide.as_ptr().cast();
+            }
+        }
+        None => {
+            for (row, slot) in rows.iter_mut().zip(slots) {
+                *row = shared.rows.pointer(*slot as usize);
+            }
+        }
     }
     let mut args = ChunkArgs {
-        shared,
+        shared: if wide.is_some() { &of_wide } else { shared },
         rows: &rows[..slots.len()],
         scale,
-        fetches,
+        fetches: fetches && wide.is_none(),
         num_heads: heads.num_heads,
         queries: heads.queries.as_ptr(),
         largest: heads.sums.largest.as_mut_ptr(),
@@ -229,9 +359,9 @@ pub(crate) fn attend_chunk(
     };
     // SAFETY: sizes were checked above; rows are inside the cache, which nobody writes during this operation.
     unsafe {
-        match shared.rows.dtype {
-            CacheDtype::F32 => call::<false>(level, &mut args),
-            CacheDtype::Bf16 => call::<true>(level, &mut args),
+        match (shared.rows.dtype, wide) {
+            (CacheDtype::F32, _) | (CacheDtype::Bf16, Some(_)) => call::<false>(level, &mut args),
+            (CacheDtype::Bf16, None) => call::<true>(level, &mut args),
         }
     }
 }

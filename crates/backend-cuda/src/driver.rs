@@ -32,7 +32,26 @@ fn check(result: sys::CUresult, what: &str) -> Result<()> {
         let _ = sys::cuGetErrorString(result, &raw mut text);
         if text.is_null() { "no description".into() } else { CStr::from_ptr(text).to_string_lossy().into_owned() }
     };
-    Err(device_error(format!("{what}: {text} ({result:?})")))
+    let advice = if is_lost(result) { "; this program has lost the GPU and must be started again" } else { "" };
+    Err(device_error(format!("{what}: {text} ({result:?}){advice}")))
+}
+
+/// Whether nothing works any more in this process, a new context neither, as the driver's documentation says of these.
+fn is_lost(result: sys::CUresult) -> bool {
+    use sys::CUresult as R;
+    matches!(
+        result,
+        R::CUDA_ERROR_ILLEGAL_ADDRESS
+            | R::CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | R::CUDA_ERROR_MISALIGNED_ADDRESS
+            | R::CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | R::CUDA_ERROR_INVALID_PC
+            | R::CUDA_ERROR_HARDWARE_STACK_ERROR
+            | R::CUDA_ERROR_LAUNCH_FAILED
+            | R::CUDA_ERROR_LAUNCH_TIMEOUT
+            | R::CUDA_ERROR_ASSERT
+            | R::CUDA_ERROR_ECC_UNCORRECTABLE
+    )
 }
 
 /// One GPU: its primary context and one stream.

@@ -415,7 +415,7 @@ fn check_turn(turn: &Turn, backend: &mut dyn Backend, expected: &Turn, reference
                 continue;
             }
             let (found, wanted) = (read_f32(out, backend)?, read_f32(other_out, reference)?);
-            worst = worst.max(step.tolerance().share(precision, &found, &wanted, out.cols));
+            worst = worst.max(step.tolerance().share(precision, &found, &wanted, step.alike(out)));
             reference.write_f32(other_out, &found)?;
         }
     }

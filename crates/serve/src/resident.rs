@@ -3,8 +3,8 @@
 //! The first request after an unload starts the load, and it and those behind it wait for it. What the generator cached on
 //! disk is still there afterwards; what it cached in memory is not.
 //!
-//! A generator whose steps fail again and again is left and loaded anew by the next request: a GPU that was lost comes back with a
-//! new context only.
+//! A generator whose steps fail again and again is left and loaded anew by the next request: a device that was lost must be opened
+//! again. (CUDA does not open one again in the same process after a kernel went wrong; then the load says so.)
 
 use crate::generator::{EventSource, EventStream, Generator, GeneratorStats, UnloadError};
 use moellon_engine::{Event, Request, RequestError};

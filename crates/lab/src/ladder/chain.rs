@@ -121,6 +121,16 @@ impl Step {
         }
     }
 
+    /// Columns of an output that are of one magnitude: heads attend more or less sharply.
+    pub(super) fn alike(&self, out: Tensor) -> usize {
+        match self {
+            Step::Heads(op) => op.weight.rows,
+            Step::Latent(op) => op.kv_lora_rank,
+            Step::Grouped(op) => op.head_dim,
+            Step::Norm(_) | Step::Route(_) | Step::GateUp(_) | Step::Down(_) | Step::Product(..) => out.cols,
+        }
+    }
+
     /// The same for the first `rows` rows.
     pub(super) fn first_rows(&self, rows: usize) -> Step {
         let first = |tensor: Tensor| tensor.row_range(0, rows);
@@ -383,7 +393,8 @@ impl Bed {
         let (moe, experts) = (self.config.moe, self.experts.expect("load() came before"));
         let (top_k, width) = (moe.num_experts_per_tok, experts.intermediate_size);
         let logits = inputs.normal(rows, experts.num_experts)?;
-        let correction_bias = if moe.correction_bias { Some(inputs.normal(1, experts.num_experts)?) } else { None };
+        // Zeros: one of the logits' size would have all rows choose the same experts.
+        let correction_bias = if moe.correction_bias { Some(inputs.empty(1, experts.num_experts)?) } else { None };
         let ids = inputs.ids(rows, top_k, &vec![0; rows * top_k])?;
         let weights = inputs.empty(rows, top_k)?;
         let route = Route {

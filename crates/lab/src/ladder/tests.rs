@@ -79,6 +79,9 @@ fn bytes_are_those_of_distinct_experts() {
     assert_eq!(bytes as f64, 2.0 * expert + 4.0 * (128.0 + 2.0 * 64.0));
     let (_, distinct) = of("expert gate and up", 3);
     assert!(distinct > 2.0 && distinct <= 6.0, "{distinct}");
+    // Choices are independent: nine rows of two of six reach nearly all.
+    let (_, distinct) = of("experts, with their choice", 9);
+    assert!(distinct > 5.0, "{distinct}");
 }
 
 #[test]
