@@ -50,7 +50,8 @@ pub(crate) fn cpu() -> Box<dyn Backend> {
 #[allow(clippy::print_stderr, reason = "a skipped test says so")]
 pub(crate) fn cuda(what: &str) -> Option<Box<dyn Backend>> {
     // A developer's CUBINs, where the variable names a folder.
-    let options = CudaOptions { ordinal: 0, kernels: std::env::var_os("MOELLON_CUDA_KERNELS").map(Into::into) };
+    let kernels = std::env::var_os("MOELLON_CUDA_KERNELS").map(Into::into);
+    let options = CudaOptions { kernels, ..CudaOptions::default() };
     match CudaBackend::new(&options) {
         Ok(backend) => Some(Box::new(backend)),
         Err(error) => {
