@@ -1,0 +1,607 @@
+// Two to 32 rows of activations: the step of several sequences, or of one whose drafts are verified. Bound by reading weights, then by instructions:
+//
+// - Weights are streamed once past all rows that want them, a ring a warp (pipe.cuh), by grids as large as what is resident.
+// - Rows are shared by the warps of a block (shared_rows.cuh), each of which has two row tiles of weights. A block has neighbouring row
+//   tiles of one group of rows, so that it goes from one expert to the next rarely.
+// - The choice of experts is sorted once, by the kernel that makes it (`route_plan`), into groups of up to eight rows of one expert.
+//   Finding an expert's rows was done by every block of every row tile before, which took longer than the product itself.
+// - High and low digits of four rows are the eight columns of one tensor-core product: half of the instructions of two products with
+//   eight rows each, where an expert seldom has more than four rows. A lane has one row of activations and two of weights.
+//
+// Results are those of the kernels in matmul.cu bit for bit: the same sums in the same order.
+#include "shared_rows.cuh"
+#include "route.cuh"
+#include "row.cuh"
+
+#define GROUP 8         // rows that share a pass over an expert's weights
+#define MAX_CHOICES 256  // rows times top-k
+#define MAX_EXPERTS 512
+#define TALL 2          // row tiles of a warp
+#define LINE_WARPS 4    // warps of a block of `few_line` that multiply
+
+// Rows of activations that are multiplied at a time, and sums that a lane has of them.
+template <int F> struct Lot {
+  static constexpr int rows = Is<F>::affine ? 4 : 8;
+  static constexpr int sums = Is<F>::affine ? 2 : 4;
+  static constexpr int in_group = GROUP / rows;
+};
+
+// A lane's part of 64 columns of a lot.
+template <bool BYTES> struct Loaded { Columns<false> columns; };
+template <> struct Loaded<true> { uint4 x; float scale, sum; };
+// Lot q of the tile at `at`, whose rows are `row` bytes apart.
+template <int F> DEVICE void load_lot(Loaded<Is<F>::affine>& to, u32 at, u32 row, int q) {
+  u32 lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
+  at += q * Lot<F>::rows * row;
+  if constexpr (Is<F>::affine) {
+    to.x = shared_load<uint4>(at + g / 2 * row + 16 * t + (g & 1) * 64);
+    uint4 v = shared_load<uint4>(at + t * row + 128);
+    to.scale = __uint_as_float(v.x);
+    to.sum = __uint_as_float(v.w);
+  } else {
+    to.columns.b[0] = shared_load<uint4>(at + g * row + 16 * t);
+    to.columns.b[1] = shared_load<uint4>(at + g * row + 16 * t + 64);
+  }
+}
+
+// A tile taken apart, and its product with a lot.
+template <int F> struct Apart { Taken<F, true> taken; Scales<F, true> scales; };
+template <int F> DEVICE void multiply(float acc[Lot<F>::sums], const Apart<F>& w, const Loaded<Is<F>::affine>& x) {
+  if constexpr (Is<F>::affine) {
+    const int bias[4] = {BIAS_BITS, BIAS_BITS, BIAS_BITS, BIAS_BITS};
+    int c[4], d[4];
+    const u32* o = w.taken.o;
+    const u32 a0[4] = {o[0], o[4], o[1], o[5]}, a1[4] = {o[2], o[6], o[3], o[7]};
+    mma_bytes_biased(c, a0, x.x.x, x.x.y, bias);
+    mma_bytes_biased(d, a1, x.x.z, x.x.w, c);
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      float y = fmaf(__int_as_float(d[2 * k]) - BIAS, 128.f, __int_as_float(d[2 * k + 1]) - BIAS);
+      acc[k] = fmaf(w.taken.b[0][k], x.sum, fmaf(w.taken.s[0][k] * x.scale, y, acc[k]));
+    }
+  } else accumulate<F, true>(acc, w.taken, w.scales, x.columns, false);
+}
+
+// acc += `count` tiles of the warp's row tiles, which have been issued in this order, times Q lots of the block's rows; `refill` keeps the ring full.
+template <int F, int Q, typename P, typename X, typename Refill>
+DEVICE void pass(P& pipe, X& rows, float acc[TALL][Q][Lot<F>::sums], u32 count, Refill refill) {
+  for (u32 j = 0; j < count; j += P::C) {
+    u32 x = rows.wait();
+    pipe.wait();
+    u32 slot = pipe.ring + pipe.take * P::SLOT;
+    pipe.take = pipe.take + 1 == P::D ? 0 : pipe.take + 1;
+    auto tile = [&](u32 i) {
+      Apart<F> w[TALL];
+#pragma unroll
+      for (int r = 0; r < TALL; r++) {
+        Codes<F> codes;
+        pipe.read(codes, w[r].scales, slot + (r * P::C + i) * P::TILE);
+        take_apart<F, true>(w[r].taken, codes, w[r].scales);
+      }
+#pragma unroll
+      for (int q = 0; q < Q; q++) {
+        Loaded<Is<F>::affine> loaded;
+        load_lot<F>(loaded, x + i * X::STEP, X::ROW, q);
+#pragma unroll
+        for (int r = 0; r < TALL; r++) multiply<F>(acc[r][q], w[r], loaded);
+      }
+    };
+    if (count - j >= P::C) {
+#pragma unroll
+      for (int i = 0; i < P::C; i++) tile(i);
+    } else {
+      for (u32 i = 0; i < count - j; i++) tile(i);
+    }
+    rows.release();
+    refill();
+  }
+}
+// What the warp that copies rows does meanwhile: a lane's row starts at `from`.
+template <int C, typename X> DEVICE void feed(X& rows, const u8* from, u32 num_rows, u32 first, u32 count) {
+  from += first * X::STEP;
+  for (u32 j = 0; j < count; j += C, from += C * X::STEP) rows.put(from, num_rows, count - j < C ? count - j : C);
+}
+
+// Calls f(row of the tile, row of activations, q, k) for the sums [q][k] of this lane.
+template <int F, int Q, typename Each> DEVICE void each_sum(Each f) {
+  u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int q = 0; q < Q; q++)
+#pragma unroll
+    for (int k = 0; k < Lot<F>::sums; k++) {
+      if constexpr (Is<F>::affine) f(g + 8 * k, q * 4 + t, q, k);
+      else f(g + 8 * (k >> 1), q * 8 + 2 * t + (k & 1), q, k);
+    }
+}
+template <int F, int Q> DEVICE void add_slice(float sums[TALL][Q][Lot<F>::sums], const float acc[TALL][Q][Lot<F>::sums]) {
+#pragma unroll
+  for (int r = 0; r < TALL; r++)
+#pragma unroll
+    for (int q = 0; q < Q; q++)
+#pragma unroll
+      for (int k = 0; k < Lot<F>::sums; k++) sums[r][q][k] += acc[r][q][k];
+}
+
+template <int N> struct Count { static constexpr int n = N; };
+
+// Points the ring at tiles `first` to `first + count` of the row tiles.
+template <typename P> DEVICE void aim_at(P& pipe, const Packed* const w[TALL], u32 matrix, const u32 row_tile[TALL], u32 first, u32 count) {
+  pipe.left = count;
+#pragma unroll
+  for (int r = 0; r < TALL; r++)
+    pipe.code[r] = (const u8*)(w[r]->codes + matrix * w[r]->codes_stride) + (row_tile[r] * num_tiles(*w[r]) + first) * (u64)pipe.TILE;
+}
+
+// ---- the choice of experts, sorted ----
+
+// What the products with experts read: groups of up to eight rows of one expert.
+struct Plan {
+  u32 num_groups, pad[3];
+  u32 groups[MAX_CHOICES];   // expert, first of its choices << 16, choices << 28 less one
+  u16 choices[MAX_CHOICES];  // row * top_k + k, group by group
+};
+DEVICE u32 group_expert(u32 group) { return group & 0xffff; }
+DEVICE u32 group_first(u32 group) { return group >> 16 & 0xfff; }
+DEVICE u32 group_count(u32 group) { return (group >> 28) + 1; }
+
+struct PlanArgs { RouteArgs route; Plan* plan; u32 rows, warp_floats; };
+// One block; a warp chooses for a row at a time. The order of an expert's rows is arbitrary: rows do not see one another.
+KERNEL __launch_bounds__(1024) route_plan(const __grid_constant__ PlanArgs a) {
+  extern __shared__ float plan_shared[];
+  __shared__ u32 counts[MAX_EXPERTS], starts[MAX_EXPERTS];
+  __shared__ u16 ids[MAX_CHOICES], ranks[MAX_CHOICES];
+  pdl_launch();
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, n = a.route.logits.cols, top_k = a.route.top_k, total = a.rows * top_k;
+  for (u32 e = threadIdx.x; e < n; e += blockDim.x) counts[e] = 0;
+  pdl_wait();
+  for (u32 row = warp; row < a.rows; row += blockDim.x / 32) {
+    u32 id;
+    float weight;
+    route_row(a.route, row, plan_shared + warp * a.warp_floats, id, weight);
+    if (lane < top_k) {
+      ids[row * top_k + lane] = id;
+      a.route.ids[(u64)row * a.route.ids_stride + lane] = id;
+      a.route.weights.p[(u64)row * a.route.weights.stride + lane] = weight;
+    }
+    __syncwarp();
+  }
+  __syncthreads();
+  for (u32 f = threadIdx.x; f < total; f += blockDim.x) ranks[f] = atomicAdd(&counts[ids[f]], 1);
+  __syncthreads();
+  if (warp == 0) {
+    // A lane has neighbouring experts: how many choices and groups stand before them.
+    u32 share = (n + 31) / 32, first = lane * share, choices = 0, groups = 0;
+    for (u32 e = first; e < first + share && e < n; e++) { choices += counts[e]; groups += (counts[e] + GROUP - 1) / GROUP; }
+    u32 choice = choices, group = groups;
+#pragma unroll
+    for (int d = 1; d < 32; d <<= 1) {
+      u32 c = __shfl_up_sync(0xffffffffu, choice, d), g = __shfl_up_sync(0xffffffffu, group, d);
+      if (lane >= d) { choice += c; group += g; }
+    }
+    if (lane == 31) a.plan->num_groups = group;
+    choice -= choices;
+    group -= groups;
+    for (u32 e = first; e < first + share && e < n; e++) {
+      starts[e] = choice;
+      for (u32 done = 0; done < counts[e]; done += GROUP) {
+        u32 count = counts[e] - done < GROUP ? counts[e] - done : GROUP;
+        a.plan->groups[group++] = e | (choice + done) << 16 | (count - 1) << 28;
+      }
+      choice += counts[e];
+    }
+  }
+  __syncthreads();
+  for (u32 f = threadIdx.x; f < total; f += blockDim.x) a.plan->choices[starts[ids[f]] + ranks[f]] = f;
+}
+
+// ---- latent attention's input ----
+
+// Grid (one block for the norm and some for the rotations, rows).
+KERNEL __launch_bounds__(256) latent_rows(const __grid_constant__ Latent a) {
+  __shared__ float scratch[32];
+  pdl_launch();
+  pdl_wait();
+  latent_row(a, blockIdx.y, scratch);
+}
+
+// ---- gate and up ----
+
+// h = f(x gate, x up) for one group of matrices. `x` in the form that the format wants, rows `x_bytes` apart; digits of h, or null.
+struct FewPair { Packed gate, up; Mat out; const u8* x; u64 x_bytes; u8* digits; };
+struct FewUpArgs {
+  FewPair routed, shared;  // shared: all rows, another format, or none (shared_blocks 0)
+  const Plan* plan;        // null: nothing is routed
+  u32 shared_blocks;       // the first blocks of the grid
+  u32 slices, rows, top_k;
+  Activation activation;
+};
+
+// Tiles of a slot and slots of a ring, so that two blocks of eight warps fit: of `few_up`, and of `few_down`, whose slices have eight tiles.
+template <int F> struct UpRing { static constexpr int tiles = Words<F>::n > 4 ? 2 : 3, slots = Words<F>::n > 6 ? 2 : 3, row_slots = 4; };
+template <int F> struct DownRing { static constexpr int tiles = 2, slots = Words<F>::n > 6 ? 2 : Words<F>::n > 4 ? 3 : 4, row_slots = 4; };
+
+// A group of rows of one expert, or of all rows.
+struct Group { u32 expert, first, members; };
+struct Groups {
+  u32 groups[MAX_CHOICES];
+  u16 choices[MAX_CHOICES];
+  METHOD void load(const Plan& plan) {
+    if (threadIdx.x < MAX_CHOICES) { groups[threadIdx.x] = plan.groups[threadIdx.x]; choices[threadIdx.x] = plan.choices[threadIdx.x]; }
+    __syncthreads();
+  }
+  METHOD Group get(u32 i) const {
+    u32 g = groups[i];
+    return {group_expert(g), group_first(g), group_count(g)};
+  }
+};
+
+struct UpShared {
+  Groups plan;
+  float h[2][WARPS * 16][GROUP + 1];  // of this unit and the one before
+};
+// A unit is eight row tiles of both matrices for a group's rows, a warp each.
+template <int F, bool ROUTED> DEVICE void few_up(const FewUpArgs& a, const FewPair& pair, u32 block, u32 blocks, u8* shared, UpShared& s) {
+  typedef UpRing<F> Size;
+  typedef Pipe<F, TALL, Size::tiles, Size::slots> P;
+  typedef SharedRows<F, Size::tiles, Size::row_slots, GROUP> X;
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, S = a.slices, width = pair.gate.rows, tiles = num_tiles(pair.gate);
+  u32 row_tiles = (width + 15) / 16, row_blocks = (row_tiles + WARPS - 1) / WARPS, num_groups = (a.rows + GROUP - 1) / GROUP;
+  const Packed* w[TALL] = {&pair.gate, &pair.up};
+  P pipe;
+  X rows;
+  if (warp < WARPS) pipe.start(shared);
+  rows.start(shared + WARPS * P::RING, WARPS);
+  if constexpr (ROUTED) {
+    pdl_wait();
+    num_groups = a.plan->num_groups;
+    s.plan.load(*a.plan);
+  }
+  u32 total = num_groups * row_blocks, unit = (u64)block * total / blocks, end = (u64)(block + 1) * total / blocks;
+  // All groups of rows of the shared expert after each other: its weights are then in the second-level cache.
+  auto group_of = [&](u32 u) -> Group {
+    if constexpr (ROUTED) return s.plan.get(u / row_blocks);
+    u32 first = u % num_groups * GROUP;
+    return {0, first, a.rows - first < GROUP ? a.rows - first : GROUP};
+  };
+  auto row_block_of = [&](u32 u) { return ROUTED ? u % row_blocks : u / num_groups; };
+  auto choice_of = [&](const Group& g, u32 n) { return ROUTED ? (u32)s.plan.choices[g.first + n] : g.first + n; };
+  if (warp == WARPS) {
+    if constexpr (!ROUTED) pdl_wait();
+    for (; unit < end; unit++) {
+      Group g = group_of(unit);
+      u32 choice = choice_of(g, lane < g.members ? lane : 0);
+      const u8* from = pair.x + (ROUTED ? choice / a.top_k : choice) * pair.x_bytes;
+      for (u32 slice = 0; slice < S; slice++) {
+        u32 first = slice_start(slice, S, tiles);
+        feed<Size::tiles>(rows, from, g.members, first, slice_start(slice + 1, S, tiles) - first);
+      }
+    }
+    return;
+  }
+  u32 ahead = unit, ahead_slice = 0;
+  auto issue = [&] {
+    if (pipe.left == 0) {
+      if (ahead_slice == S) { ahead_slice = 0; ahead++; }
+      if (ahead < end) {
+        u32 row_tile = row_block_of(ahead) * WARPS + warp, first = slice_start(ahead_slice, S, tiles);
+        if (row_tile >= row_tiles) row_tile = row_tiles - 1;
+        const u32 both[TALL] = {row_tile, row_tile};
+        aim_at(pipe, w, group_of(ahead).expert, both, first, slice_start(ahead_slice + 1, S, tiles) - first);
+        ahead_slice++;
+      }
+    }
+    pipe.issue();
+  };
+#pragma unroll
+  for (int i = 0; i < P::D; i++) issue();
+  if constexpr (!ROUTED) pdl_wait();
+  for (; unit < end; unit++) {
+    Group g = group_of(unit);
+    u32 row_tile = row_block_of(unit) * WARPS + warp;
+    auto run = [&](auto lots) {
+      constexpr int Q = decltype(lots)::n;
+      float sums[TALL][Q][Lot<F>::sums] = {};
+      for (u32 slice = 0; slice < S; slice++) {
+        float acc[TALL][Q][Lot<F>::sums] = {};
+        pass<F, Q>(pipe, rows, acc, slice_start(slice + 1, S, tiles) - slice_start(slice, S, tiles), issue);
+        add_slice<F, Q>(sums, acc);
+      }
+      each_sum<F, Q>([&](u32 r, u32 n, int q, int k) {
+        u32 row = row_tile * 16 + r;
+        if (n >= g.members || row >= width) return;
+        float y = activate(a.activation, finish<F>(pair.gate, g.expert, row, sums[0][q][k]), finish<F>(pair.up, g.expert, row, sums[1][q][k]));
+        u32 choice = choice_of(g, n);
+        u64 at = (ROUTED ? (u64)(choice / a.top_k) * pair.out.stride + choice % a.top_k * width : (u64)choice * pair.out.stride) + row;
+        pair.out.p[at] = y;
+        if (pair.out.twin) pair.out.twin[at] = f32_to_bf16(y);
+        s.h[unit & 1][warp * 16 + r][n] = y;
+      });
+    };
+    if (Lot<F>::in_group == 1 || g.members <= Lot<F>::rows) run(Count<1>());
+    else if constexpr (Lot<F>::in_group == 2) run(Count<2>());
+    if (unit + 1 == end) pdl_launch();
+    if (!pair.digits) continue;
+    // Four warps have 64 values of each row, and make their digits.
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + warp / 4) : "memory");
+    u32 n = warp % 4 * 4 + lane / 8, tile = row_tile / 4;
+    if (warp % 4 * 4 >= g.members || tile * 64 >= width) continue;
+    float v[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = n < g.members ? s.h[unit & 1][warp / 4 * 64 + lane % 8 * 8 + i][n] : 0.f;
+    digits8(v, n < g.members ? pair.digits + ((u64)choice_of(g, n) * (width / 64) + tile) * DIGITS_BYTES : nullptr);
+  }
+}
+template <int F, int G> DEVICE void few_up_both(const FewUpArgs& a) {
+  extern __shared__ __align__(16) u8 shared[];
+  __shared__ UpShared s;
+  if (blockIdx.x < a.shared_blocks) few_up<G, false>(a, a.shared, blockIdx.x, a.shared_blocks, shared, s);
+  else few_up<F, true>(a, a.routed, blockIdx.x - a.shared_blocks, gridDim.x - a.shared_blocks, shared, s);
+}
+
+// ---- down ----
+
+// results = h W for all choices; `few_sum` makes a row's weighted sum of them.
+struct FewDownArgs {
+  Packed w;
+  const Plan* plan;
+  const u8* x;     // h in the form of the format, a part a choice
+  u64 part_bytes;
+  float* results;  // [choices, rows of w]
+  u32 slices, pad;
+};
+// A unit is 16 row tiles for a group's rows, two a warp.
+template <int F> DEVICE void few_down(const FewDownArgs& a) {
+  extern __shared__ __align__(16) u8 shared[];
+  __shared__ Groups plan;
+  typedef DownRing<F> Size;
+  typedef Pipe<F, TALL, Size::tiles, Size::slots> P;
+  typedef SharedRows<F, Size::tiles, Size::row_slots, GROUP> X;
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, S = a.slices, tiles = num_tiles(a.w);
+  u32 row_tiles = (a.w.rows + 15) / 16, row_blocks = (row_tiles + WARPS * TALL - 1) / (WARPS * TALL);
+  const Packed* w[TALL] = {&a.w, &a.w};
+  P pipe;
+  X rows;
+  if (warp < WARPS) pipe.start(shared);
+  rows.start(shared + WARPS * P::RING, WARPS);
+  pdl_wait();
+  u32 total = a.plan->num_groups * row_blocks, unit = (u64)blockIdx.x * total / gridDim.x, end = (u64)(blockIdx.x + 1) * total / gridDim.x;
+  plan.load(*a.plan);
+  if (warp == WARPS) {
+    for (; unit < end; unit++) {
+      Group g = plan.get(unit / row_blocks);
+      const u8* from = a.x + plan.choices[g.first + (lane < g.members ? lane : 0)] * a.part_bytes;
+      for (u32 slice = 0; slice < S; slice++) {
+        u32 first = slice_start(slice, S, tiles);
+        feed<Size::tiles>(rows, from, g.members, first, slice_start(slice + 1, S, tiles) - first);
+      }
+    }
+    return;
+  }
+  u32 ahead = unit, ahead_slice = 0;
+  auto issue = [&] {
+    if (pipe.left == 0) {
+      if (ahead_slice == S) { ahead_slice = 0; ahead++; }
+      if (ahead < end) {
+        u32 first = slice_start(ahead_slice, S, tiles), row_tile = (ahead % row_blocks * WARPS + warp) * TALL;
+        const u32 both[TALL] = {row_tile < row_tiles ? row_tile : row_tiles - 1, row_tile + 1 < row_tiles ? row_tile + 1 : row_tiles - 1};
+        aim_at(pipe, w, plan.get(ahead / row_blocks).expert, both, first, slice_start(ahead_slice + 1, S, tiles) - first);
+        ahead_slice++;
+      }
+    }
+    pipe.issue();
+  };
+#pragma unroll
+  for (int i = 0; i < P::D; i++) issue();
+  for (; unit < end; unit++) {
+    Group g = plan.get(unit / row_blocks);
+    u32 first_row = (unit % row_blocks * WARPS + warp) * TALL * 16;
+    auto run = [&](auto lots) {
+      constexpr int Q = decltype(lots)::n;
+      float sums[TALL][Q][Lot<F>::sums] = {};
+      for (u32 slice = 0; slice < S; slice++) {
+        float acc[TALL][Q][Lot<F>::sums] = {};
+        pass<F, Q>(pipe, rows, acc, slice_start(slice + 1, S, tiles) - slice_start(slice, S, tiles), issue);
+        add_slice<F, Q>(sums, acc);
+      }
+#pragma unroll
+      for (int i = 0; i < TALL; i++)
+        each_sum<F, Q>([&](u32 r, u32 n, int q, int k) {
+          u32 row = first_row + i * 16 + r;
+          if (n < g.members && row < a.w.rows) a.results[(u64)plan.choices[g.first + n] * a.w.rows + row] = finish<F>(a.w, g.expert, row, sums[i][q][k]);
+        });
+    };
+    if (Lot<F>::in_group == 1 || g.members <= Lot<F>::rows) run(Count<1>());
+    else if constexpr (Lot<F>::in_group == 2) run(Count<2>());
+    if (unit + 1 == end) pdl_launch();
+  }
+}
+
+// out = plus + sum over a row's experts of weight * result. Grid (columns / 256, rows).
+struct FewSumArgs { Mat out, weights, plus, residual; const float* results; u32 top_k, pad; };
+KERNEL __launch_bounds__(256) few_sum(const __grid_constant__ FewSumArgs a) {
+  pdl_launch();
+  pdl_wait();
+  u32 token = blockIdx.y, column = blockIdx.x * 256 + threadIdx.x;
+  if (column >= a.out.cols) return;
+  float sum = a.plus.p ? a.plus.p[(u64)token * a.plus.stride + column] : 0.f, old = 0.f;
+  float* residual = a.residual.p + (u64)token * a.residual.stride + column;
+  if (a.residual.p) old = *residual;
+  const float* weights = a.weights.p + (u64)token * a.weights.stride;
+  const float* results = a.results + (u64)token * a.top_k * a.out.cols + column;
+#pragma unroll 8
+  for (u32 k = 0; k < a.top_k; k++) sum = fmaf(weights[k], results[(u64)k * a.out.cols], sum);
+  store(a.out, token, column, sum);
+  if (a.residual.p) *residual = old + sum;
+}
+
+// ---- out = x W for several weights of one format, or a product a head ----
+
+struct FewLineArgs {
+  Part part[4];
+  u32 first_unit[5];  // of each part, in row tiles of a block
+  u32 num_parts, slices, rows;
+  const u8* x;        // in the form of the format
+  u64 x_bytes;        // of a row
+  u32 matrices, x_matrix_bytes;  // heads of the only part, and bytes between the inputs of two of them; else 1
+  Mat residual;       // the result is added to it too (p null: none)
+  u32 shares, pad;    // blocks that share the slices of a row tile
+  float* sums;        // shares > 1: of each slice, as the warps have them; and
+  u32* arrived;       // a counter a warp
+};
+template <int N> struct __align__(4 * N) Floats { float v[N]; };
+// From the second-level cache: other multiprocessors wrote it.
+DEVICE Floats<2> load_shared_sums(const Floats<2>* p) {
+  Floats<2> x;
+  asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(x.v[0]), "=f"(x.v[1]) : "l"(p));
+  return x;
+}
+DEVICE Floats<4> load_shared_sums(const Floats<4>* p) {
+  Floats<4> x;
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(x.v[0]), "=f"(x.v[1]), "=f"(x.v[2]), "=f"(x.v[3]) : "l"(p));
+  return x;
+}
+// A unit is eight row tiles, two a warp, and a share of the slices: products with few row tiles would leave most of the device idle otherwise.
+// The last warp of a row tile adds all slices.
+template <int F, int Q, int D, int DX> DEVICE void few_line(const FewLineArgs& a) {
+  extern __shared__ __align__(16) u8 shared[];
+  constexpr int C = 2, N = Lot<F>::sums;
+  typedef Pipe<F, TALL, C, D> P;
+  typedef SharedRows<F, C, DX, Q * Lot<F>::rows> X;
+  typedef Floats<N> Sums;
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, S = a.slices, slices = S / a.shares, tiles = num_tiles(a.part[0].w);
+  u32 per_matrix = a.first_unit[a.num_parts], total = per_matrix * a.matrices * a.shares;
+  u32 unit = (u64)blockIdx.x * total / gridDim.x, end = (u64)(blockIdx.x + 1) * total / gridDim.x;
+  P pipe;
+  X rows;
+  if (warp < LINE_WARPS) pipe.start(shared);
+  rows.start(shared + LINE_WARPS * P::RING, LINE_WARPS);
+  if (warp == LINE_WARPS) {
+    pdl_wait();
+    for (; unit < end; unit++) {
+      const u8* from = a.x + (u64)(unit / a.shares / per_matrix) * a.x_matrix_bytes + lane * a.x_bytes;
+      for (u32 i = 0; i < slices; i++) {
+        u32 slice = unit % a.shares * slices + i, first = slice_start(slice, S, tiles);
+        feed<C>(rows, from, a.rows, first, slice_start(slice + 1, S, tiles) - first);
+      }
+    }
+    return;
+  }
+  struct Place { u32 matrix, part, row_tile; };
+  auto place_of = [&](u32 u) -> Place {
+    u32 group = u / a.shares, at = group % per_matrix, k = 0;
+    while (k + 1 < a.num_parts && at >= a.first_unit[k + 1]) k++;
+    return {group / per_matrix, k, ((at - a.first_unit[k]) * LINE_WARPS + warp) * TALL};
+  };
+  u32 ahead = unit, ahead_slice = 0;
+  auto issue = [&] {
+    if (pipe.left == 0) {
+      if (ahead_slice == slices) { ahead_slice = 0; ahead++; }
+      if (ahead < end) {
+        Place p = place_of(ahead);
+        const Packed& weight = a.part[p.part].w;
+        const Packed* w[TALL] = {&weight, &weight};
+        u32 row_tiles = (weight.rows + 15) / 16, slice = ahead % a.shares * slices + ahead_slice, first = slice_start(slice, S, tiles);
+        const u32 both[TALL] = {p.row_tile < row_tiles ? p.row_tile : row_tiles - 1, p.row_tile + 1 < row_tiles ? p.row_tile + 1 : row_tiles - 1};
+        aim_at(pipe, w, p.matrix, both, first, slice_start(slice + 1, S, tiles) - first);
+        ahead_slice++;
+      }
+    }
+    pipe.issue();
+  };
+#pragma unroll
+  for (int i = 0; i < P::D; i++) issue();
+  pdl_wait();
+  for (; unit < end; unit++) {
+    Place p = place_of(unit);
+    const Part& part = a.part[p.part];
+    float sums[TALL][Q][N] = {};
+    u32 group = unit / a.shares;
+    auto place_of_sums = [&](u32 slice) { return (Sums*)a.sums + ((u64)(group * S + slice) * LINE_WARPS + warp) * (TALL * Q * 32) + lane; };
+    for (u32 i = 0; i < slices; i++) {
+      float acc[TALL][Q][N] = {};
+      u32 slice = unit % a.shares * slices + i;
+      pass<F, Q>(pipe, rows, acc, slice_start(slice + 1, S, tiles) - slice_start(slice, S, tiles), issue);
+      if (a.shares == 1) add_slice<F, Q>(sums, acc);
+      else {
+        Sums* to = place_of_sums(slice);
+#pragma unroll
+        for (int r = 0; r < TALL; r++)
+#pragma unroll
+          for (int q = 0; q < Q; q++) to[(r * Q + q) * 32] = *(const Sums*)acc[r][q];
+      }
+    }
+    if (unit + 1 == end) pdl_launch();
+    if (a.shares > 1) {
+      u32 last = 0;
+      __threadfence();
+      __syncwarp();
+      if (lane == 0) last = atomicInc(a.arrived + group * LINE_WARPS + warp, a.shares - 1) == a.shares - 1;
+      if (!__shfl_sync(0xffffffffu, last, 0)) continue;
+      __threadfence();
+#pragma unroll 1
+      for (u32 slice = 0; slice < S; slice++) {
+        const Sums* from = place_of_sums(slice);
+        float acc[TALL][Q][N];
+#pragma unroll
+        for (int r = 0; r < TALL; r++)
+#pragma unroll
+          for (int q = 0; q < Q; q++) *(Sums*)acc[r][q] = load_shared_sums(from + (r * Q + q) * 32);
+        add_slice<F, Q>(sums, acc);
+      }
+    }
+    auto each = [&](auto f) {
+#pragma unroll
+      for (int i = 0; i < TALL; i++)
+        each_sum<F, Q>([&](u32 r, u32 n, int q, int k) {
+          u32 row = (p.row_tile + i) * 16 + r;
+          if (n < a.rows && row < part.w.rows) f(row, n, sums[i][q][k]);
+        });
+    };
+    each([&](u32 row, u32 n, float& sum) { sum = finish<F>(part.w, p.matrix, row, sum); });
+    if (a.residual.p) {
+      // All of it is read before any of it is written: one read after another would take as long as the product.
+      float old[TALL][Q][N];
+#pragma unroll
+      for (int i = 0; i < TALL; i++)
+        each_sum<F, Q>([&](u32 r, u32 n, int q, int k) {
+          u32 row = (p.row_tile + i) * 16 + r;
+          old[i][q][k] = n < a.rows && row < part.w.rows ? a.residual.p[(u64)n * a.residual.stride + row] : 0.f;
+        });
+#pragma unroll
+      for (int i = 0; i < TALL; i++)
+        each_sum<F, Q>([&](u32 r, u32 n, int q, int k) {
+          u32 row = (p.row_tile + i) * 16 + r;
+          if (n < a.rows && row < part.w.rows) a.residual.p[(u64)n * a.residual.stride + row] = old[i][q][k] + sums[i][q][k];
+        });
+    }
+    each([&](u32 row, u32 n, float& sum) { store(part.out, n, p.matrix * part.w.rows + row, sum); });
+  }
+}
+
+// Threads of a block: the warps that multiply, and the one that copies rows.
+#define UP(NAME, F, OTHER, G) KERNEL __launch_bounds__(32 * WARPS + 32, 2) few_up_##NAME##_##OTHER(const __grid_constant__ FewUpArgs a) { few_up_both<F, G>(a); }
+#define LINE(NAME, F, ROWS, Q, D, DX) KERNEL __launch_bounds__(32 * LINE_WARPS + 32, 3) few_line##ROWS##_##NAME(const __grid_constant__ FewLineArgs a) { few_line<F, Q, D, DX>(a); }
+#define KERNELS(NAME, F) \
+  UP(NAME, F, NAME, F) \
+  KERNEL __launch_bounds__(32 * WARPS + 32, 2) few_down_##NAME(const __grid_constant__ FewDownArgs a) { few_down<F>(a); } \
+  LINE(NAME, F, 4, 1, (Words<F>::n > 5 ? 3 : 4), 4) \
+  LINE(NAME, F, 8, Lot<F>::in_group, (Words<F>::n > 5 ? 3 : 4), 4) \
+  LINE(NAME, F, 16, 2 * Lot<F>::in_group, (Words<F>::n > 5 ? 3 : 4), 4) \
+  LINE(NAME, F, 32, 4 * Lot<F>::in_group, (Words<F>::n > 5 ? 2 : 4), (Words<F>::n > 5 ? 3 : 4))
+
+
+KERNELS(affine4, AFFINE4)
+
+
+
+
+
+
+
+// Routed experts with fewer bits than the shared one, as demolished models have them.
+
+
+
+
+
+
