@@ -13,7 +13,7 @@
 #include "route.cuh"
 #include "row.cuh"
 
-#define GROUP 8         // rows that share a pass over an expert's weights
+#define GROUP 8         // most rows that share a pass over an expert's weights
 #define MAX_CHOICES 256  // rows times top-k
 #define MAX_EXPERTS 512
 #define TALL 2          // row tiles of a warp
@@ -23,7 +23,6 @@
 template <int F> struct Lot {
   static constexpr int rows = Is<F>::affine ? 4 : 8;
   static constexpr int sums = Is<F>::affine ? 2 : 4;
-  static constexpr int in_group = GROUP / rows;
 };
 
 // A lane's part of 64 columns of a lot.
@@ -44,22 +43,67 @@ template <int F> DEVICE void load_lot(Loaded<Is<F>::affine>& to, u32 at, u32 row
   }
 }
 
-// A tile taken apart, and its product with a lot.
-template <int F> struct Apart { Taken<F, true> taken; Scales<F, true> scales; };
-template <int F> DEVICE void multiply(float acc[Lot<F>::sums], const Apart<F>& w, const Loaded<Is<F>::affine>& x) {
-  if constexpr (Is<F>::affine) {
-    const int bias[4] = {BIAS_BITS, BIAS_BITS, BIAS_BITS, BIAS_BITS};
-    int c[4], d[4];
-    const u32* o = w.taken.o;
-    const u32 a0[4] = {o[0], o[4], o[1], o[5]}, a1[4] = {o[2], o[6], o[3], o[7]};
-    mma_bytes_biased(c, a0, x.x.x, x.x.y, bias);
-    mma_bytes_biased(d, a1, x.x.z, x.x.w, c);
+// The product of a tile with a lot, as integers, and what makes floats of it.
+struct Product { int d[4]; float s[2], b[2]; };
+template <int F> DEVICE void multiply(Product& p, const Taken<F, true>& w, const Loaded<true>& x) {
+  const int bias[4] = {BIAS_BITS, BIAS_BITS, BIAS_BITS, BIAS_BITS};
+  int c[4];
+  const u32* o = w.o;
+  const u32 a0[4] = {o[0], o[4], o[1], o[5]}, a1[4] = {o[2], o[6], o[3], o[7]};
+  mma_bytes_biased(c, a0, x.x.x, x.x.y, bias);
+  mma_bytes_biased(p.d, a1, x.x.z, x.x.w, c);
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
-      float y = fmaf(__int_as_float(d[2 * k]) - BIAS, 128.f, __int_as_float(d[2 * k + 1]) - BIAS);
-      acc[k] = fmaf(w.taken.b[0][k], x.sum, fmaf(w.taken.s[0][k] * x.scale, y, acc[k]));
+  for (int k = 0; k < 2; k++) { p.s[k] = w.s[0][k]; p.b[k] = w.b[0][k]; }
+}
+DEVICE void add_product(float acc[2], const Product& p, const Loaded<true>& x) {
+#pragma unroll
+  for (int k = 0; k < 2; k++) {
+    float y = fmaf(__int_as_float(p.d[2 * k]) - BIAS, 128.f, __int_as_float(p.d[2 * k + 1]) - BIAS);
+    acc[k] = fmaf(p.b[k], x.sum, fmaf(p.s[k] * x.scale, y, acc[k]));
+  }
+}
+
+// acc += N tiles of the warp's row tiles in the slot at `slot`, times Q lots of rows at `x`.
+template <int F, int Q, int N, typename P, typename X> DEVICE void multiply_tiles(P& pipe, float acc[TALL][Q][Lot<F>::sums], u32 slot, u32 x) {
+  auto take = [&](Taken<F, true> taken[TALL], Scales<F, true> scales[TALL], int i) {
+#pragma unroll
+    for (int r = 0; r < TALL; r++) {
+      Codes<F> codes;
+      pipe.read(codes, scales[r], slot + (r * P::C + i) * P::TILE);
+      take_apart<F, true>(taken[r], codes, scales[r]);
     }
-  } else accumulate<F, true>(acc, w.taken, w.scales, x.columns, false);
+  };
+  Taken<F, true> w[TALL];
+  Scales<F, true> scales[TALL];
+  if constexpr (Is<F>::affine) {
+    // One product is on its way through the tensor cores while the one before becomes floats: one after another they take three times as long.
+    Product products[2][TALL];
+    Loaded<true> loaded[2];
+#pragma unroll
+    for (int step = 0; step <= N * Q; step++) {
+      if (step < N * Q) {
+        if (step % Q == 0) take(w, scales, step / Q);
+        load_lot<F>(loaded[step % 2], x + step / Q * X::STEP, X::ROW, step % Q);
+#pragma unroll
+        for (int r = 0; r < TALL; r++) multiply<F>(products[step % 2][r], w[r], loaded[step % 2]);
+      }
+      if (step > 0)
+#pragma unroll
+        for (int r = 0; r < TALL; r++) add_product(acc[r][(step - 1) % Q], products[(step - 1) % 2][r], loaded[(step - 1) % 2]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      take(w, scales, i);
+#pragma unroll
+      for (int q = 0; q < Q; q++) {
+        Loaded<false> loaded;
+        load_lot<F>(loaded, x + i * X::STEP, X::ROW, q);
+#pragma unroll
+        for (int r = 0; r < TALL; r++) accumulate<F, true>(acc[r][q], w[r], scales[r], loaded.columns, false);
+      }
+    }
+  }
 }
 
 // acc += `count` tiles of the warp's row tiles, which have been issued in this order, times Q lots of the block's rows; `refill` keeps the ring full.
@@ -70,36 +114,23 @@ DEVICE void pass(P& pipe, X& rows, float acc[TALL][Q][Lot<F>::sums], u32 count, 
     pipe.wait();
     u32 slot = pipe.ring + pipe.take * P::SLOT;
     pipe.take = pipe.take + 1 == P::D ? 0 : pipe.take + 1;
-    auto tile = [&](u32 i) {
-      Apart<F> w[TALL];
-#pragma unroll
-      for (int r = 0; r < TALL; r++) {
-        Codes<F> codes;
-        pipe.read(codes, w[r].scales, slot + (r * P::C + i) * P::TILE);
-        take_apart<F, true>(w[r].taken, codes, w[r].scales);
-      }
-#pragma unroll
-      for (int q = 0; q < Q; q++) {
-        Loaded<Is<F>::affine> loaded;
-        load_lot<F>(loaded, x + i * X::STEP, X::ROW, q);
-#pragma unroll
-        for (int r = 0; r < TALL; r++) multiply<F>(acc[r][q], w[r], loaded);
-      }
-    };
-    if (count - j >= P::C) {
-#pragma unroll
-      for (int i = 0; i < P::C; i++) tile(i);
-    } else {
-      for (u32 i = 0; i < count - j; i++) tile(i);
-    }
+    if (count - j >= P::C) multiply_tiles<F, Q, P::C, P, X>(pipe, acc, slot, x);
+    else
+      for (u32 i = 0; i < count - j; i++) multiply_tiles<F, Q, 1, P, X>(pipe, acc, slot + i * P::TILE, x + i * X::STEP);
     rows.release();
     refill();
   }
 }
-// What the warp that copies rows does meanwhile: a lane's row starts at `from`.
-template <int C, typename X> DEVICE void feed(X& rows, const u8* from, u32 num_rows, u32 first, u32 count) {
-  from += first * X::STEP;
-  for (u32 j = 0; j < count; j += C, from += C * X::STEP) rows.put(from, num_rows, count - j < C ? count - j : C);
+// What the warp that copies rows does meanwhile, for tiles `first` to `first + count`; `row(n)` is where row n starts.
+template <int C, typename X, typename Row> DEVICE void feed(X& rows, u32 num_rows, u32 first, u32 count, Row row) {
+  const u8* from[X::TURNS];
+#pragma unroll
+  for (int i = 0; i < X::TURNS; i++) from[i] = row(X::row_of(i) < num_rows ? X::row_of(i) : 0) + first * X::STEP;
+  for (u32 j = 0; j < count; j += C) {
+    rows.put(from, num_rows, count - j < C ? count - j : C);
+#pragma unroll
+    for (int i = 0; i < X::TURNS; i++) from[i] += C * X::STEP;
+  }
 }
 
 // Calls f(row of the tile, row of activations, q, k) for the sums [q][k] of this lane.
@@ -134,7 +165,7 @@ template <typename P> DEVICE void aim_at(P& pipe, const Packed* const w[TALL], u
 
 // ---- the choice of experts, sorted ----
 
-// What the products with experts read: groups of up to eight rows of one expert.
+// What the products with experts read: groups of up to four or eight rows of one expert.
 struct Plan {
   u32 num_groups, pad[3];
   u32 groups[MAX_CHOICES];   // expert, first of its choices << 16, choices << 28 less one
@@ -144,7 +175,7 @@ DEVICE u32 group_expert(u32 group) { return group & 0xffff; }
 DEVICE u32 group_first(u32 group) { return group >> 16 & 0xfff; }
 DEVICE u32 group_count(u32 group) { return (group >> 28) + 1; }
 
-struct PlanArgs { RouteArgs route; Plan* plan; u32 rows, warp_floats; };
+struct PlanArgs { RouteArgs route; Plan* plan; u32 rows, warp_floats, group, pad; };
 // One block; a warp chooses for a row at a time. The order of an expert's rows is arbitrary: rows do not see one another.
 KERNEL __launch_bounds__(1024) route_plan(const __grid_constant__ PlanArgs a) {
   extern __shared__ float plan_shared[];
@@ -171,7 +202,7 @@ KERNEL __launch_bounds__(1024) route_plan(const __grid_constant__ PlanArgs a) {
   if (warp == 0) {
     // A lane has neighbouring experts: how many choices and groups stand before them.
     u32 share = (n + 31) / 32, first = lane * share, choices = 0, groups = 0;
-    for (u32 e = first; e < first + share && e < n; e++) { choices += counts[e]; groups += (counts[e] + GROUP - 1) / GROUP; }
+    for (u32 e = first; e < first + share && e < n; e++) { choices += counts[e]; groups += (counts[e] + a.group - 1) / a.group; }
     u32 choice = choices, group = groups;
 #pragma unroll
     for (int d = 1; d < 32; d <<= 1) {
@@ -183,8 +214,8 @@ KERNEL __launch_bounds__(1024) route_plan(const __grid_constant__ PlanArgs a) {
     group -= groups;
     for (u32 e = first; e < first + share && e < n; e++) {
       starts[e] = choice;
-      for (u32 done = 0; done < counts[e]; done += GROUP) {
-        u32 count = counts[e] - done < GROUP ? counts[e] - done : GROUP;
+      for (u32 done = 0; done < counts[e]; done += a.group) {
+        u32 count = counts[e] - done < a.group ? counts[e] - done : a.group;
         a.plan->groups[group++] = e | (choice + done) << 16 | (count - 1) << 28;
       }
       choice += counts[e];
@@ -216,9 +247,16 @@ struct FewUpArgs {
   Activation activation;
 };
 
-// Tiles of a slot and slots of a ring, so that two blocks of eight warps fit: of `few_up`, and of `few_down`, whose slices have eight tiles.
-template <int F> struct UpRing { static constexpr int tiles = Words<F>::n > 4 ? 2 : 3, slots = Words<F>::n > 6 ? 2 : 3, row_slots = 4; };
-template <int F> struct DownRing { static constexpr int tiles = 2, slots = Words<F>::n > 6 ? 2 : Words<F>::n > 4 ? 3 : 4, row_slots = 4; };
+#ifndef UP8
+#define UP8 4, 2, 3
+#define DOWN8 4, 2, 3
+#define UP4 3, 2, 3
+#define DOWN4 2, 3, 4
+#define LINE8 4, 2, 3
+#define LINE32 2, 3, 3
+#endif
+// Tiles of a slot, slots of a warp's ring, slots of the rows' ring.
+template <int C_, int D_, int X_> struct Size { static constexpr int C = C_, D = D_, X = X_; };
 
 // A group of rows of one expert, or of all rows.
 struct Group { u32 expert, first, members; };
@@ -235,17 +273,17 @@ struct Groups {
   }
 };
 
-struct UpShared {
+template <int ROWS> struct UpShared {
   Groups plan;
-  float h[2][WARPS * 16][GROUP + 1];  // of this unit and the one before
+  float h[2][WARPS * 16][ROWS + 1];  // of this unit and the one before
 };
 // A unit is eight row tiles of both matrices for a group's rows, a warp each.
-template <int F, bool ROUTED> DEVICE void few_up(const FewUpArgs& a, const FewPair& pair, u32 block, u32 blocks, u8* shared, UpShared& s) {
-  typedef UpRing<F> Size;
-  typedef Pipe<F, TALL, Size::tiles, Size::slots> P;
-  typedef SharedRows<F, Size::tiles, Size::row_slots, GROUP> X;
+template <int F, bool ROUTED, int ROWS, typename Size>
+DEVICE void few_up(const FewUpArgs& a, const FewPair& pair, u32 block, u32 blocks, u8* shared, UpShared<ROWS>& s) {
+  typedef Pipe<F, TALL, Size::C, Size::D> P;
+  typedef SharedRows<F, Size::C, Size::X, ROWS> X;
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, S = a.slices, width = pair.gate.rows, tiles = num_tiles(pair.gate);
-  u32 row_tiles = (width + 15) / 16, row_blocks = (row_tiles + WARPS - 1) / WARPS, num_groups = (a.rows + GROUP - 1) / GROUP;
+  u32 row_tiles = (width + 15) / 16, row_blocks = (row_tiles + WARPS - 1) / WARPS, num_groups = (a.rows + ROWS - 1) / ROWS;
   const Packed* w[TALL] = {&pair.gate, &pair.up};
   P pipe;
   X rows;
@@ -260,8 +298,8 @@ template <int F, bool ROUTED> DEVICE void few_up(const FewUpArgs& a, const FewPa
   // All groups of rows of the shared expert after each other: its weights are then in the second-level cache.
   auto group_of = [&](u32 u) -> Group {
     if constexpr (ROUTED) return s.plan.get(u / row_blocks);
-    u32 first = u % num_groups * GROUP;
-    return {0, first, a.rows - first < GROUP ? a.rows - first : GROUP};
+    u32 first = u % num_groups * ROWS;
+    return {0, first, a.rows - first < ROWS ? a.rows - first : ROWS};
   };
   auto row_block_of = [&](u32 u) { return ROUTED ? u % row_blocks : u / num_groups; };
   auto choice_of = [&](const Group& g, u32 n) { return ROUTED ? (u32)s.plan.choices[g.first + n] : g.first + n; };
@@ -269,11 +307,10 @@ template <int F, bool ROUTED> DEVICE void few_up(const FewUpArgs& a, const FewPa
     if constexpr (!ROUTED) pdl_wait();
     for (; unit < end; unit++) {
       Group g = group_of(unit);
-      u32 choice = choice_of(g, lane < g.members ? lane : 0);
-      const u8* from = pair.x + (ROUTED ? choice / a.top_k : choice) * pair.x_bytes;
+      auto row = [&](u32 n) { u32 choice = choice_of(g, n); return pair.x + (ROUTED ? choice / a.top_k : choice) * pair.x_bytes; };
       for (u32 slice = 0; slice < S; slice++) {
         u32 first = slice_start(slice, S, tiles);
-        feed<Size::tiles>(rows, from, g.members, first, slice_start(slice + 1, S, tiles) - first);
+        feed<Size::C>(rows, g.members, first, slice_start(slice + 1, S, tiles) - first, row);
       }
     }
     return;
@@ -317,8 +354,8 @@ template <int F, bool ROUTED> DEVICE void few_up(const FewUpArgs& a, const FewPa
         s.h[unit & 1][warp * 16 + r][n] = y;
       });
     };
-    if (Lot<F>::in_group == 1 || g.members <= Lot<F>::rows) run(Count<1>());
-    else if constexpr (Lot<F>::in_group == 2) run(Count<2>());
+    if (ROWS <= Lot<F>::rows || g.members <= Lot<F>::rows) run(Count<1>());
+    else if constexpr (ROWS > Lot<F>::rows) run(Count<2>());
     if (unit + 1 == end) pdl_launch();
     if (!pair.digits) continue;
     // Four warps have 64 values of each row, and make their digits.
@@ -331,11 +368,11 @@ template <int F, bool ROUTED> DEVICE void few_up(const FewUpArgs& a, const FewPa
     digits8(v, n < g.members ? pair.digits + ((u64)choice_of(g, n) * (width / 64) + tile) * DIGITS_BYTES : nullptr);
   }
 }
-template <int F, int G> DEVICE void few_up_both(const FewUpArgs& a) {
+template <int F, int G, int ROWS, typename Size> DEVICE void few_up_both(const FewUpArgs& a) {
   extern __shared__ __align__(16) u8 shared[];
-  __shared__ UpShared s;
-  if (blockIdx.x < a.shared_blocks) few_up<G, false>(a, a.shared, blockIdx.x, a.shared_blocks, shared, s);
-  else few_up<F, true>(a, a.routed, blockIdx.x - a.shared_blocks, gridDim.x - a.shared_blocks, shared, s);
+  __shared__ UpShared<ROWS> s;
+  if (blockIdx.x < a.shared_blocks) few_up<G, false, ROWS, Size>(a, a.shared, blockIdx.x, a.shared_blocks, shared, s);
+  else few_up<F, true, ROWS, Size>(a, a.routed, blockIdx.x - a.shared_blocks, gridDim.x - a.shared_blocks, shared, s);
 }
 
 // ---- down ----
@@ -350,12 +387,11 @@ struct FewDownArgs {
   u32 slices, pad;
 };
 // A unit is 16 row tiles for a group's rows, two a warp.
-template <int F> DEVICE void few_down(const FewDownArgs& a) {
+template <int F, int ROWS, typename Size> DEVICE void few_down(const FewDownArgs& a) {
   extern __shared__ __align__(16) u8 shared[];
   __shared__ Groups plan;
-  typedef DownRing<F> Size;
-  typedef Pipe<F, TALL, Size::tiles, Size::slots> P;
-  typedef SharedRows<F, Size::tiles, Size::row_slots, GROUP> X;
+  typedef Pipe<F, TALL, Size::C, Size::D> P;
+  typedef SharedRows<F, Size::C, Size::X, ROWS> X;
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, S = a.slices, tiles = num_tiles(a.w);
   u32 row_tiles = (a.w.rows + 15) / 16, row_blocks = (row_tiles + WARPS * TALL - 1) / (WARPS * TALL);
   const Packed* w[TALL] = {&a.w, &a.w};
@@ -369,10 +405,10 @@ template <int F> DEVICE void few_down(const FewDownArgs& a) {
   if (warp == WARPS) {
     for (; unit < end; unit++) {
       Group g = plan.get(unit / row_blocks);
-      const u8* from = a.x + plan.choices[g.first + (lane < g.members ? lane : 0)] * a.part_bytes;
+      auto row = [&](u32 n) { return a.x + plan.choices[g.first + n] * a.part_bytes; };
       for (u32 slice = 0; slice < S; slice++) {
         u32 first = slice_start(slice, S, tiles);
-        feed<Size::tiles>(rows, from, g.members, first, slice_start(slice + 1, S, tiles) - first);
+        feed<Size::C>(rows, g.members, first, slice_start(slice + 1, S, tiles) - first, row);
       }
     }
     return;
@@ -410,8 +446,8 @@ template <int F> DEVICE void few_down(const FewDownArgs& a) {
           if (n < g.members && row < a.w.rows) a.results[(u64)plan.choices[g.first + n] * a.w.rows + row] = finish<F>(a.w, g.expert, row, sums[i][q][k]);
         });
     };
-    if (Lot<F>::in_group == 1 || g.members <= Lot<F>::rows) run(Count<1>());
-    else if constexpr (Lot<F>::in_group == 2) run(Count<2>());
+    if (ROWS <= Lot<F>::rows || g.members <= Lot<F>::rows) run(Count<1>());
+    else if constexpr (ROWS > Lot<F>::rows) run(Count<2>());
     if (unit + 1 == end) pdl_launch();
   }
 }
@@ -462,12 +498,14 @@ DEVICE Floats<4> load_shared_sums(const Floats<4>* p) {
 }
 // A unit is eight row tiles, two a warp, and a share of the slices: products with few row tiles would leave most of the device idle otherwise.
 // The last warp of a row tile adds all slices.
-template <int F, int Q, int D, int DX> DEVICE void few_line(const FewLineArgs& a) {
+template <int F, int Q, typename Size> DEVICE void few_line(const FewLineArgs& a) {
   extern __shared__ __align__(16) u8 shared[];
-  constexpr int C = 2, N = Lot<F>::sums;
-  typedef Pipe<F, TALL, C, D> P;
-  typedef SharedRows<F, C, DX, Q * Lot<F>::rows> X;
+  constexpr int C = Size::C, N = Lot<F>::sums;
+  typedef Pipe<F, TALL, C, Size::D> P;
+  typedef SharedRows<F, C, Size::X, Q * Lot<F>::rows> X;
   typedef Floats<N> Sums;
+  // Sums of the slices so far of this thread, where registers would hold half as many products on their way.
+  float* kept = (float*)(shared + LINE_WARPS * P::RING + X::BYTES) + threadIdx.x;
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, S = a.slices, slices = S / a.shares, tiles = num_tiles(a.part[0].w);
   u32 per_matrix = a.first_unit[a.num_parts], total = per_matrix * a.matrices * a.shares;
   u32 unit = (u64)blockIdx.x * total / gridDim.x, end = (u64)(blockIdx.x + 1) * total / gridDim.x;
@@ -478,10 +516,10 @@ template <int F, int Q, int D, int DX> DEVICE void few_line(const FewLineArgs& a
   if (warp == LINE_WARPS) {
     pdl_wait();
     for (; unit < end; unit++) {
-      const u8* from = a.x + (u64)(unit / a.shares / per_matrix) * a.x_matrix_bytes + lane * a.x_bytes;
+      auto row = [&](u32 n) { return a.x + (u64)(unit / a.shares / per_matrix) * a.x_matrix_bytes + n * a.x_bytes; };
       for (u32 i = 0; i < slices; i++) {
         u32 slice = unit % a.shares * slices + i, first = slice_start(slice, S, tiles);
-        feed<C>(rows, from, a.rows, first, slice_start(slice + 1, S, tiles) - first);
+        feed<C>(rows, a.rows, first, slice_start(slice + 1, S, tiles) - first, row);
       }
     }
     return;
@@ -514,21 +552,32 @@ template <int F, int Q, int D, int DX> DEVICE void few_line(const FewLineArgs& a
   for (; unit < end; unit++) {
     Place p = place_of(unit);
     const Part& part = a.part[p.part];
-    float sums[TALL][Q][N] = {};
+    float sums[TALL][Q][N];
     u32 group = unit / a.shares;
     auto place_of_sums = [&](u32 slice) { return (Sums*)a.sums + ((u64)(group * S + slice) * LINE_WARPS + warp) * (TALL * Q * 32) + lane; };
     for (u32 i = 0; i < slices; i++) {
-      float acc[TALL][Q][N] = {};
       u32 slice = unit % a.shares * slices + i;
-      pass<F, Q>(pipe, rows, acc, slice_start(slice + 1, S, tiles) - slice_start(slice, S, tiles), issue);
-      if (a.shares == 1) add_slice<F, Q>(sums, acc);
-      else {
-        Sums* to = place_of_sums(slice);
 #pragma unroll
-        for (int r = 0; r < TALL; r++)
+      for (int r = 0; r < TALL; r++)
 #pragma unroll
-          for (int q = 0; q < Q; q++) to[(r * Q + q) * 32] = *(const Sums*)acc[r][q];
-      }
+        for (int q = 0; q < Q; q++)
+#pragma unroll
+          for (int k = 0; k < N; k++) sums[r][q][k] = 0.f;
+      pass<F, Q>(pipe, rows, sums, slice_start(slice + 1, S, tiles) - slice_start(slice, S, tiles), issue);
+      Sums* to = place_of_sums(slice);
+#pragma unroll
+      for (int r = 0; r < TALL; r++)
+#pragma unroll
+        for (int q = 0; q < Q; q++) {
+          if (a.shares > 1) to[(r * Q + q) * 32] = *(const Sums*)sums[r][q];
+          else
+#pragma unroll
+            for (int k = 0; k < N; k++) {
+              float* p = kept + ((r * Q + q) * N + k) * (32 * LINE_WARPS);
+              sums[r][q][k] += i ? *p : 0.f;
+              if (i + 1 < slices) *p = sums[r][q][k];
+            }
+        }
     }
     if (unit + 1 == end) pdl_launch();
     if (a.shares > 1) {
@@ -538,6 +587,12 @@ template <int F, int Q, int D, int DX> DEVICE void few_line(const FewLineArgs& a
       if (lane == 0) last = atomicInc(a.arrived + group * LINE_WARPS + warp, a.shares - 1) == a.shares - 1;
       if (!__shfl_sync(0xffffffffu, last, 0)) continue;
       __threadfence();
+#pragma unroll
+      for (int r = 0; r < TALL; r++)
+#pragma unroll
+        for (int q = 0; q < Q; q++)
+#pragma unroll
+          for (int k = 0; k < N; k++) sums[r][q][k] = 0.f;
 #pragma unroll 1
       for (u32 slice = 0; slice < S; slice++) {
         const Sums* from = place_of_sums(slice);
@@ -579,29 +634,41 @@ template <int F, int Q, int D, int DX> DEVICE void few_line(const FewLineArgs& a
 }
 
 // Threads of a block: the warps that multiply, and the one that copies rows.
-#define UP(NAME, F, OTHER, G) KERNEL __launch_bounds__(32 * WARPS + 32, 2) few_up_##NAME##_##OTHER(const __grid_constant__ FewUpArgs a) { few_up_both<F, G>(a); }
-#define LINE(NAME, F, ROWS, Q, D, DX) KERNEL __launch_bounds__(32 * LINE_WARPS + 32, 3) few_line##ROWS##_##NAME(const __grid_constant__ FewLineArgs a) { few_line<F, Q, D, DX>(a); }
+#define UP(NAME, F, OTHER, G, ROWS, BLOCKS) \
+  KERNEL __launch_bounds__(32 * WARPS + 32, BLOCKS) few_up##ROWS##_##NAME##_##OTHER(const __grid_constant__ FewUpArgs a) { few_up_both<F, G, ROWS, Size<UP##ROWS>>(a); }
+#define DOWN(NAME, F, ROWS, BLOCKS) \
+  KERNEL __launch_bounds__(32 * WARPS + 32, BLOCKS) few_down##ROWS##_##NAME(const __grid_constant__ FewDownArgs a) { few_down<F, ROWS, Size<DOWN##ROWS>>(a); }
+#define LINE(NAME, F, ROWS, SIZE) \
+  KERNEL __launch_bounds__(32 * LINE_WARPS + 32, 3) few_line##ROWS##_##NAME(const __grid_constant__ FewLineArgs a) { few_line<F, (ROWS + Lot<F>::rows - 1) / Lot<F>::rows, Size<SIZE>>(a); }
 #define KERNELS(NAME, F) \
-  UP(NAME, F, NAME, F) \
-  KERNEL __launch_bounds__(32 * WARPS + 32, 2) few_down_##NAME(const __grid_constant__ FewDownArgs a) { few_down<F>(a); } \
-  LINE(NAME, F, 4, 1, (Words<F>::n > 5 ? 3 : 4), 4) \
-  LINE(NAME, F, 8, Lot<F>::in_group, (Words<F>::n > 5 ? 3 : 4), 4) \
-  LINE(NAME, F, 16, 2 * Lot<F>::in_group, (Words<F>::n > 5 ? 3 : 4), 4) \
-  LINE(NAME, F, 32, 4 * Lot<F>::in_group, (Words<F>::n > 5 ? 2 : 4), (Words<F>::n > 5 ? 3 : 4))
-KERNELS(affine2, AFFINE2)
-KERNELS(affine3, AFFINE3)
-KERNELS(affine4, AFFINE4)
-KERNELS(affine5, AFFINE5)
-KERNELS(affine6, AFFINE6)
-KERNELS(affine8, AFFINE8)
+  UP(NAME, F, NAME, F, 8, 2) \
+  DOWN(NAME, F, 8, 2) \
+  LINE(NAME, F, 4, LINE8) \
+  LINE(NAME, F, 8, LINE8) \
+  LINE(NAME, F, 16, LINE8) \
+  LINE(NAME, F, 32, LINE32)
+// Groups of four rows are one lot: fewer registers, so three blocks a multiprocessor.
+#define BYTES(NAME, F) \
+  KERNELS(NAME, F) \
+  UP(NAME, F, NAME, F, 4, 3) \
+  DOWN(NAME, F, 4, 3)
+#define MIXED(NAME, F, OTHER, G) \
+  UP(NAME, F, OTHER, G, 8, 2) \
+  UP(NAME, F, OTHER, G, 4, 3)
+BYTES(affine2, AFFINE2)
+BYTES(affine3, AFFINE3)
+BYTES(affine4, AFFINE4)
+BYTES(affine5, AFFINE5)
+BYTES(affine6, AFFINE6)
+BYTES(affine8, AFFINE8)
 KERNELS(nvfp4, NVFP4)
 KERNELS(mxfp4, MXFP4)
 KERNELS(mxfp8, MXFP8)
 KERNELS(fp8, FP8)
 // Routed experts with fewer bits than the shared one, as demolished models have them.
-UP(affine2, AFFINE2, affine4, AFFINE4)
-UP(affine3, AFFINE3, affine4, AFFINE4)
-UP(affine3, AFFINE3, affine6, AFFINE6)
-UP(affine4, AFFINE4, affine6, AFFINE6)
-UP(affine4, AFFINE4, affine8, AFFINE8)
-UP(nvfp4, NVFP4, fp8, FP8)
+MIXED(affine2, AFFINE2, affine4, AFFINE4)
+MIXED(affine3, AFFINE3, affine4, AFFINE4)
+MIXED(affine3, AFFINE3, affine6, AFFINE6)
+MIXED(affine4, AFFINE4, affine6, AFFINE6)
+MIXED(affine4, AFFINE4, affine8, AFFINE8)
+UP(nvfp4, NVFP4, fp8, FP8, 8, 2)

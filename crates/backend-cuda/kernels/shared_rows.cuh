@@ -24,6 +24,8 @@ template <int F, int C, int D, int ROWS> struct SharedRows {
   static constexpr u32 STEP = Form<F>::tile;
   // bfloat16: neighbouring rows in different banks. Digits are so by themselves.
   static constexpr u32 ROW = C * STEP + (Is<F>::affine ? 0 : 64), SLOT = ROWS * ROW, BYTES = D * (SLOT + 16);
+  // Lanes that copy a row, 16 bytes each: at least a sector of 32 bytes. Rows of a lane: 32 / LANES apart.
+  static constexpr u32 LANES = ROWS == 32 ? 2 : 32 / ROWS, TURNS = ROWS * LANES / 32;
   u32 ring, full, empty;  // shared memory; barriers of slots that are full, and that are free again
   u32 at, parity;         // next slot, and the parity that its barrier ends
 
@@ -37,16 +39,9 @@ template <int F, int C, int D, int ROWS> struct SharedRows {
     if (threadIdx.x == 0) {
 #pragma unroll
       for (int d = 0; d < D; d++) {
-#if __CUDA_ARCH__ >= 900
-        barrier_init(full + 8 * d, 1);
-#else
         barrier_init(full + 8 * d, 32);
-#endif
         barrier_init(empty + 8 * d, warps);
       }
-#if __CUDA_ARCH__ >= 900
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
     }
     __syncthreads();
   }
@@ -54,23 +49,25 @@ template <int F, int C, int D, int ROWS> struct SharedRows {
     at++;
     if (at == D) { at = 0; parity ^= 1; }
   }
-  // Copies `n` tiles of `rows` rows; a lane's row starts at `from`.
-  METHOD void put(const u8* from, u32 rows, u32 n) {
-    u32 lane = threadIdx.x & 31, to = ring + at * SLOT, bar = full + 8 * at;
+  // Which row a lane copies, turn after turn.
+  static METHOD u32 row_of(u32 turn) { return (threadIdx.x & 31) / LANES + turn * (32 / LANES); }
+  // Copies `n` tiles of `rows` rows; this lane's start at `from`. Not in bulk: a bulk copy takes 36 ns of its multiprocessor's copy engine
+  // however short it is, which with 32 rows was the whole time of a product.
+  METHOD void put(const u8* const from[TURNS], u32 rows, u32 n) {
+    u32 piece = (threadIdx.x & 31) % LANES * 16, to = ring + at * SLOT + piece;
     barrier_wait(empty + 8 * at, parity);
-#if __CUDA_ARCH__ >= 900
-    if (lane == 0) asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(rows * n * STEP) : "memory");
-    __syncwarp();
-    if (lane < rows)
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-          ::"r"(to + lane * ROW), "l"(from), "r"(n * STEP), "r"(bar) : "memory");
-#else
-    for (u32 r = 0; r < rows; r++) {
-      const u8* row = (const u8*)__shfl_sync(0xffffffffu, (u64)from, r);
-      for (u32 b = lane * 16; b < n * STEP; b += 512) copy_async<16>(to + r * ROW + b, row + b);
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+      u32 row = row_of(turn);
+      if (row >= rows) continue;
+      if (n == C) {
+#pragma unroll
+        for (u32 b = 0; b < C * STEP; b += LANES * 16)
+          if (C * STEP % (LANES * 16) == 0 || b + piece < C * STEP) copy_async<16>(to + row * ROW + b, from[turn] + piece + b);
+      } else
+        for (u32 b = 0; b + piece < n * STEP; b += LANES * 16) copy_async<16>(to + row * ROW + b, from[turn] + piece + b);
     }
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
-#endif
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full + 8 * at) : "memory");
     next();
   }
   // Waits for the next slot.

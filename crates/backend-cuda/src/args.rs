@@ -14,6 +14,14 @@ pub(crate) struct Mat {
     pub(crate) pad: u32,
 }
 
+/// `Ahead` of `common.cuh`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Ahead {
+    pub(crate) p: DevicePtr,
+    pub(crate) bytes: u64,
+}
+
 /// `Paging` of `common.cuh`.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
@@ -333,6 +341,9 @@ pub(crate) struct Attend {
     pub(crate) window: u32,
     pub(crate) max_splits: u32,
     pub(crate) scale: f32,
+    pub(crate) part_blocks: u32,
+    pub(crate) pad: u32,
+    pub(crate) ahead: [Ahead; 4],
 }
 
 /// `JoinArgs` of `attention.cu`.
@@ -412,6 +423,7 @@ pub(crate) struct Line {
     pub(crate) pad: u32,
     pub(crate) input: RowInput,
     pub(crate) residual: Mat,
+    pub(crate) ahead: [Ahead; 4],
 }
 
 /// `Latent` of `row.cuh`.
@@ -459,6 +471,7 @@ pub(crate) struct Router {
     pub(crate) input: RowInput,
     pub(crate) rows: u32,
     pub(crate) cols: u32,
+    pub(crate) ahead: [Ahead; 4],
 }
 
 /// `UpPair` of `decode.cu`.
@@ -511,6 +524,8 @@ pub(crate) struct Plan {
     pub(crate) plan: DevicePtr,
     pub(crate) rows: u32,
     pub(crate) warp_floats: u32,
+    pub(crate) group: u32,
+    pub(crate) pad: u32,
 }
 
 /// `FewPair` of `few.cu`.
@@ -523,7 +538,6 @@ pub(crate) struct FewPair {
     pub(crate) x: DevicePtr,
     pub(crate) x_bytes: u64,
     pub(crate) digits: DevicePtr,
-    pub(crate) arrived: DevicePtr,
 }
 
 /// `FewUpArgs` of `few.cu`.
@@ -545,15 +559,23 @@ pub(crate) struct FewUp {
 #[repr(C)]
 pub(crate) struct FewDown {
     pub(crate) w: Packed,
+    pub(crate) plan: DevicePtr,
+    pub(crate) x: DevicePtr,
+    pub(crate) part_bytes: u64,
+    pub(crate) results: DevicePtr,
+    pub(crate) slices: u32,
+    pub(crate) pad: u32,
+}
+
+/// `FewSumArgs` of `few.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct FewSum {
     pub(crate) out: Mat,
     pub(crate) weights: Mat,
     pub(crate) plus: Mat,
     pub(crate) residual: Mat,
-    pub(crate) plan: DevicePtr,
-    pub(crate) x: DevicePtr,
-    pub(crate) part_bytes: u64,
-    pub(crate) slices: u32,
-    pub(crate) rows: u32,
+    pub(crate) results: DevicePtr,
     pub(crate) top_k: u32,
     pub(crate) pad: u32,
 }
@@ -572,4 +594,8 @@ pub(crate) struct FewLine {
     pub(crate) matrices: u32,
     pub(crate) x_matrix_bytes: u32,
     pub(crate) residual: Mat,
+    pub(crate) shares: u32,
+    pub(crate) pad: u32,
+    pub(crate) sums: DevicePtr,
+    pub(crate) arrived: DevicePtr,
 }
