@@ -21,8 +21,6 @@ struct AttendArgs {
   u32 window;                  // 0: none
   u32 max_splits;
   float scale;
-  u32 part_blocks, pad;        // attend_mla: blocks of a token and a head that share its parts; the rest of the grid reads ahead
-  Ahead ahead[AHEAD];
 };
 
 // Keys of one part of an attention row: a function of how many keys the row has, so that its bits do not depend on the batch.

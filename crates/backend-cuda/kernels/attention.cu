@@ -166,11 +166,6 @@ KERNEL __launch_bounds__(256, 2) attend_mla(const __grid_constant__ AttendArgs a
   __shared__ float rescale[MLA_HEADS];
   constexpr u32 S = TILE + 1, P = TILE + 8;  // floats of a row of scores, elements of a row of weights
   pdl_launch();
-  if (blockIdx.x >= a.part_blocks) {
-    u32 blocks = gridDim.x - a.part_blocks, row = blockIdx.z * gridDim.y + blockIdx.y;
-    if (threadIdx.x < 32) read_ahead(a.ahead, row * blocks + blockIdx.x - a.part_blocks, gridDim.z * gridDim.y * blocks);
-    return;
-  }
   pdl_wait();
   u32 t = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, pair = lane % 4;
   u32 first, count;
@@ -183,7 +178,7 @@ KERNEL __launch_bounds__(256, 2) attend_mla(const __grid_constant__ AttendArgs a
   u32 q_at = (u32)__cvta_generic_to_shared(q), keys_at = (u32)__cvta_generic_to_shared(keys), weights_at = (u32)__cvta_generic_to_shared(weights);
   const u32* table = a.paging.block_table + (u64)a.paging.sequences[t] * a.paging.max_blocks;
   u32 columns = a.value_dim / 64;  // groups of eight columns that a warp has
-  for (u32 split = blockIdx.x; split * keys_of_part < count; split += a.part_blocks) {
+  for (u32 split = blockIdx.x; split * keys_of_part < count; split += gridDim.x) {
     u32 begin = split * keys_of_part, end = begin + keys_of_part < count ? begin + keys_of_part : count;
     float m[2] = {-INFINITY, -INFINITY}, l[2] = {0.f, 0.f};
     float acc[8][4] = {};

@@ -90,22 +90,6 @@ DEVICE void mma_bf16(float c[4], const u32 a[4], u32 b0, u32 b1) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Weights that later kernels read: a range after another, in whole 16 bytes.
-#define AHEAD 4
-struct Ahead { const u8* p; u64 bytes; };
-// One warp's share of asking for them to be in the second-level cache, which costs nothing where a kernel waits for other things than bandwidth.
-DEVICE void read_ahead(const Ahead ahead[AHEAD], u32 block, u32 blocks) {
-#if __CUDA_ARCH__ >= 900
-  constexpr u32 PIECE = 4096;
-#pragma unroll 1
-  for (int i = 0; i < AHEAD; i++)
-    for (u64 at = (u64)(block * 32 + threadIdx.x % 32) * PIECE; at < ahead[i].bytes; at += (u64)blocks * 32 * PIECE) {
-      u32 bytes = ahead[i].bytes - at < PIECE ? (u32)(ahead[i].bytes - at) : PIECE;
-      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(ahead[i].p + at), "r"(bytes) : "memory");
-    }
-#endif
-}
-
 DEVICE float warp_sum(float x) {
 #pragma unroll
   for (int d = 16; d > 0; d >>= 1) x += __shfl_xor_sync(0xffffffffu, x, d);

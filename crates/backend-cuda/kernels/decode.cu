@@ -84,7 +84,6 @@ struct LineArgs {
   u32 num_parts, slices, pad;
   RowInput in;
   Mat residual;        // the result is added to it too (p null: none)
-  Ahead ahead[AHEAD];
 };
 template <int F> DEVICE void line(const LineArgs& a) {
   extern __shared__ __align__(16) u8 shared[];
@@ -114,7 +113,6 @@ template <int F> DEVICE void line(const LineArgs& a) {
 #pragma unroll
   for (int i = 0; i < pipe.D; i++) issue();
   if (a.in.kind == 2) prefetch_row(a.in.weight, cols);
-  if (warp == WARPS - 1) read_ahead(a.ahead, blockIdx.x, gridDim.x);
   pdl_wait();
   const u8* x = prepare<F>(a.in, cols, shared + WARPS * pipe.RING, scratch, blockIdx.x == 0);
   for (u32 buffer = 0; unit < total; unit += step, buffer ^= 1) {
@@ -209,7 +207,7 @@ template <int F> DEVICE void heads(const HeadsArgs& a) {
 
 // ---- the router ----
 
-struct RouterArgs { const u8* weights; const float* bias; Mat out; RowInput in; u32 rows, cols; Ahead ahead[AHEAD]; };
+struct RouterArgs { const u8* weights; const float* bias; Mat out; RowInput in; u32 rows, cols; };
 // As `plain` of matmul.cu with eight warps a row, which needs more than 2048 - 256 columns; the norm's threads have the columns that their part
 // of the product wants. KIND 0 f32, 1 f16, 2 bf16. Grid: rows.
 template <int KIND> DEVICE void router(const RouterArgs& a) {
@@ -226,7 +224,6 @@ template <int KIND> DEVICE void router(const RouterArgs& a) {
     if constexpr (KIND == 0) { q[i][0] = *(const uint4*)((const float*)a.weights + first + c); q[i][1] = *(const uint4*)((const float*)a.weights + first + c + 4); }
     else q[i][0] = *(const uint4*)((const u16*)a.weights + first + c);
   }
-  if (warp == WARPS - 1) read_ahead(a.ahead, blockIdx.x, gridDim.x);
   pdl_wait();
   float v[ROW_STEPS][8];
 #pragma unroll

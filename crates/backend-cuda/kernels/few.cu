@@ -13,7 +13,7 @@
 #include "route.cuh"
 #include "row.cuh"
 
-#define GROUP 8         // most rows that share a pass over an expert's weights
+#define GROUP 8         // rows that share a pass over an expert's weights
 #define MAX_CHOICES 256  // rows times top-k
 #define MAX_EXPERTS 512
 #define TALL 2          // row tiles of a warp
@@ -58,8 +58,7 @@ template <int F> DEVICE void multiply(Product& p, const Taken<F, true>& w, const
 DEVICE void add_product(float acc[2], const Product& p, const Loaded<true>& x) {
 #pragma unroll
   for (int k = 0; k < 2; k++) {
-    float y = fmaf(__int_as_float(p.d[2 * k]) - BIAS, 128.f, __int_as_float(p.d[2 * k + 1]) - BIAS);
-    acc[k] = fmaf(p.b[k], x.sum, fmaf(p.s[k] * x.scale, y, acc[k]));
+    acc[k] = fmaf(p.b[k], x.sum, fmaf(p.s[k] * x.scale, join_digits(p.d[2 * k], p.d[2 * k + 1]), acc[k]));
   }
 }
 
@@ -165,7 +164,7 @@ template <typename P> DEVICE void aim_at(P& pipe, const Packed* const w[TALL], u
 
 // ---- the choice of experts, sorted ----
 
-// What the products with experts read: groups of up to four or eight rows of one expert.
+// What the products with experts read: groups of up to eight rows of one expert.
 struct Plan {
   u32 num_groups, pad[3];
   u32 groups[MAX_CHOICES];   // expert, first of its choices << 16, choices << 28 less one
@@ -175,7 +174,7 @@ DEVICE u32 group_expert(u32 group) { return group & 0xffff; }
 DEVICE u32 group_first(u32 group) { return group >> 16 & 0xfff; }
 DEVICE u32 group_count(u32 group) { return (group >> 28) + 1; }
 
-struct PlanArgs { RouteArgs route; Plan* plan; u32 rows, warp_floats, group, pad; };
+struct PlanArgs { RouteArgs route; Plan* plan; u32 rows, warp_floats; };
 // One block; a warp chooses for a row at a time. The order of an expert's rows is arbitrary: rows do not see one another.
 KERNEL __launch_bounds__(1024) route_plan(const __grid_constant__ PlanArgs a) {
   extern __shared__ float plan_shared[];
@@ -202,7 +201,7 @@ KERNEL __launch_bounds__(1024) route_plan(const __grid_constant__ PlanArgs a) {
   if (warp == 0) {
     // A lane has neighbouring experts: how many choices and groups stand before them.
     u32 share = (n + 31) / 32, first = lane * share, choices = 0, groups = 0;
-    for (u32 e = first; e < first + share && e < n; e++) { choices += counts[e]; groups += (counts[e] + a.group - 1) / a.group; }
+    for (u32 e = first; e < first + share && e < n; e++) { choices += counts[e]; groups += (counts[e] + GROUP - 1) / GROUP; }
     u32 choice = choices, group = groups;
 #pragma unroll
     for (int d = 1; d < 32; d <<= 1) {
@@ -214,8 +213,8 @@ KERNEL __launch_bounds__(1024) route_plan(const __grid_constant__ PlanArgs a) {
     group -= groups;
     for (u32 e = first; e < first + share && e < n; e++) {
       starts[e] = choice;
-      for (u32 done = 0; done < counts[e]; done += a.group) {
-        u32 count = counts[e] - done < a.group ? counts[e] - done : a.group;
+      for (u32 done = 0; done < counts[e]; done += GROUP) {
+        u32 count = counts[e] - done < GROUP ? counts[e] - done : GROUP;
         a.plan->groups[group++] = e | (choice + done) << 16 | (count - 1) << 28;
       }
       choice += counts[e];
@@ -247,16 +246,13 @@ struct FewUpArgs {
   Activation activation;
 };
 
-#ifndef UP8
-#define UP8 4, 2, 3
-#define DOWN8 4, 2, 3
-#define UP4 3, 2, 3
-#define DOWN4 2, 3, 4
-#define LINE8 4, 2, 3
-#define LINE32 2, 3, 3
-#endif
-// Tiles of a slot, slots of a warp's ring, slots of the rows' ring.
+// Tiles of a slot, slots of a warp's ring, slots of the rows' ring: what lets as many blocks fit as there are registers for.
 template <int C_, int D_, int X_> struct Size { static constexpr int C = C_, D = D_, X = X_; };
+template <bool, typename, typename T> struct Either { typedef T type; };
+template <typename T, typename Other> struct Either<true, T, Other> { typedef T type; };
+template <int F> using GroupSize = typename Either<(Words<F>::n > 4), Size<2, 2, 3>, Size<4, 2, 3>>::type;
+template <int F, int ROWS> using LineSize = typename Either<(Words<F>::n > 4),
+    typename Either<ROWS == 32, Size<2, 2, 3>, Size<2, 3, 3>>::type, typename Either<ROWS == 32, Size<2, 3, 3>, Size<4, 2, 3>>::type>::type;
 
 // A group of rows of one expert, or of all rows.
 struct Group { u32 expert, first, members; };
@@ -273,17 +269,17 @@ struct Groups {
   }
 };
 
-template <int ROWS> struct UpShared {
+struct UpShared {
   Groups plan;
-  float h[2][WARPS * 16][ROWS + 1];  // of this unit and the one before
+  float h[2][WARPS * 16][GROUP + 1];  // of this unit and the one before
 };
 // A unit is eight row tiles of both matrices for a group's rows, a warp each.
-template <int F, bool ROUTED, int ROWS, typename Size>
-DEVICE void few_up(const FewUpArgs& a, const FewPair& pair, u32 block, u32 blocks, u8* shared, UpShared<ROWS>& s) {
+template <int F, bool ROUTED> DEVICE void few_up(const FewUpArgs& a, const FewPair& pair, u32 block, u32 blocks, u8* shared, UpShared& s) {
+  typedef GroupSize<F> Size;
   typedef Pipe<F, TALL, Size::C, Size::D> P;
-  typedef SharedRows<F, Size::C, Size::X, ROWS> X;
+  typedef SharedRows<F, Size::C, Size::X, GROUP> X;
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, S = a.slices, width = pair.gate.rows, tiles = num_tiles(pair.gate);
-  u32 row_tiles = (width + 15) / 16, row_blocks = (row_tiles + WARPS - 1) / WARPS, num_groups = (a.rows + ROWS - 1) / ROWS;
+  u32 row_tiles = (width + 15) / 16, row_blocks = (row_tiles + WARPS - 1) / WARPS, num_groups = (a.rows + GROUP - 1) / GROUP;
   const Packed* w[TALL] = {&pair.gate, &pair.up};
   P pipe;
   X rows;
@@ -298,8 +294,8 @@ DEVICE void few_up(const FewUpArgs& a, const FewPair& pair, u32 block, u32 block
   // All groups of rows of the shared expert after each other: its weights are then in the second-level cache.
   auto group_of = [&](u32 u) -> Group {
     if constexpr (ROUTED) return s.plan.get(u / row_blocks);
-    u32 first = u % num_groups * ROWS;
-    return {0, first, a.rows - first < ROWS ? a.rows - first : ROWS};
+    u32 first = u % num_groups * GROUP;
+    return {0, first, a.rows - first < GROUP ? a.rows - first : GROUP};
   };
   auto row_block_of = [&](u32 u) { return ROUTED ? u % row_blocks : u / num_groups; };
   auto choice_of = [&](const Group& g, u32 n) { return ROUTED ? (u32)s.plan.choices[g.first + n] : g.first + n; };
@@ -354,8 +350,8 @@ DEVICE void few_up(const FewUpArgs& a, const FewPair& pair, u32 block, u32 block
         s.h[unit & 1][warp * 16 + r][n] = y;
       });
     };
-    if (ROWS <= Lot<F>::rows || g.members <= Lot<F>::rows) run(Count<1>());
-    else if constexpr (ROWS > Lot<F>::rows) run(Count<2>());
+    if (GROUP <= Lot<F>::rows || g.members <= Lot<F>::rows) run(Count<1>());
+    else if constexpr (GROUP > Lot<F>::rows) run(Count<2>());
     if (unit + 1 == end) pdl_launch();
     if (!pair.digits) continue;
     // Four warps have 64 values of each row, and make their digits.
@@ -368,11 +364,11 @@ DEVICE void few_up(const FewUpArgs& a, const FewPair& pair, u32 block, u32 block
     digits8(v, n < g.members ? pair.digits + ((u64)choice_of(g, n) * (width / 64) + tile) * DIGITS_BYTES : nullptr);
   }
 }
-template <int F, int G, int ROWS, typename Size> DEVICE void few_up_both(const FewUpArgs& a) {
+template <int F, int G> DEVICE void few_up_both(const FewUpArgs& a) {
   extern __shared__ __align__(16) u8 shared[];
-  __shared__ UpShared<ROWS> s;
-  if (blockIdx.x < a.shared_blocks) few_up<G, false, ROWS, Size>(a, a.shared, blockIdx.x, a.shared_blocks, shared, s);
-  else few_up<F, true, ROWS, Size>(a, a.routed, blockIdx.x - a.shared_blocks, gridDim.x - a.shared_blocks, shared, s);
+  __shared__ UpShared s;
+  if (blockIdx.x < a.shared_blocks) few_up<G, false>(a, a.shared, blockIdx.x, a.shared_blocks, shared, s);
+  else few_up<F, true>(a, a.routed, blockIdx.x - a.shared_blocks, gridDim.x - a.shared_blocks, shared, s);
 }
 
 // ---- down ----
@@ -387,12 +383,13 @@ struct FewDownArgs {
   u32 slices, pad;
 };
 // A unit is 16 row tiles for a group's rows, two a warp.
-template <int F, int ROWS, typename Size> DEVICE void few_down(const FewDownArgs& a) {
+template <int F> DEVICE void few_down(const FewDownArgs& a) {
   extern __shared__ __align__(16) u8 shared[];
   __shared__ Groups plan;
+  typedef GroupSize<F> Size;
   typedef Pipe<F, TALL, Size::C, Size::D> P;
-  typedef SharedRows<F, Size::C, Size::X, ROWS> X;
-  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, S = a.slices, tiles = num_tiles(a.w);
+  typedef SharedRows<F, Size::C, Size::X, GROUP> X;
+  u32 warp = threadIdx.x / 32, S = a.slices, tiles = num_tiles(a.w);
   u32 row_tiles = (a.w.rows + 15) / 16, row_blocks = (row_tiles + WARPS * TALL - 1) / (WARPS * TALL);
   const Packed* w[TALL] = {&a.w, &a.w};
   P pipe;
@@ -446,8 +443,8 @@ template <int F, int ROWS, typename Size> DEVICE void few_down(const FewDownArgs
           if (n < g.members && row < a.w.rows) a.results[(u64)plan.choices[g.first + n] * a.w.rows + row] = finish<F>(a.w, g.expert, row, sums[i][q][k]);
         });
     };
-    if (ROWS <= Lot<F>::rows || g.members <= Lot<F>::rows) run(Count<1>());
-    else if constexpr (ROWS > Lot<F>::rows) run(Count<2>());
+    if (GROUP <= Lot<F>::rows || g.members <= Lot<F>::rows) run(Count<1>());
+    else if constexpr (GROUP > Lot<F>::rows) run(Count<2>());
     if (unit + 1 == end) pdl_launch();
   }
 }
@@ -498,9 +495,10 @@ DEVICE Floats<4> load_shared_sums(const Floats<4>* p) {
 }
 // A unit is eight row tiles, two a warp, and a share of the slices: products with few row tiles would leave most of the device idle otherwise.
 // The last warp of a row tile adds all slices.
-template <int F, int Q, typename Size> DEVICE void few_line(const FewLineArgs& a) {
+template <int F, int ROWS> DEVICE void few_line(const FewLineArgs& a) {
   extern __shared__ __align__(16) u8 shared[];
-  constexpr int C = Size::C, N = Lot<F>::sums;
+  typedef LineSize<F, ROWS> Size;
+  constexpr int C = Size::C, N = Lot<F>::sums, Q = (ROWS + Lot<F>::rows - 1) / Lot<F>::rows;
   typedef Pipe<F, TALL, C, Size::D> P;
   typedef SharedRows<F, C, Size::X, Q * Lot<F>::rows> X;
   typedef Floats<N> Sums;
@@ -634,41 +632,27 @@ template <int F, int Q, typename Size> DEVICE void few_line(const FewLineArgs& a
 }
 
 // Threads of a block: the warps that multiply, and the one that copies rows.
-#define UP(NAME, F, OTHER, G, ROWS, BLOCKS) \
-  KERNEL __launch_bounds__(32 * WARPS + 32, BLOCKS) few_up##ROWS##_##NAME##_##OTHER(const __grid_constant__ FewUpArgs a) { few_up_both<F, G, ROWS, Size<UP##ROWS>>(a); }
-#define DOWN(NAME, F, ROWS, BLOCKS) \
-  KERNEL __launch_bounds__(32 * WARPS + 32, BLOCKS) few_down##ROWS##_##NAME(const __grid_constant__ FewDownArgs a) { few_down<F, ROWS, Size<DOWN##ROWS>>(a); }
-#define LINE(NAME, F, ROWS, SIZE) \
-  KERNEL __launch_bounds__(32 * LINE_WARPS + 32, 3) few_line##ROWS##_##NAME(const __grid_constant__ FewLineArgs a) { few_line<F, (ROWS + Lot<F>::rows - 1) / Lot<F>::rows, Size<SIZE>>(a); }
+#define UP(NAME, F, OTHER, G) KERNEL __launch_bounds__(32 * WARPS + 32, 2) few_up_##NAME##_##OTHER(const __grid_constant__ FewUpArgs a) { few_up_both<F, G>(a); }
+#define LINE(NAME, F, ROWS) \
+  KERNEL __launch_bounds__(32 * LINE_WARPS + 32, 3) few_line##ROWS##_##NAME(const __grid_constant__ FewLineArgs a) { few_line<F, ROWS>(a); }
 #define KERNELS(NAME, F) \
-  UP(NAME, F, NAME, F, 8, 2) \
-  DOWN(NAME, F, 8, 2) \
-  LINE(NAME, F, 4, LINE8) \
-  LINE(NAME, F, 8, LINE8) \
-  LINE(NAME, F, 16, LINE8) \
-  LINE(NAME, F, 32, LINE32)
-// Groups of four rows are one lot: fewer registers, so three blocks a multiprocessor.
-#define BYTES(NAME, F) \
-  KERNELS(NAME, F) \
-  UP(NAME, F, NAME, F, 4, 3) \
-  DOWN(NAME, F, 4, 3)
-#define MIXED(NAME, F, OTHER, G) \
-  UP(NAME, F, OTHER, G, 8, 2) \
-  UP(NAME, F, OTHER, G, 4, 3)
-BYTES(affine2, AFFINE2)
-BYTES(affine3, AFFINE3)
-BYTES(affine4, AFFINE4)
-BYTES(affine5, AFFINE5)
-BYTES(affine6, AFFINE6)
-BYTES(affine8, AFFINE8)
+  UP(NAME, F, NAME, F) \
+  KERNEL __launch_bounds__(32 * WARPS + 32, 2) few_down_##NAME(const __grid_constant__ FewDownArgs a) { few_down<F>(a); } \
+  LINE(NAME, F, 4) LINE(NAME, F, 8) LINE(NAME, F, 16) LINE(NAME, F, 32)
+KERNELS(affine2, AFFINE2)
+KERNELS(affine3, AFFINE3)
+KERNELS(affine4, AFFINE4)
+KERNELS(affine5, AFFINE5)
+KERNELS(affine6, AFFINE6)
+KERNELS(affine8, AFFINE8)
 KERNELS(nvfp4, NVFP4)
 KERNELS(mxfp4, MXFP4)
 KERNELS(mxfp8, MXFP8)
 KERNELS(fp8, FP8)
 // Routed experts with fewer bits than the shared one, as demolished models have them.
-MIXED(affine2, AFFINE2, affine4, AFFINE4)
-MIXED(affine3, AFFINE3, affine4, AFFINE4)
-MIXED(affine3, AFFINE3, affine6, AFFINE6)
-MIXED(affine4, AFFINE4, affine6, AFFINE6)
-MIXED(affine4, AFFINE4, affine8, AFFINE8)
-UP(nvfp4, NVFP4, fp8, FP8, 8, 2)
+UP(affine2, AFFINE2, affine4, AFFINE4)
+UP(affine3, AFFINE3, affine4, AFFINE4)
+UP(affine3, AFFINE3, affine6, AFFINE6)
+UP(affine4, AFFINE4, affine6, AFFINE6)
+UP(affine4, AFFINE4, affine8, AFFINE8)
+UP(nvfp4, NVFP4, fp8, FP8)

@@ -24,7 +24,7 @@ template <int F, int C, int D, int ROWS> struct SharedRows {
   static constexpr u32 STEP = Form<F>::tile;
   // bfloat16: neighbouring rows in different banks. Digits are so by themselves.
   static constexpr u32 ROW = C * STEP + (Is<F>::affine ? 0 : 64), SLOT = ROWS * ROW, BYTES = D * (SLOT + 16);
-  // Lanes that copy a row, 16 bytes each: at least a sector of 32 bytes. Rows of a lane: 32 / LANES apart.
+  // Lanes that copy a row, 16 bytes each: at least a sector of 32 bytes. With whole lines of 128 bytes a turn copies fewer rows, and is slower.
   static constexpr u32 LANES = ROWS == 32 ? 2 : 32 / ROWS, TURNS = ROWS * LANES / 32;
   u32 ring, full, empty;  // shared memory; barriers of slots that are full, and that are free again
   u32 at, parity;         // next slot, and the parity that its barrier ends

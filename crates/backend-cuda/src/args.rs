@@ -14,14 +14,6 @@ pub(crate) struct Mat {
     pub(crate) pad: u32,
 }
 
-/// `Ahead` of `common.cuh`.
-#[derive(Debug, Clone, Copy, Default)]
-#[repr(C)]
-pub(crate) struct Ahead {
-    pub(crate) p: DevicePtr,
-    pub(crate) bytes: u64,
-}
-
 /// `Paging` of `common.cuh`.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
@@ -341,9 +333,6 @@ pub(crate) struct Attend {
     pub(crate) window: u32,
     pub(crate) max_splits: u32,
     pub(crate) scale: f32,
-    pub(crate) part_blocks: u32,
-    pub(crate) pad: u32,
-    pub(crate) ahead: [Ahead; 4],
 }
 
 /// `JoinArgs` of `attention.cu`.
@@ -423,7 +412,6 @@ pub(crate) struct Line {
     pub(crate) pad: u32,
     pub(crate) input: RowInput,
     pub(crate) residual: Mat,
-    pub(crate) ahead: [Ahead; 4],
 }
 
 /// `Latent` of `row.cuh`.
@@ -471,7 +459,6 @@ pub(crate) struct Router {
     pub(crate) input: RowInput,
     pub(crate) rows: u32,
     pub(crate) cols: u32,
-    pub(crate) ahead: [Ahead; 4],
 }
 
 /// `UpPair` of `decode.cu`.
@@ -524,8 +511,6 @@ pub(crate) struct Plan {
     pub(crate) plan: DevicePtr,
     pub(crate) rows: u32,
     pub(crate) warp_floats: u32,
-    pub(crate) group: u32,
-    pub(crate) pad: u32,
 }
 
 /// `FewPair` of `few.cu`.

@@ -1,6 +1,5 @@
 //! The back end: memory, weights, caches, and steps that are recorded and replayed.
 
-mod ahead;
 mod decode;
 mod few;
 mod operations;
@@ -95,8 +94,6 @@ pub struct CudaBackend {
     results: Scratch,
     /// Sums of slices that several blocks of `few_line` have.
     slice_sums: Scratch,
-    /// What the next kernel that can asks for ahead.
-    ahead: [args::Ahead; 4],
     /// Whose choices `sorted` holds.
     sorted_for: Option<Tensor>,
     loader: Option<Loader>,
@@ -155,7 +152,6 @@ impl CudaBackend {
             plan: Scratch::default(),
             results: Scratch::default(),
             slice_sums: Scratch::default(),
-            ahead: Default::default(),
             sorted_for: None,
             loader: None,
             graphs: HashMap::new(),

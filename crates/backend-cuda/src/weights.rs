@@ -75,24 +75,27 @@ fn few_bytes(format: WeightFormat, warps: u32, (tiles, slots, row_slots): Rings,
     warps * (slots * tiles * 2 * tile_bytes(format) + 64) + row_slots * (rows * (tiles * columns + pad) + 16)
 }
 
+/// Formats of more than four bits have shorter rings, so that as many blocks fit (`Fitting`).
+fn fitting(format: WeightFormat, small: Rings, wide: Rings) -> Rings {
+    if lane_words(format) > 4 { wide } else { small }
+}
+
 /// Warps of a block of `few_line` that multiply (`LINE_WARPS`).
 pub(crate) const LINE_WARPS: usize = 4;
 
 /// [`few_bytes`] of `few_line` for up to `rows` rows (4, 8, 16 or 32), and what its threads keep of the slices before.
 pub(crate) fn few_line_bytes(format: WeightFormat, rows: u32) -> u32 {
-    let rings = if rows == 32 { (2, 3, 3) } else { (4, 2, 3) };
+    let rings = match rows {
+        32 => fitting(format, (2, 3, 3), (2, 2, 3)),
+        _ => fitting(format, (4, 2, 3), (2, 3, 3)),
+    };
     let rows_of_lots = if takes_digits(format) { rows } else { rows.max(8) };
     few_bytes(format, LINE_WARPS as u32, rings, rows) + 4 * 32 * LINE_WARPS as u32 * rows_of_lots
 }
 
-/// [`few_bytes`] of `few_up` for groups of `group` rows (4 or 8).
-pub(crate) fn few_up_bytes(format: WeightFormat, group: usize) -> u32 {
-    few_bytes(format, 8, if group == 4 { (3, 2, 3) } else { (4, 2, 3) }, group as u32)
-}
-
-/// [`few_bytes`] of `few_down`.
-pub(crate) fn few_down_bytes(format: WeightFormat, group: usize) -> u32 {
-    few_bytes(format, 8, if group == 4 { (2, 3, 4) } else { (4, 2, 3) }, group as u32)
+/// [`few_bytes`] of `few_up` and `few_down`.
+pub(crate) fn few_group_bytes(format: WeightFormat) -> u32 {
+    few_bytes(format, 8, fitting(format, (4, 2, 3), (2, 2, 3)), 8)
 }
 
 /// Bytes of a tile with its scales behind it.
@@ -124,11 +127,6 @@ pub(crate) struct DeviceWeight {
 }
 
 impl DeviceWeight {
-    /// Bytes of the packed matrices, 0 for plain ones.
-    pub(crate) fn packed_bytes(&self, count: usize) -> u64 {
-        count as u64 * self.packed.codes_stride * 4
-    }
-
     /// Address of the biases, 0 for none.
     pub(crate) fn bias(&self) -> DevicePtr {
         self.packed.bias

@@ -120,9 +120,6 @@ impl CudaBackend {
                 if delta || norm.x.rows != 1 || norm.out != *x || norm.x.cols > ROW_COLUMNS {
                     return Ok(false);
                 }
-                if parts.len() > 1 || parts.iter().all(|(w, _)| fast_format(w.format).is_none()) {
-                    self.read_ahead_of(&rest[2..]);
-                }
                 if let [(weight, out)] = parts[..]
                     && self.router(norm, weight, out)?
                 {
@@ -161,14 +158,12 @@ impl CudaBackend {
                 return Ok(true);
             }
             [Op::AttendMla(attend), Op::LinearHeads(heads), ..] if is_few(attend.q_latent.rows) => {
-                self.read_ahead_of(&rest[1..]);
                 if !self.few_attend(attend, heads)? {
                     return Ok(false);
                 }
                 cursor.at += 1;
             }
             [Op::AttendMla(attend), Op::LinearHeads(heads), after @ ..] => {
-                self.read_ahead_of(&rest[1..]);
                 if !self.heads_of_attention(attend, heads, after.first())? {
                     return Ok(false);
                 }
@@ -316,7 +311,6 @@ impl CudaBackend {
         let mut input = input;
         for group in same.chunks(4) {
             let mut args = args::Line {
-                ahead: std::mem::take(&mut self.ahead),
                 num_parts: group.len() as u32,
                 slices: slices(cols) as u32,
                 input,
@@ -376,7 +370,6 @@ impl CudaBackend {
             input: RowInput { x, digits: 0, kind: 2, eps: norm.eps, weight: norm_weight, out: normed, out_digits },
             rows: weight.rows as u32,
             cols: weight.cols as u32,
-            ahead: std::mem::take(&mut self.ahead),
         };
         let kernel = self.kernels.decode(kernel)?;
         self.device.launch(&kernel, [weight.rows as u32, 1, 1], 256, 0, &args)?;

@@ -9,7 +9,7 @@ use crate::args;
 use crate::args::{FewPair, Mat, Part};
 use crate::buffers::{DIGITS_BYTES, Parts};
 use crate::driver::DevicePtr;
-use crate::weights::{LINE_WARPS, fast_format, few_down_bytes, few_line_bytes, few_up_bytes, takes_digits, tile_bytes};
+use crate::weights::{LINE_WARPS, fast_format, few_group_bytes, few_line_bytes, takes_digits, tile_bytes};
 use moellon_ops::{
     AttendMla, GateUp, KvStore, Linear, LinearHeads, MoeDown, MoeGateUp, Result, RmsNorm, Rope, Route, Tensor, Weight,
 };
@@ -18,8 +18,8 @@ use moellon_tensor::WeightFormat;
 /// `MAX_CHOICES` and `MAX_EXPERTS` of few.cu.
 const MAX_CHOICES: usize = 256;
 const MAX_EXPERTS: usize = 512;
-/// Rows of a step from which an expert often has more than four, so that its rows are worth groups of eight.
-const WIDE_GROUPS: usize = 17;
+/// Rows that share a pass over an expert's weights (`GROUP`).
+const GROUP: usize = 8;
 /// Row tiles of a warp (`TALL`).
 const TALL: usize = 2;
 /// Threads of blocks with the warp that copies rows.
@@ -73,12 +73,6 @@ fn slice_shares(groups: usize, slices: usize, tiles: usize, rows: usize, multipr
     };
     let choices = [1, 2, 4, 8].into_iter().filter(|n| *n <= slices);
     choices.min_by(|a, b| time(*a).total_cmp(&time(*b))).unwrap_or(1)
-}
-
-/// Rows of a step of `rows` rows that share a pass over weights.
-fn group_of(rows: usize, formats: &[WeightFormat]) -> usize {
-    let lots_of_four = formats.iter().all(|f| takes_digits(*f));
-    if rows < WIDE_GROUPS && lots_of_four { 4 } else { 8 }
 }
 
 /// Distinct experts that `rows` rows choose, if every choice is as likely as any other.
@@ -232,10 +226,9 @@ impl CudaBackend {
     pub(super) fn few_gate_up(&mut self, op: &GateUp) -> Result<bool> {
         let Some(pair) = self.few_pair(op)? else { return Ok(false) };
         let name = fast_format(op.gate.format).expect("a pair has one");
-        let group = group_of(op.x.rows, &[op.gate.format]);
-        let shared = few_up_bytes(op.gate.format, group);
-        let units = (op.gate.rows.div_ceil(16) * op.x.rows.div_ceil(group)).div_ceil(WARPS);
-        let kernel = self.kernels.few(&format!("few_up{group}_{name}_{name}"))?;
+        let shared = few_group_bytes(op.gate.format);
+        let units = (op.gate.rows.div_ceil(16) * op.x.rows.div_ceil(GROUP)).div_ceil(WARPS);
+        let kernel = self.kernels.few(&format!("few_up_{name}_{name}"))?;
         let blocks = units.min(self.device.resident_blocks(&kernel, THREADS, shared)?) as u32;
         let args = args::FewUp {
             shared: pair,
@@ -250,21 +243,15 @@ impl CudaBackend {
     }
 
     /// The router's choice and the groups of rows that products read. Returns where they are.
-    fn route_plan(&mut self, route: &Route, group: usize) -> Result<DevicePtr> {
+    fn route_plan(&mut self, route: &Route) -> Result<DevicePtr> {
         route.validate()?;
         self.sorted_for = None;
         let plan = self.plan.pointer("choice of experts", PLAN_BYTES, &mut self.device)?;
         let rows = route.logits.rows;
         let warp_floats = 2 * (route.logits.cols + route.n_group);
         let warps = (CHOICE_SHARED / (4 * warp_floats)).clamp(1, 32).min(rows);
-        let args = args::Plan {
-            route: self.route_args(route)?,
-            plan,
-            rows: rows as u32,
-            warp_floats: warp_floats as u32,
-            group: group as u32,
-            pad: 0,
-        };
+        let args =
+            args::Plan { route: self.route_args(route)?, plan, rows: rows as u32, warp_floats: warp_floats as u32 };
         let kernel = self.kernels.few("route_plan")?;
         self.device.launch(&kernel, [1, 1, 1], 32 * warps as u32, (4 * warps * warp_floats) as u32, &args)?;
         Ok(plan)
@@ -282,7 +269,7 @@ impl CudaBackend {
         if let (Some(name), Some(other)) = (fast_format(format), fast_format(op.gate.format)) {
             let alike = op.x == up.x && op.activation == up.activation;
             if alike
-                && (other == name || self.kernels.has_few(&format!("few_up8_{name}_{other}"))?)
+                && (other == name || self.kernels.has_few(&format!("few_up_{name}_{other}"))?)
                 && let Some(pair) = self.few_pair(op)?
             {
                 return Ok((Some((pair, op.gate.rows)), op.gate.format));
@@ -316,9 +303,7 @@ impl CudaBackend {
         if !fits || experts.gate_format != experts.up_format {
             return Ok(false);
         }
-        let shared_format = shared.map_or(experts.gate_format, |(op, _)| op.gate.format);
-        let group = group_of(rows, &[experts.gate_format, experts.down_format, shared_format]);
-        let plan = self.route_plan(route, group)?;
+        let plan = self.route_plan(route)?;
         let mut args = args::FewUp {
             plan,
             slices: slices(hidden) as u32,
@@ -330,12 +315,12 @@ impl CudaBackend {
         let units = |rows: usize| rows.div_ceil(16).div_ceil(WARPS);
         let (beside, format) = self.few_beside(shared, up)?;
         let other = fast_format(format).unwrap_or(name);
-        let ring = few_up_bytes(experts.gate_format, group).max(few_up_bytes(format, group));
-        let kernel = self.kernels.few(&format!("few_up{group}_{name}_{other}"))?;
+        let ring = few_group_bytes(experts.gate_format).max(few_group_bytes(format));
+        let kernel = self.kernels.few(&format!("few_up_{name}_{other}"))?;
         let resident = self.device.resident_blocks(&kernel, THREADS, ring)?;
         if let Some((pair, width)) = beside {
             args.shared = pair;
-            let own = (units(width * rows.div_ceil(group)), tile_bytes(format));
+            let own = (units(width * rows.div_ceil(GROUP)), tile_bytes(format));
             let routed = (units(groups * experts.intermediate_size), tile_bytes(experts.gate_format));
             args.shared_blocks = shares(own, routed, resident).0 as u32;
         }
@@ -365,8 +350,8 @@ impl CudaBackend {
         let results =
             self.results.pointer("results of experts", (4 * rows * top_k * hidden) as u64, &mut self.device)?;
         let args = args::FewDown { w: packed.2, plan, x, part_bytes, results, slices: slices(width) as u32, pad: 0 };
-        let shared = few_down_bytes(experts.down_format, group);
-        let kernel = self.kernels.few(&format!("few_down{group}_{down_name}"))?;
+        let shared = few_group_bytes(experts.down_format);
+        let kernel = self.kernels.few(&format!("few_down_{down_name}"))?;
         let most = rows * top_k * hidden.div_ceil(16 * TALL * WARPS);
         let blocks = most.min(self.device.resident_blocks(&kernel, THREADS, shared)?) as u32;
         self.device.launch(&kernel, [blocks, 1, 1], THREADS, shared, &args)?;
@@ -382,5 +367,42 @@ impl CudaBackend {
         let kernel = self.kernels.few("few_sum")?;
         self.device.launch(&kernel, [hidden.div_ceil(256) as u32, rows as u32, 1], 256, 0, &args)?;
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moellon_tensor::ScaleDtype;
+
+    #[test]
+    fn slices_are_shared_where_few_blocks_would_have_work() {
+        const H200: usize = 132;
+        // GLM-5.2's output projection: 48 blocks of eight row tiles, 256 tiles of columns.
+        assert_eq!(slice_shares(48, 8, 256, 32, H200), 8);
+        // Its head has more blocks than fit.
+        assert_eq!(slice_shares(1210, 8, 96, 32, H200), 1);
+        assert_eq!(slice_shares(1210, 8, 96, 4, H200), 1);
+        // All that may be shared are whole slices.
+        assert_eq!(slice_shares(1, 1, 3, 32, H200), 1);
+        for slices in [2, 4, 8] {
+            assert_eq!(slice_shares(1, slices, 256, 2, H200), slices);
+        }
+    }
+
+    /// As many blocks as registers allow (`__launch_bounds__`) also fit into shared memory.
+    #[test]
+    fn blocks_fit_a_multiprocessor() {
+        const SHARED: u32 = 228 << 10;
+        for bits in 2..=6 {
+            let format = WeightFormat::Affine { bits, group: 64, scale: ScaleDtype::Bf16 };
+            // Static arrays: the plan and two units' values of 128 rows; and what the driver keeps.
+            let group = few_group_bytes(format) + 10752 + 1024;
+            assert!(2 * group <= SHARED, "{bits} bits: two times {group} bytes, expected at most {SHARED}");
+            for rows in [4, 8, 16, 32] {
+                let line = few_line_bytes(format, rows) + 1024;
+                assert!(3 * line <= SHARED, "{bits} bits, {rows} rows: three times {line} bytes, expected {SHARED}");
+            }
+        }
     }
 }

@@ -132,12 +132,9 @@ impl CudaBackend {
             let resident = self.device.resident_blocks(&kernel, 256, shared)?;
             let groups = (args.num_heads / MLA_HEADS) as usize * rows;
             let blocks = (resident / groups).clamp(1, splits);
-            args.part_blocks = blocks as u32;
-            args.ahead = std::mem::take(&mut self.ahead);
-            let reading = if args.ahead[0].bytes > 0 { self.device.multiprocessors.div_ceil(groups as u32) } else { 0 };
             return self.device.launch(
                 &kernel,
-                [blocks as u32 + reading, args.num_heads / MLA_HEADS, rows as u32],
+                [blocks as u32, args.num_heads / MLA_HEADS, rows as u32],
                 256,
                 shared,
                 args,
@@ -345,9 +342,6 @@ impl CudaBackend {
             window: op.window.unwrap_or(0) as u32,
             max_splits: 0,
             scale: op.scale,
-            part_blocks: 0,
-            pad: 0,
-            ahead: Default::default(),
         };
         let max_keys = op.window.map_or(op.paging.max_context, |w| w.min(op.paging.max_context));
         self.attend(args, op.q.rows, max_keys, None, 0)
@@ -395,9 +389,6 @@ impl CudaBackend {
             window: 0,
             max_splits: 0,
             scale: op.scale,
-            part_blocks: 0,
-            pad: 0,
-            ahead: Default::default(),
         };
         let max_keys = op.index.map_or(op.paging.max_context, |i| i.ids.cols.min(op.paging.max_context));
         Ok((args, max_keys))
