@@ -332,8 +332,22 @@ def wgpu_steps(stolen, path):
                 "kernels": step["kernels_of"], "batch": step["batch"], "stage": stage["stage"], "us": f"{stage['us']:.0f}",
                 "MB": f"{stage['bytes'] / 1e6:.1f}", "GB/s": f"{stage['bytes'] / stage['us'] / 1e3:.0f}",
             })
-    tables = {"decode-wgpu": rows, "stages-wgpu": stages}
-    write("wgpu", found["commands"], found, tables, stolen, found["machine"], found["binary_sha256"])
+    prompts, prompt_stages = [], []
+    for prompt in found.get("prompts", []):
+        what = "cooperative matrices" if prompt["cooperative_matrices"] else "eight rows at a time"
+        prompts.append({
+            "shape": prompt["shape"], "format": prompt["format"], "products": prompt.get("kernels_of", what), "prompt tokens": prompt["prompt"],
+            "tok/s": f"{prompt['tok_s']:.0f}", "ms": f"{prompt['ms']:.1f}", "by the adapter's clock": f"{prompt['device_ms']:.1f}",
+            "hash of logits": prompt["hash_of_logits"],
+        })
+        times = {stage["stage"]: f"{stage['us'] / 1e3:.1f}" for stage in prompt["stages"]}
+        prompt_stages.append({
+            "shape": prompt["shape"], "products": prompt.get("kernels_of", what), "prompt tokens": prompt["prompt"],
+            **{stage: times.get(stage) for stage in ("attention input", "attention", "attention output", "router", "shared expert", "experts")},
+        })
+    tables = {"decode-wgpu": rows, "stages-wgpu": stages, "prefill-wgpu": prompts, "prefill-stages-wgpu": prompt_stages}
+    tables = {name: rows for name, rows in tables.items() if rows}
+    write(found.get("name", "wgpu"), found["commands"], found, tables, stolen, found["machine"], found["binary_sha256"])
 
 
 def cuda_kernels(stolen):
