@@ -2,8 +2,8 @@
 
     cargo build --release -p moellon
     python3 bench/cuda.py ladder [FORMAT ..]    # hot operations one by one: reference, plain, best; checked and timed
-    python3 bench/cuda.py sampling              # draws on the device against draws on the host, over HTTP: the same texts, and their speed
-    python3 bench/cuda.py context [SHAPE/FORMAT ..]  # decode at 8192 positions against 128
+    python3 bench/cuda.py sampling [REQUESTS ..] # draws on the device against draws on the host, over HTTP: the same texts, and their speed
+    python3 bench/cuda.py context [SHAPE/FORMAT/BATCHES ..]  # decode at 8192 positions against 128
     python3 bench/cuda.py golden                # worst difference from transformers; texts of the bundled model against the CPU's
     python3 bench/cuda.py faults [KERNELS]      # no memory, no driver, a lost GPU (a folder of kernels of which one traps): what is said, and who survives
     cargo xtask docs --write
@@ -90,7 +90,7 @@ def complete(server, count, body, tokens):
     return [text for text, _ in texts], sum(tokens for _, tokens in texts) / elapsed
 
 
-def sampling(stolen):
+def sampling(stolen, counts):
     ways = {
         "greedy": {"temperature": 0},
         "temperature 0.8, top-p 0.95": {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "min_p": 0},
@@ -103,7 +103,7 @@ def sampling(stolen):
         with Server(*options) as server:
             commands.append(server.shown.replace(str(model), "(the bundled model with a tokenizer of 154,880 tokens)"))
             complete(server, 32, ways["greedy"], 16)
-            for count in (1, 8, 32):
+            for count in counts or (1, 8, 32):
                 for name, body in ways.items():
                     # A bias of nothing needs the logits on the host and changes none.
                     speeds = {"device": [], "host": []}
@@ -126,10 +126,11 @@ def sampling(stolen):
 def context(stolen, chosen):
     reports, rows, commands = [], [], []
     for plan in chosen or (f"{SLICE}/affine-4", f"{SHAPE}/q3a4"):
-        shape, form = plan.split("/")
+        shape, form, *more = plan.split("/")
+        batches = more[0] if more else "1,8"
         first = {}
         for length in (128, 8192):
-            command = ["bench", "--backend", "cuda", "--synthetic", shape, "--format", form, "--batch", "1,8", "--context", str(length), "--prompt", "1", "--windows", "7", "--steps", "20", "--json"]
+            command = ["bench", "--backend", "cuda", "--synthetic", shape, "--format", form, "--batch", batches, "--context", str(length), "--prompt", "1", "--windows", "7", "--steps", "20", "--json"]
             report = json.loads(run(*command)[0])
             reports.append(report)
             commands.append(f"{NAME} {' '.join(command)}")
@@ -237,8 +238,8 @@ def main():
     match sys.argv[1:]:
         case ["ladder", *formats]:
             ladder(stolen, formats)
-        case ["sampling"]:
-            sampling(stolen)
+        case ["sampling", *counts]:
+            sampling(stolen, list(map(int, counts)))
         case ["context", *plans]:
             context(stolen, plans)
         case ["golden"]:

@@ -66,6 +66,8 @@ def write(name, commands, samples, tables, stolen, machine=None, binary=None):
     commit = os.environ.get("MOELLON_COMMIT") or git("rev-parse", "HEAD")
     doctor = json.loads(run("doctor", "--json")[0])
     after = steal_ticks()
+    # A second receipt of a day, beside the first.
+    name += os.environ.get("MOELLON_RECEIPT_SUFFIX", "")
     receipt = {
         "schema": 1,
         "name": name,
@@ -180,8 +182,8 @@ def bench(plans, prompts):
     return reports, rows, commands
 
 
-# Slices that fit a small machine; a run of one takes two to six minutes, most of it making weights.
-SLICES = {"qwen": "qwen3-30b-a3b:layers=8,vocab=32768", "glm": "glm-5.2-77:layers=6,vocab=32768"}
+# Slices that fit a small machine, a minute or two each, much of it making weights. Of GLM's three layers one has an indexer.
+SLICES = {"qwen": "qwen3-30b-a3b:layers=8,vocab=32768", "glm": "glm-5.2-77:layers=3,vocab=32768"}
 
 
 def decode(stolen, shapes):
@@ -370,8 +372,22 @@ def wgpu_steps(stolen, path):
                 "kernels": step["kernels_of"], "batch": step["batch"], "stage": stage["stage"], "us": f"{stage['us']:.0f}",
                 "MB": f"{stage['bytes'] / 1e6:.1f}", "GB/s": f"{stage['bytes'] / stage['us'] / 1e3:.0f}",
             })
-    tables = {"decode-wgpu": rows, "stages-wgpu": stages}
-    write("wgpu", found["commands"], found, tables, stolen, found["machine"], found["binary_sha256"])
+    prompts, prompt_stages = [], []
+    for prompt in found.get("prompts", []):
+        what = "cooperative matrices" if prompt["cooperative_matrices"] else "eight rows at a time"
+        prompts.append({
+            "shape": prompt["shape"], "format": prompt["format"], "products": prompt.get("kernels_of", what), "prompt tokens": prompt["prompt"],
+            "tok/s": f"{prompt['tok_s']:.0f}", "ms": f"{prompt['ms']:.1f}", "by the adapter's clock": f"{prompt['device_ms']:.1f}",
+            "hash of logits": prompt["hash_of_logits"],
+        })
+        times = {stage["stage"]: f"{stage['us'] / 1e3:.1f}" for stage in prompt["stages"]}
+        prompt_stages.append({
+            "shape": prompt["shape"], "products": prompt.get("kernels_of", what), "prompt tokens": prompt["prompt"],
+            **{stage: times.get(stage) for stage in ("attention input", "attention", "attention output", "router", "shared expert", "experts")},
+        })
+    tables = {"decode-wgpu": rows, "stages-wgpu": stages, "prefill-wgpu": prompts, "prefill-stages-wgpu": prompt_stages}
+    tables = {name: rows for name, rows in tables.items() if rows}
+    write(found.get("name", "wgpu"), found["commands"], found, tables, stolen, found["machine"], found["binary_sha256"])
 
 
 def cuda_kernels(stolen):
@@ -411,19 +427,21 @@ def cuda_sanitizer(stolen, conformance, recorded):
     some = {"MOELLON_TEST_FORMATS": "affine-4,q3a4,nvfp4", "MOELLON_TEST_ROWS": "2,13"}
     few = {"MOELLON_TEST_FORMATS": "affine-4,nvfp4", "MOELLON_TEST_ROWS": "7"}
     plans = [
-        *((tool, "conformance, every operation", [conformance], {}) for tool in ("memcheck", "initcheck", "racecheck")),
-        *((tool, "recorded steps of one row and of the MTP layer, bundled shape: affine-4, q3a4, NVFP4", one_row, some) for tool in ("memcheck", "initcheck")),
-        *((tool, "recorded steps of 2 and 13 rows, bundled shape: affine-4, q3a4, NVFP4", all_rows, some) for tool in ("memcheck", "initcheck")),
+        ("memcheck", "recorded steps of 2 and 13 rows, bundled shape: affine-4, q3a4, NVFP4", all_rows, some),
         ("racecheck", "recorded steps of 7 rows, bundled shape: affine-4, NVFP4", all_rows, few),
+        ("memcheck", "recorded steps of one row and of the MTP layer, bundled shape: affine-4, q3a4, NVFP4", one_row, some),
         ("racecheck", "recorded steps of one row, bundled shape: affine-4, NVFP4", [recorded, "bundled_shape", "--skip", "rows_of", "--skip", "mtp", "--test-threads=1"], few),
+        ("initcheck", "recorded steps of 2 and 13 rows, bundled shape: affine-4, q3a4, NVFP4", all_rows, some),
+        *((tool, "conformance, every operation", [conformance], {}) for tool in ("memcheck", "racecheck", "initcheck")),
+        ("initcheck", "recorded steps of one row and of the MTP layer, bundled shape: affine-4, q3a4, NVFP4", one_row, some),
     ]
+    deadline = time.monotonic() + float(os.environ.get("MOELLON_SANITIZER_LIMIT_S", 3600))
     for tool, what, words, environment in plans:
         start = time.monotonic()
-        limit = int(os.environ.get("MOELLON_SANITIZER_LIMIT_S", 600))
         try:
-            done = subprocess.run(["compute-sanitizer", "--tool", tool, *words], capture_output=True, text=True, env={**os.environ, **environment}, timeout=limit)
+            done = subprocess.run(["compute-sanitizer", "--tool", tool, *words], capture_output=True, text=True, env={**os.environ, **environment}, timeout=max(1, deadline - start))
         except subprocess.TimeoutExpired:
-            print(f"compute-sanitizer {tool}, {what}: not over after {limit} s: no sample", flush=True)
+            print(f"compute-sanitizer {tool}, {what}: no time left, no sample", flush=True)
             continue
         text = done.stdout + done.stderr
         summary = [line.removeprefix("========= ") for line in text.splitlines() if "SUMMARY" in line]

@@ -14,6 +14,7 @@ const LINE_FLOATS: usize = 16;
 /// A cache line: vectors that cross two of them take two loads, and the system's large blocks begin in the middle of one.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
+#[allow(dead_code, reason = "read as floats")]
 struct Line([f32; LINE_FLOATS]);
 
 /// A buffer that only grows.

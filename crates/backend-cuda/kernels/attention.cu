@@ -158,7 +158,7 @@ DEVICE void split_bf16(float x, u16& high, u16& low) {
 }
 
 // Values are the first columns of the keys, which all heads share; keys and queries have a multiple of 16 columns, values of 64. Queries and
-// weights of keys are sums of two bfloat16, so that only the cached rows are rounded. Grid: (parts, heads / 16, tokens).
+// weights of keys are sums of two bfloat16, so that only the cached rows are rounded. Grid: (parts, or as many blocks as share them, heads / 16, tokens).
 // Scores: a warp has eight of the 32 keys and half of the columns. Weights: a warp has two heads, a lane a key. Values: a warp has an eighth of the columns.
 KERNEL __launch_bounds__(256, 2) attend_mla(const __grid_constant__ AttendArgs a) {
   extern __shared__ __align__(16) u8 mla_shared[];
@@ -167,114 +167,114 @@ KERNEL __launch_bounds__(256, 2) attend_mla(const __grid_constant__ AttendArgs a
   constexpr u32 S = TILE + 1, P = TILE + 8;  // floats of a row of scores, elements of a row of weights
   pdl_launch();
   pdl_wait();
-  u32 t = blockIdx.z, split = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, pair = lane % 4;
+  u32 t = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, pair = lane % 4;
   u32 first, count;
   keys_of(a, t, first, count);
-  u32 keys_of_part = split_of(count), begin = split * keys_of_part;
-  if (begin >= count) return;
-  u32 end = begin + keys_of_part < count ? begin + keys_of_part : count;
-  u32 head = blockIdx.y * MLA_HEADS, key_dim = a.q_dim + a.q_rope_dim, stride = key_dim + 8, pieces = key_dim / 8;
+  u32 keys_of_part = split_of(count), head = blockIdx.y * MLA_HEADS, key_dim = a.q_dim + a.q_rope_dim, stride = key_dim + 8, pieces = key_dim / 8;
   u16* q = (u16*)mla_shared;                      // [high, low][MLA_HEADS][stride]
   u16* keys = q + 2 * MLA_HEADS * stride;     // [TILE][stride]
   float* scores = (float*)(keys + TILE * stride);  // [halves of the columns][MLA_HEADS][S]
   u16* weights = (u16*)(scores + 2 * MLA_HEADS * S);  // [high, low][MLA_HEADS][P]
   u32 q_at = (u32)__cvta_generic_to_shared(q), keys_at = (u32)__cvta_generic_to_shared(keys), weights_at = (u32)__cvta_generic_to_shared(weights);
   const u32* table = a.paging.block_table + (u64)a.paging.sequences[t] * a.paging.max_blocks;
-  float m[2] = {-INFINITY, -INFINITY}, l[2] = {0.f, 0.f};
-  float acc[8][4] = {};
   u32 columns = a.value_dim / 64;  // groups of eight columns that a warp has
-  for (u32 base = begin; base < end; base += TILE) {
-    __syncthreads();
-    if (threadIdx.x < TILE && base + threadIdx.x < end) {
-      u32 p = a.index_ids ? a.index_ids[(u64)t * a.index_stride + base + threadIdx.x] : first + base + threadIdx.x;
-      row_of[threadIdx.x] = ((u64)table[p / a.paging.block_size] * a.paging.block_size + p % a.paging.block_size) * a.cache_width + a.key_first;
-    }
-    __syncthreads();
-    for (u32 k = warp; k < TILE; k += 8) {
-      bool valid = base + k < end;  // Others are zeros: their weight is zero, and zero times what lies there may be no number.
-      const u16* from = (const u16*)a.cache + (valid ? row_of[k] : 0);
-      for (u32 c = lane; c < pieces; c += 32)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(keys_at + (k * stride + c * 8) * 2), "l"(from + c * 8), "r"(valid ? 16 : 0));
-    }
-    if (base == begin) {
-      for (u32 h = warp; h < MLA_HEADS; h += 8) {
-        const float* from = a.q.p + (u64)t * a.q.stride + (head + h) * a.q_dim;
-        const float* rope = a.q_rope_dim ? a.q_rope.p + (u64)t * a.q_rope.stride + (head + h) * a.q_rope_stride : from;
+  for (u32 split = blockIdx.x; split * keys_of_part < count; split += gridDim.x) {
+    u32 begin = split * keys_of_part, end = begin + keys_of_part < count ? begin + keys_of_part : count;
+    float m[2] = {-INFINITY, -INFINITY}, l[2] = {0.f, 0.f};
+    float acc[8][4] = {};
+    for (u32 base = begin; base < end; base += TILE) {
+      __syncthreads();
+      if (threadIdx.x < TILE && base + threadIdx.x < end) {
+        u32 p = a.index_ids ? a.index_ids[(u64)t * a.index_stride + base + threadIdx.x] : first + base + threadIdx.x;
+        row_of[threadIdx.x] = ((u64)table[p / a.paging.block_size] * a.paging.block_size + p % a.paging.block_size) * a.cache_width + a.key_first;
+      }
+      __syncthreads();
+      for (u32 k = warp; k < TILE; k += 8) {
+        bool valid = base + k < end;  // Others are zeros: their weight is zero, and zero times what lies there may be no number.
+        const u16* from = (const u16*)a.cache + (valid ? row_of[k] : 0);
+        for (u32 c = lane; c < pieces; c += 32)
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(keys_at + (k * stride + c * 8) * 2), "l"(from + c * 8), "r"(valid ? 16 : 0));
+      }
+      if (base == begin && split == blockIdx.x) {
+        for (u32 h = warp; h < MLA_HEADS; h += 8) {
+          const float* from = a.q.p + (u64)t * a.q.stride + (head + h) * a.q_dim;
+          const float* rope = a.q_rope_dim ? a.q_rope.p + (u64)t * a.q_rope.stride + (head + h) * a.q_rope_stride : from;
 #pragma unroll 5
-        for (u32 c = lane * 4; c < key_dim; c += 128) {
-          float4 x = *(const float4*)(c < a.q_dim ? from + c : rope + (c - a.q_dim));
-          u32 high[2] = {pack_bf16(x.x, x.y), pack_bf16(x.z, x.w)};
-          auto rest = [](float v, u32 bits) { return v - __uint_as_float(bits); };
-          *(uint2*)(q + h * stride + c) = make_uint2(high[0], high[1]);
-          *(uint2*)(q + (MLA_HEADS + h) * stride + c) = make_uint2(
-              pack_bf16(rest(x.x, high[0] << 16), rest(x.y, high[0] & 0xffff0000u)), pack_bf16(rest(x.z, high[1] << 16), rest(x.w, high[1] & 0xffff0000u)));
+          for (u32 c = lane * 4; c < key_dim; c += 128) {
+            float4 x = *(const float4*)(c < a.q_dim ? from + c : rope + (c - a.q_dim));
+            u32 high[2] = {pack_bf16(x.x, x.y), pack_bf16(x.z, x.w)};
+            auto rest = [](float v, u32 bits) { return v - __uint_as_float(bits); };
+            *(uint2*)(q + h * stride + c) = make_uint2(high[0], high[1]);
+            *(uint2*)(q + (MLA_HEADS + h) * stride + c) = make_uint2(
+                pack_bf16(rest(x.x, high[0] << 16), rest(x.y, high[0] & 0xffff0000u)), pack_bf16(rest(x.z, high[1] << 16), rest(x.w, high[1] & 0xffff0000u)));
+          }
+        }
+      }
+      asm volatile("cp.async.wait_all;" ::: "memory");
+      __syncthreads();
+      {
+        u32 steps = key_dim / 16, half = warp / 4, from = half ? steps / 2 : 0, to = half ? steps : steps / 2;
+        u32 a_at = q_at + (lane % 16 * stride + lane / 16 * 8) * 2, b_at = keys_at + ((warp % 4 * 8 + lane % 8) * stride + lane / 8 % 2 * 8) * 2;
+        float high[4] = {}, low[4] = {};
+#pragma unroll 3
+        for (u32 s = from; s < to; s++) {
+          u32 x[4], y[4], b[2];
+          ldmatrix4(x, a_at + s * 32);
+          ldmatrix4(y, a_at + MLA_HEADS * stride * 2 + s * 32);
+          ldmatrix2(b, b_at + s * 32);
+          mma_bf16(high, x, b[0], b[1]);
+          mma_bf16(low, y, b[0], b[1]);
+        }
+        float* to_scores = scores + half * MLA_HEADS * S + warp % 4 * 8 + 2 * pair;
+#pragma unroll
+        for (int k = 0; k < 4; k++) to_scores[(g + 8 * (k >> 1)) * S + (k & 1)] = high[k] + low[k];
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        u32 h = 2 * warp + i;
+        float s = (scores[h * S + lane] + scores[(MLA_HEADS + h) * S + lane]) * a.scale;
+        s = base + lane < end ? s : -INFINITY;
+        float m_new = fmaxf(m[i], warp_max(s)), p = expf(s - m_new), old = expf(m[i] - m_new);
+        m[i] = m_new;
+        l[i] = l[i] * old + warp_sum(p);
+        split_bf16(p, weights[h * P + lane], weights[(MLA_HEADS + h) * P + lane]);
+        if (lane == 0) rescale[h] = old;
+      }
+      __syncthreads();
+      float old[2] = {rescale[g], rescale[g + 8]};
+      u32 w[2][2][4];  // [high, low][16 keys]
+#pragma unroll
+      for (int part = 0; part < 2; part++)
+#pragma unroll
+        for (int s = 0; s < 2; s++) ldmatrix4(w[part][s], weights_at + ((part * MLA_HEADS + lane % 16) * P + s * 16 + lane / 16 * 8) * 2);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        if (i >= columns) break;
+        u32 b[4];  // 32 keys of eight columns
+        ldmatrix4_transposed(b, keys_at + (lane * stride + (warp * columns + i) * 8) * 2);
+#pragma unroll
+        for (int k = 0; k < 4; k++) acc[i][k] *= old[k >> 1];
+#pragma unroll
+        for (int s = 0; s < 2; s++) {
+          mma_bf16(acc[i], w[0][s], b[2 * s], b[2 * s + 1]);
+          mma_bf16(acc[i], w[1][s], b[2 * s], b[2 * s + 1]);
         }
       }
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    __syncthreads();
-    {
-      u32 steps = key_dim / 16, half = warp / 4, from = half ? steps / 2 : 0, to = half ? steps : steps / 2;
-      u32 a_at = q_at + (lane % 16 * stride + lane / 16 * 8) * 2, b_at = keys_at + ((warp % 4 * 8 + lane % 8) * stride + lane / 8 % 2 * 8) * 2;
-      float high[4] = {}, low[4] = {};
-#pragma unroll 3
-      for (u32 s = from; s < to; s++) {
-        u32 x[4], y[4], b[2];
-        ldmatrix4(x, a_at + s * 32);
-        ldmatrix4(y, a_at + MLA_HEADS * stride * 2 + s * 32);
-        ldmatrix2(b, b_at + s * 32);
-        mma_bf16(high, x, b[0], b[1]);
-        mma_bf16(low, y, b[0], b[1]);
-      }
-      float* to_scores = scores + half * MLA_HEADS * S + warp % 4 * 8 + 2 * pair;
-#pragma unroll
-      for (int k = 0; k < 4; k++) to_scores[(g + 8 * (k >> 1)) * S + (k & 1)] = high[k] + low[k];
+    auto part_of = [&](u32 h) { return a.partial + (((u64)t * a.num_heads + head + h) * a.max_splits + split) * (PART_HEADER + a.value_dim); };
+    if (lane < 2) {
+      float* out = part_of(2 * warp + lane);
+      out[0] = lane ? m[1] : m[0];
+      out[1] = lane ? l[1] : l[0];
     }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      u32 h = 2 * warp + i;
-      float s = (scores[h * S + lane] + scores[(MLA_HEADS + h) * S + lane]) * a.scale;
-      s = base + lane < end ? s : -INFINITY;
-      float m_new = fmaxf(m[i], warp_max(s)), p = expf(s - m_new), old = expf(m[i] - m_new);
-      m[i] = m_new;
-      l[i] = l[i] * old + warp_sum(p);
-      split_bf16(p, weights[h * P + lane], weights[(MLA_HEADS + h) * P + lane]);
-      if (lane == 0) rescale[h] = old;
-    }
-    __syncthreads();
-    float old[2] = {rescale[g], rescale[g + 8]};
-    u32 w[2][2][4];  // [high, low][16 keys]
-#pragma unroll
-    for (int part = 0; part < 2; part++)
-#pragma unroll
-      for (int s = 0; s < 2; s++) ldmatrix4(w[part][s], weights_at + ((part * MLA_HEADS + lane % 16) * P + s * 16 + lane / 16 * 8) * 2);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       if (i >= columns) break;
-      u32 b[4];  // 32 keys of eight columns
-      ldmatrix4_transposed(b, keys_at + (lane * stride + (warp * columns + i) * 8) * 2);
-#pragma unroll
-      for (int k = 0; k < 4; k++) acc[i][k] *= old[k >> 1];
-#pragma unroll
-      for (int s = 0; s < 2; s++) {
-        mma_bf16(acc[i], w[0][s], b[2 * s], b[2 * s + 1]);
-        mma_bf16(acc[i], w[1][s], b[2 * s], b[2 * s + 1]);
-      }
+      u32 c = PART_HEADER + (warp * columns + i) * 8 + 2 * pair;
+      *(float2*)(part_of(g) + c) = make_float2(acc[i][0], acc[i][1]);
+      *(float2*)(part_of(g + 8) + c) = make_float2(acc[i][2], acc[i][3]);
     }
-  }
-  auto part_of = [&](u32 h) { return a.partial + (((u64)t * a.num_heads + head + h) * a.max_splits + split) * (PART_HEADER + a.value_dim); };
-  if (lane < 2) {
-    float* out = part_of(2 * warp + lane);
-    out[0] = lane ? m[1] : m[0];
-    out[1] = lane ? l[1] : l[0];
-  }
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-    if (i >= columns) break;
-    u32 c = PART_HEADER + (warp * columns + i) * 8 + 2 * pair;
-    *(float2*)(part_of(g) + c) = make_float2(acc[i][0], acc[i][1]);
-    *(float2*)(part_of(g + 8) + c) = make_float2(acc[i][2], acc[i][3]);
   }
 }
 
@@ -291,8 +291,9 @@ KERNEL attend_join(const __grid_constant__ JoinArgs args) {
   if (c >= a.value_dim) return;
   float v[8];
   join8(a, t, head, c, v);
-#pragma unroll
-  for (int k = 0; k < 8; k++) if (c + k < a.value_dim) store(a.out, t, head * a.value_dim + c + k, v[k]);
+  u64 at = (u64)t * a.out.stride + head * a.value_dim;
+  store8(a.out.p + at, v, c, a.value_dim, is_wide(a.out.p + at, a.value_dim));
+  if (a.out.twin) store8(a.out.twin + at, v, c, a.value_dim);
   if (args.digits) digits8(v, args.digits + (((u64)t * a.num_heads + head) * (a.value_dim / 64) + c / 64) * DIGITS_BYTES);
 }
 

@@ -1,195 +1,134 @@
 // Two to 32 rows of activations: the step of several sequences, or of one whose drafts are verified. Bound by reading weights, then by instructions:
 //
-// - Weights are streamed once past all rows that want them, through the rings of pipe.cuh, by grids as large as what is resident.
-//   A block has a range of neighbouring row tiles, so that it goes from one expert to the next rarely.
+// - Weights are streamed once past all rows that want them, a ring a warp (pipe.cuh), by grids as large as what is resident.
+// - Rows are shared by the warps of a block (shared_rows.cuh), each of which has two row tiles of weights. A block has neighbouring row
+//   tiles of one group of rows, so that it goes from one expert to the next rarely.
 // - The choice of experts is sorted once, by the kernel that makes it (`route_plan`), into groups of up to eight rows of one expert.
 //   Finding an expert's rows was done by every block of every row tile before, which took longer than the product itself.
 // - High and low digits of four rows are the eight columns of one tensor-core product: half of the instructions of two products with
 //   eight rows each, where an expert seldom has more than four rows. A lane has one row of activations and two of weights.
 //
 // Results are those of the kernels in matmul.cu bit for bit: the same sums in the same order.
-#include "pipe.cuh"
+#include "shared_rows.cuh"
 #include "route.cuh"
 #include "row.cuh"
 
 #define GROUP 8         // rows that share a pass over an expert's weights
 #define MAX_CHOICES 256  // rows times top-k
 #define MAX_EXPERTS 512
-#define UP_TILES 3      // neighbouring tiles of a slot of `few_up`, of twelve in all: with two or four it is slower
+#define TALL 2          // row tiles of a warp
+#define LINE_WARPS 4    // warps of a block of `few_line` that multiply
 
 // Rows of activations that are multiplied at a time, and sums that a lane has of them.
 template <int F> struct Lot {
   static constexpr int rows = Is<F>::affine ? 4 : 8;
   static constexpr int sums = Is<F>::affine ? 2 : 4;
-  static constexpr int in_group = GROUP / rows;
 };
-
-// Where a lane reads its part of a lot, in bytes from the first row: its digits, or its bfloat16; and what is known about the row that its
-// sums belong to.
-struct Source { u32 x, about; };
-// `at(n)`: where row n starts, for n < count. Rows past the end are copies of the first, whose sums nobody reads.
-template <int F, typename At> DEVICE Source source_of(u32 lot, u32 count, At at) {
-  u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first = lot * Lot<F>::rows;
-  auto row = [&](u32 n) { return (u32)at(n < count ? n : 0); };
-  if constexpr (Is<F>::affine) return {row(first + g / 2) + 16 * t + (g & 1) * 64, row(first + t) + 128};
-  else return {row(first + g) + 16 * t, 0};
-}
 
 // A lane's part of 64 columns of a lot.
 template <bool BYTES> struct Loaded { Columns<false> columns; };
 template <> struct Loaded<true> { uint4 x; float scale, sum; };
-template <int F> DEVICE void load_rows(Loaded<Is<F>::affine>& to, const u8* x, const u8* about, u32 column, u32 cols) {
+// Lot q of the tile at `at`, whose rows are `row` bytes apart.
+template <int F> DEVICE void load_lot(Loaded<Is<F>::affine>& to, u32 at, u32 row, int q) {
+  u32 lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
+  at += q * Lot<F>::rows * row;
   if constexpr (Is<F>::affine) {
-    to.x = *(const uint4*)x;
-    float4 v = *(const float4*)about;  // One load: each touches four lines.
-    to.scale = v.x;
-    to.sum = v.w;
+    to.x = shared_load<uint4>(at + g / 2 * row + 16 * t + (g & 1) * 64);
+    uint4 v = shared_load<uint4>(at + t * row + 128);
+    to.scale = __uint_as_float(v.x);
+    to.sum = __uint_as_float(v.w);
   } else {
-    u32 t = threadIdx.x % 4;
-    to.columns.b[0] = to.columns.b[1] = make_uint4(0, 0, 0, 0);
-    if (column + 8 * t < cols) to.columns.b[0] = *(const uint4*)x;
-    if (column + 32 + 8 * t < cols) to.columns.b[1] = *(const uint4*)(x + 64);
+    to.columns.b[0] = shared_load<uint4>(at + g * row + 16 * t);
+    to.columns.b[1] = shared_load<uint4>(at + g * row + 16 * t + 64);
   }
 }
 
-// A tile taken apart, and its product with a lot.
-template <int F> struct Apart { Taken<F, true> taken; Scales<F, true> scales; };
-template <int F> DEVICE void multiply(float acc[Lot<F>::sums], const Apart<F>& w, const Loaded<Is<F>::affine>& x) {
+// The product of a tile with a lot, as integers, and what makes floats of it.
+struct Product { int d[4]; float s[2], b[2]; };
+template <int F> DEVICE void multiply(Product& p, const Taken<F, true>& w, const Loaded<true>& x) {
+  const int bias[4] = {BIAS_BITS, BIAS_BITS, BIAS_BITS, BIAS_BITS};
+  int c[4];
+  const u32* o = w.o;
+  const u32 a0[4] = {o[0], o[4], o[1], o[5]}, a1[4] = {o[2], o[6], o[3], o[7]};
+  mma_bytes_biased(c, a0, x.x.x, x.x.y, bias);
+  mma_bytes_biased(p.d, a1, x.x.z, x.x.w, c);
+#pragma unroll
+  for (int k = 0; k < 2; k++) { p.s[k] = w.s[0][k]; p.b[k] = w.b[0][k]; }
+}
+DEVICE void add_product(float acc[2], const Product& p, const Loaded<true>& x) {
+#pragma unroll
+  for (int k = 0; k < 2; k++) {
+    acc[k] = fmaf(p.b[k], x.sum, fmaf(p.s[k] * x.scale, join_digits(p.d[2 * k], p.d[2 * k + 1]), acc[k]));
+  }
+}
+
+// acc += N tiles of the warp's row tiles in the slot at `slot`, times Q lots of rows at `x`.
+template <int F, int Q, int N, typename P, typename X> DEVICE void multiply_tiles(P& pipe, float acc[TALL][Q][Lot<F>::sums], u32 slot, u32 x) {
+  auto take = [&](Taken<F, true> taken[TALL], Scales<F, true> scales[TALL], int i) {
+#pragma unroll
+    for (int r = 0; r < TALL; r++) {
+      Codes<F> codes;
+      pipe.read(codes, scales[r], slot + (r * P::C + i) * P::TILE);
+      take_apart<F, true>(taken[r], codes, scales[r]);
+    }
+  };
+  Taken<F, true> w[TALL];
+  Scales<F, true> scales[TALL];
   if constexpr (Is<F>::affine) {
-    const int bias[4] = {BIAS_BITS, BIAS_BITS, BIAS_BITS, BIAS_BITS};
-    int c[4], d[4];
-    const u32* o = w.taken.o;
-    const u32 a0[4] = {o[0], o[4], o[1], o[5]}, a1[4] = {o[2], o[6], o[3], o[7]};
-    mma_bytes_biased(c, a0, x.x.x, x.x.y, bias);
-    mma_bytes_biased(d, a1, x.x.z, x.x.w, c);
+    // One product is on its way through the tensor cores while the one before becomes floats: one after another they take three times as long.
+    Product products[2][TALL];
+    Loaded<true> loaded[2];
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
-      float y = fmaf(__int_as_float(d[2 * k]) - BIAS, 128.f, __int_as_float(d[2 * k + 1]) - BIAS);
-      acc[k] = fmaf(w.taken.b[0][k], x.sum, fmaf(w.taken.s[0][k] * x.scale, y, acc[k]));
+    for (int step = 0; step <= N * Q; step++) {
+      if (step < N * Q) {
+        if (step % Q == 0) take(w, scales, step / Q);
+        load_lot<F>(loaded[step % 2], x + step / Q * X::STEP, X::ROW, step % Q);
+#pragma unroll
+        for (int r = 0; r < TALL; r++) multiply<F>(products[step % 2][r], w[r], loaded[step % 2]);
+      }
+      if (step > 0)
+#pragma unroll
+        for (int r = 0; r < TALL; r++) add_product(acc[r][(step - 1) % Q], products[(step - 1) % 2][r], loaded[(step - 1) % 2]);
     }
-  } else accumulate<F, true>(acc, w.taken, w.scales, x.columns, false);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      take(w, scales, i);
+#pragma unroll
+      for (int q = 0; q < Q; q++) {
+        Loaded<false> loaded;
+        load_lot<F>(loaded, x + i * X::STEP, X::ROW, q);
+#pragma unroll
+        for (int r = 0; r < TALL; r++) accumulate<F, true>(acc[r][q], w[r], scales[r], loaded.columns, false);
+      }
+    }
+  }
 }
 
-// Rows that are read where they lie: any rows, through the first-level cache.
-template <int F, int Q> struct FromMemory {
-  static constexpr bool EARLY = true;  // may be read before the ring has the weights
-  const u8* rows;
-  const Source* source;
-  u32 column, cols;
-  METHOD void load(Loaded<Is<F>::affine>& to, int q, u32 i) const {
-    constexpr u32 STEP = Form<F>::tile;
-    load_rows<F>(to, rows + source[q].x + i * STEP, rows + source[q].about + i * STEP, column + i * 64, cols);
-  }
-  METHOD void slot(u32) {}
-  METHOD void advance(u32 tiles) { rows += tiles * Form<F>::tile; column += tiles * 64; }
-};
-
-// Rows that are all wanted, on their way through a ring of their own beside that of the weights, a bulk copy a row: in memory each row's digits lie
-// in other lines, and looking at those took as long as reading the weights.
-template <int F, int Q, typename P> struct FromRing {
-  static constexpr bool EARLY = false;
-  static constexpr u32 STEP = Form<F>::tile, ROWS = Q * Lot<F>::rows, ROW = P::C * STEP, SLOT = ROWS * ROW, RING = P::D * SLOT;
-  u32 ring, from, about, at;  // of this warp; this lane's part of a slot; the slot
-  METHOD void start(u8* shared) {
-    u32 lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
-    ring = (u32)__cvta_generic_to_shared(shared) + threadIdx.x / 32 * RING;
-    from = Is<F>::affine ? g / 2 * ROW + 16 * t + (g & 1) * 64 : g * ROW + 16 * t;
-    about = t * ROW + 128;
-  }
-  METHOD void slot(u32 take) { at = ring + take * SLOT; }
-  METHOD void load(Loaded<Is<F>::affine>& to, int q, u32 i) const {
-    u32 p = at + q * (Lot<F>::rows * ROW) + i * STEP;
-    if constexpr (Is<F>::affine) {
-      to.x = shared_load<uint4>(p + from);
-      uint4 v = shared_load<uint4>(p + about);
-      to.scale = __uint_as_float(v.x);
-      to.sum = __uint_as_float(v.w);
-    } else {
-      to.columns.b[0] = shared_load<uint4>(p + from);
-      to.columns.b[1] = shared_load<uint4>(p + from + 64);
-    }
-  }
-  METHOD void advance(u32) {}
-  // Starts copying tiles `first` to `first + n` of `count` rows, `bytes` apart, into slot `put`, which ends with the barrier's phase.
-  METHOD void issue(const u8* rows, u64 bytes, u32 count, u32 first, u32 n, u32 put, u32 bar) {
-    u32 lane = threadIdx.x & 31;
-    const u8* source = rows + lane * bytes + first * STEP;
-    u32 to = ring + put * SLOT + lane * ROW;
-    if (lane >= count) return;
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(source), "r"(n * STEP), "r"(bar) : "memory");
-#else
-    for (u32 b = 0; b < n * STEP; b += 16) copy_async<16>(to + b, source + b);
-#endif
-  }
-};
-
-// Multiplies `count` tiles, which have been issued in this order, with Q lots of rows; `refill` keeps the ring full.
-template <int F, int R, int Q, typename P, typename X, typename Refill>
-DEVICE void pass(P& pipe, float acc[R][Q][Lot<F>::sums], X x, u32 count, Refill refill) {
-  // With few lots those of the next tile are on their way while one tile is multiplied; with many the lots are.
-  constexpr bool AHEAD = X::EARLY && Q <= 2;
-  typedef Loaded<Is<F>::affine> L;
-  auto take = [&](Apart<F>& w, u32 at, int r) {
-    Codes<F> codes;
-    pipe.read(codes, w.scales, at + r * (P::C * P::TILE));
-    take_apart<F, true>(w.taken, codes, w.scales);
-  };
-  // A tile of each matrix, whose columns are in `loaded`.
-  auto multiply_loaded = [&](u32 at, const L loaded[Q]) {
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-      Apart<F> w;
-      take(w, at, r);
-#pragma unroll
-      for (int q = 0; q < Q; q++) multiply<F>(acc[r][q], w, loaded[q]);
-    }
-  };
-  // The same, lot after lot.
-  auto multiply_loading = [&](u32 at, u32 i) {
-    Apart<F> w[R];
-#pragma unroll
-    for (int r = 0; r < R; r++) take(w[r], at, r);
-#pragma unroll
-    for (int q = 0; q < Q; q++) {
-      L loaded;
-      x.load(loaded, q, i);
-#pragma unroll
-      for (int r = 0; r < R; r++) multiply<F>(acc[r][q], w[r], loaded);
-    }
-  };
+// acc += `count` tiles of the warp's row tiles, which have been issued in this order, times Q lots of the block's rows; `refill` keeps the ring full.
+template <int F, int Q, typename P, typename X, typename Refill>
+DEVICE void pass(P& pipe, X& rows, float acc[TALL][Q][Lot<F>::sums], u32 count, Refill refill) {
   for (u32 j = 0; j < count; j += P::C) {
-    L loaded[2][AHEAD ? Q : 1];
-    if constexpr (AHEAD)
-#pragma unroll
-      for (int q = 0; q < Q; q++) x.load(loaded[0][q], q, 0);
+    u32 x = rows.wait();
     pipe.wait();
-    x.slot(pipe.take);
     u32 slot = pipe.ring + pipe.take * P::SLOT;
     pipe.take = pipe.take + 1 == P::D ? 0 : pipe.take + 1;
-    if (count - j >= P::C) {
-#pragma unroll
-      for (int i = 0; i < P::C; i++) {
-        if constexpr (AHEAD) {
-          if (i + 1 < P::C)
-#pragma unroll
-            for (int q = 0; q < Q; q++) x.load(loaded[(i + 1) % 2][q], q, i + 1);
-          multiply_loaded(slot + i * P::TILE, loaded[i % 2]);
-        } else multiply_loading(slot + i * P::TILE, i);
-      }
-    } else {
-      for (u32 i = 0; i < count - j; i++) {
-        if constexpr (AHEAD) {
-          if (i)
-#pragma unroll
-            for (int q = 0; q < Q; q++) x.load(loaded[0][q], q, i);
-          multiply_loaded(slot + i * P::TILE, loaded[0]);
-        } else multiply_loading(slot + i * P::TILE, i);
-      }
-    }
-    x.advance(P::C);
-    __syncwarp();
+    if (count - j >= P::C) multiply_tiles<F, Q, P::C, P, X>(pipe, acc, slot, x);
+    else
+      for (u32 i = 0; i < count - j; i++) multiply_tiles<F, Q, 1, P, X>(pipe, acc, slot + i * P::TILE, x + i * X::STEP);
+    rows.release();
     refill();
+  }
+}
+// What the warp that copies rows does meanwhile, for tiles `first` to `first + count`; `row(n)` is where row n starts.
+template <int C, typename X, typename Row> DEVICE void feed(X& rows, u32 num_rows, u32 first, u32 count, Row row) {
+  const u8* from[X::TURNS];
+#pragma unroll
+  for (int i = 0; i < X::TURNS; i++) from[i] = row(X::row_of(i) < num_rows ? X::row_of(i) : 0) + first * X::STEP;
+  for (u32 j = 0; j < count; j += C) {
+    rows.put(from, num_rows, count - j < C ? count - j : C);
+#pragma unroll
+    for (int i = 0; i < X::TURNS; i++) from[i] += C * X::STEP;
   }
 }
 
@@ -204,14 +143,22 @@ template <int F, int Q, typename Each> DEVICE void each_sum(Each f) {
       else f(g + 8 * (k >> 1), q * 8 + 2 * t + (k & 1), q, k);
     }
 }
+template <int F, int Q> DEVICE void add_slice(float sums[TALL][Q][Lot<F>::sums], const float acc[TALL][Q][Lot<F>::sums]) {
+#pragma unroll
+  for (int r = 0; r < TALL; r++)
+#pragma unroll
+    for (int q = 0; q < Q; q++)
+#pragma unroll
+      for (int k = 0; k < Lot<F>::sums; k++) sums[r][q][k] += acc[r][q][k];
+}
 
 template <int N> struct Count { static constexpr int n = N; };
 
-// Points the ring at tiles `first` to `first + count` of R row tiles.
-template <int R, typename P> DEVICE void aim_at(P& pipe, const Packed* const w[R], u32 matrix, const u32 row_tile[R], u32 first, u32 count) {
+// Points the ring at tiles `first` to `first + count` of the row tiles.
+template <typename P> DEVICE void aim_at(P& pipe, const Packed* const w[TALL], u32 matrix, const u32 row_tile[TALL], u32 first, u32 count) {
   pipe.left = count;
 #pragma unroll
-  for (int r = 0; r < R; r++)
+  for (int r = 0; r < TALL; r++)
     pipe.code[r] = (const u8*)(w[r]->codes + matrix * w[r]->codes_stride) + (row_tile[r] * num_tiles(*w[r]) + first) * (u64)pipe.TILE;
 }
 
@@ -290,7 +237,7 @@ KERNEL __launch_bounds__(256) latent_rows(const __grid_constant__ Latent a) {
 // ---- gate and up ----
 
 // h = f(x gate, x up) for one group of matrices. `x` in the form that the format wants, rows `x_bytes` apart; digits of h, or null.
-struct FewPair { Packed gate, up; Mat out; const u8* x; u64 x_bytes; u8* digits; u32* arrived; };
+struct FewPair { Packed gate, up; Mat out; const u8* x; u64 x_bytes; u8* digits; };
 struct FewUpArgs {
   FewPair routed, shared;  // shared: all rows, another format, or none (shared_blocks 0)
   const Plan* plan;        // null: nothing is routed
@@ -298,34 +245,81 @@ struct FewUpArgs {
   u32 slices, rows, top_k;
   Activation activation;
 };
-// A warp has row tiles of both matrices for a group's rows, slice after slice: waiting for other warps at each row tile took longer than
-// what is saved by shorter units.
-template <int F, bool ROUTED> DEVICE void few_up(const FewUpArgs& a, const FewPair& pair, u32 block, u32 blocks, u8* shared) {
-  __shared__ u32 groups[MAX_CHOICES];
-  __shared__ u16 choices[MAX_CHOICES];
-  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, S = a.slices;
-  u32 rows = pair.gate.rows, row_tiles = (rows + 15) / 16, tiles = num_tiles(pair.gate);
-  const Packed* w[2] = {&pair.gate, &pair.up};
-  typedef Pipe<F, 2, (Words<F>::n > 5 ? 2 : UP_TILES), (Words<F>::n > 5 ? 3 : 12 / UP_TILES)> P;
+
+// Tiles of a slot, slots of a warp's ring, slots of the rows' ring: what lets as many blocks fit as there are registers for.
+template <int C_, int D_, int X_> struct Size { static constexpr int C = C_, D = D_, X = X_; };
+template <bool, typename, typename T> struct Either { typedef T type; };
+template <typename T, typename Other> struct Either<true, T, Other> { typedef T type; };
+template <int F> using GroupSize = typename Either<(Words<F>::n > 4), Size<2, 2, 3>, Size<4, 2, 3>>::type;
+template <int F, int ROWS> using LineSize = typename Either<(Words<F>::n > 4),
+    typename Either<ROWS == 32, Size<2, 2, 3>, Size<2, 3, 3>>::type, typename Either<ROWS == 32, Size<2, 3, 3>, Size<4, 2, 3>>::type>::type;
+
+// A group of rows of one expert, or of all rows.
+struct Group { u32 expert, first, members; };
+struct Groups {
+  u32 groups[MAX_CHOICES];
+  u16 choices[MAX_CHOICES];
+  METHOD void load(const Plan& plan) {
+    if (threadIdx.x < MAX_CHOICES) { groups[threadIdx.x] = plan.groups[threadIdx.x]; choices[threadIdx.x] = plan.choices[threadIdx.x]; }
+    __syncthreads();
+  }
+  METHOD Group get(u32 i) const {
+    u32 g = groups[i];
+    return {group_expert(g), group_first(g), group_count(g)};
+  }
+};
+
+struct UpShared {
+  Groups plan;
+  float h[2][WARPS * 16][GROUP + 1];  // of this unit and the one before
+};
+// A unit is eight row tiles of both matrices for a group's rows, a warp each.
+template <int F, bool ROUTED> DEVICE void few_up(const FewUpArgs& a, const FewPair& pair, u32 block, u32 blocks, u8* shared, UpShared& s) {
+  typedef GroupSize<F> Size;
+  typedef Pipe<F, TALL, Size::C, Size::D> P;
+  typedef SharedRows<F, Size::C, Size::X, GROUP> X;
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, S = a.slices, width = pair.gate.rows, tiles = num_tiles(pair.gate);
+  u32 row_tiles = (width + 15) / 16, row_blocks = (row_tiles + WARPS - 1) / WARPS, num_groups = (a.rows + GROUP - 1) / GROUP;
+  const Packed* w[TALL] = {&pair.gate, &pair.up};
   P pipe;
-  pipe.start(shared);
-  u32 num_groups = (a.rows + GROUP - 1) / GROUP;
+  X rows;
+  if (warp < WARPS) pipe.start(shared);
+  rows.start(shared + WARPS * P::RING, WARPS);
   if constexpr (ROUTED) {
     pdl_wait();
     num_groups = a.plan->num_groups;
-    if (threadIdx.x < MAX_CHOICES) { groups[threadIdx.x] = a.plan->groups[threadIdx.x]; choices[threadIdx.x] = a.plan->choices[threadIdx.x]; }
-    __syncthreads();
+    s.plan.load(*a.plan);
   }
-  // Units of this warp, neighbouring ones: neighbouring warps read the same rows.
-  u32 warps = blocks * WARPS, mine = block * WARPS + warp, total = num_groups * row_tiles;
-  u32 unit = (u64)mine * total / warps, end = (u64)(mine + 1) * total / warps, ahead = unit, ahead_slice = 0;
+  u32 total = num_groups * row_blocks, unit = (u64)block * total / blocks, end = (u64)(block + 1) * total / blocks;
+  // All groups of rows of the shared expert after each other: its weights are then in the second-level cache.
+  auto group_of = [&](u32 u) -> Group {
+    if constexpr (ROUTED) return s.plan.get(u / row_blocks);
+    u32 first = u % num_groups * GROUP;
+    return {0, first, a.rows - first < GROUP ? a.rows - first : GROUP};
+  };
+  auto row_block_of = [&](u32 u) { return ROUTED ? u % row_blocks : u / num_groups; };
+  auto choice_of = [&](const Group& g, u32 n) { return ROUTED ? (u32)s.plan.choices[g.first + n] : g.first + n; };
+  if (warp == WARPS) {
+    if constexpr (!ROUTED) pdl_wait();
+    for (; unit < end; unit++) {
+      Group g = group_of(unit);
+      auto row = [&](u32 n) { u32 choice = choice_of(g, n); return pair.x + (ROUTED ? choice / a.top_k : choice) * pair.x_bytes; };
+      for (u32 slice = 0; slice < S; slice++) {
+        u32 first = slice_start(slice, S, tiles);
+        feed<Size::C>(rows, g.members, first, slice_start(slice + 1, S, tiles) - first, row);
+      }
+    }
+    return;
+  }
+  u32 ahead = unit, ahead_slice = 0;
   auto issue = [&] {
     if (pipe.left == 0) {
       if (ahead_slice == S) { ahead_slice = 0; ahead++; }
       if (ahead < end) {
-        u32 row_tile = ahead % row_tiles, first = slice_start(ahead_slice, S, tiles);
-        const u32 both[2] = {row_tile, row_tile};
-        aim_at<2>(pipe, w, ROUTED ? group_expert(groups[ahead / row_tiles]) : 0, both, first, slice_start(ahead_slice + 1, S, tiles) - first);
+        u32 row_tile = row_block_of(ahead) * WARPS + warp, first = slice_start(ahead_slice, S, tiles);
+        if (row_tile >= row_tiles) row_tile = row_tiles - 1;
+        const u32 both[TALL] = {row_tile, row_tile};
+        aim_at(pipe, w, group_of(ahead).expert, both, first, slice_start(ahead_slice + 1, S, tiles) - first);
         ahead_slice++;
       }
     }
@@ -335,253 +329,316 @@ template <int F, bool ROUTED> DEVICE void few_up(const FewUpArgs& a, const FewPa
   for (int i = 0; i < P::D; i++) issue();
   if constexpr (!ROUTED) pdl_wait();
   for (; unit < end; unit++) {
-    u32 group = unit / row_tiles, row_tile = unit % row_tiles, expert = 0, start = group * GROUP, members = a.rows - start < GROUP ? a.rows - start : GROUP;
-    if constexpr (ROUTED) { u32 g = groups[group]; expert = group_expert(g); start = group_first(g); members = group_count(g); }
-    auto choice_of = [&](u32 n) { return ROUTED ? (u32)choices[start + n] : start + n; };
-    auto out_of = [&](u32 choice) { return ROUTED ? (u64)(choice / a.top_k) * pair.out.stride + choice % a.top_k * rows : (u64)choice * pair.out.stride; };
+    Group g = group_of(unit);
+    u32 row_tile = row_block_of(unit) * WARPS + warp;
     auto run = [&](auto lots) {
       constexpr int Q = decltype(lots)::n;
-      Source source[Q];
-#pragma unroll
-      for (int q = 0; q < Q; q++) source[q] = source_of<F>(q, members, [&](u32 n) { u32 c = choice_of(n); return (ROUTED ? c / a.top_k : c) * (u32)pair.x_bytes; });
-      float sums[2][Q][Lot<F>::sums] = {};
+      float sums[TALL][Q][Lot<F>::sums] = {};
       for (u32 slice = 0; slice < S; slice++) {
-        float acc[2][Q][Lot<F>::sums] = {};
-        u32 first = slice_start(slice, S, tiles);
-        pass<F, 2, Q>(pipe, acc, FromMemory<F, Q>{pair.x + first * Form<F>::tile, source, first * 64, pair.gate.cols}, slice_start(slice + 1, S, tiles) - first, issue);
-#pragma unroll
-        for (int r = 0; r < 2; r++)
-#pragma unroll
-          for (int q = 0; q < Q; q++)
-#pragma unroll
-            for (int k = 0; k < Lot<F>::sums; k++) sums[r][q][k] += acc[r][q][k];
+        float acc[TALL][Q][Lot<F>::sums] = {};
+        pass<F, Q>(pipe, rows, acc, slice_start(slice + 1, S, tiles) - slice_start(slice, S, tiles), issue);
+        add_slice<F, Q>(sums, acc);
       }
       each_sum<F, Q>([&](u32 r, u32 n, int q, int k) {
         u32 row = row_tile * 16 + r;
-        if (n >= members || row >= rows) return;
-        float y = activate(a.activation, finish<F>(pair.gate, expert, row, sums[0][q][k]), finish<F>(pair.up, expert, row, sums[1][q][k]));
-        u64 at = out_of(choice_of(n)) + row;
+        if (n >= g.members || row >= width) return;
+        float y = activate(a.activation, finish<F>(pair.gate, g.expert, row, sums[0][q][k]), finish<F>(pair.up, g.expert, row, sums[1][q][k]));
+        u32 choice = choice_of(g, n);
+        u64 at = (ROUTED ? (u64)(choice / a.top_k) * pair.out.stride + choice % a.top_k * width : (u64)choice * pair.out.stride) + row;
         pair.out.p[at] = y;
         if (pair.out.twin) pair.out.twin[at] = f32_to_bf16(y);
+        s.h[unit & 1][warp * 16 + r][n] = y;
       });
     };
-    if (Lot<F>::in_group == 1 || members <= Lot<F>::rows) run(Count<1>());
-    else if constexpr (Lot<F>::in_group == 2) run(Count<2>());
+    if (GROUP <= Lot<F>::rows || g.members <= Lot<F>::rows) run(Count<1>());
+    else if constexpr (GROUP > Lot<F>::rows) run(Count<2>());
     if (unit + 1 == end) pdl_launch();
     if (!pair.digits) continue;
-    // The last of the four row tiles of 64 rows makes their digits.
-    u32 tile = row_tile / 4, per_row = rows / 64, last = 0;
-    __threadfence();
-    __syncwarp();
-    if (lane == 0) last = atomicInc(pair.arrived + group * per_row + tile, 3) == 3;
-    if (!__shfl_sync(0xffffffffu, last, 0)) continue;
-    __threadfence();
-    for (u32 n = lane / 8; n < (members + 3) / 4 * 4; n += 4) {
-      u32 choice = choice_of(n < members ? n : 0);
-      const float* h = pair.out.p + out_of(choice) + tile * 64 + lane % 8 * 8;
-      float v[8];
+    // Four warps have 64 values of each row, and make their digits.
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + warp / 4) : "memory");
+    u32 n = warp % 4 * 4 + lane / 8, tile = row_tile / 4;
+    if (warp % 4 * 4 >= g.members || tile * 64 >= width) continue;
+    float v[8];
 #pragma unroll
-      for (int i = 0; i < 8; i++) v[i] = *(volatile const float*)(h + i);
-      digits8(v, n < members ? pair.digits + ((u64)choice * per_row + tile) * DIGITS_BYTES : nullptr);
-    }
+    for (int i = 0; i < 8; i++) v[i] = n < g.members ? s.h[unit & 1][warp / 4 * 64 + lane % 8 * 8 + i][n] : 0.f;
+    digits8(v, n < g.members ? pair.digits + ((u64)choice_of(g, n) * (width / 64) + tile) * DIGITS_BYTES : nullptr);
   }
 }
 template <int F, int G> DEVICE void few_up_both(const FewUpArgs& a) {
   extern __shared__ __align__(16) u8 shared[];
-  if (blockIdx.x < a.shared_blocks) few_up<G, false>(a, a.shared, blockIdx.x, a.shared_blocks, shared);
-  else few_up<F, true>(a, a.routed, blockIdx.x - a.shared_blocks, gridDim.x - a.shared_blocks, shared);
+  __shared__ UpShared s;
+  if (blockIdx.x < a.shared_blocks) few_up<G, false>(a, a.shared, blockIdx.x, a.shared_blocks, shared, s);
+  else few_up<F, true>(a, a.routed, blockIdx.x - a.shared_blocks, gridDim.x - a.shared_blocks, shared, s);
 }
 
 // ---- down ----
 
-// out = plus + sum over a row's experts of weight * (h W): a block has one row tile, a warp a group of an expert's rows at a time.
+// results = h W for all choices; `few_sum` makes a row's weighted sum of them.
 struct FewDownArgs {
   Packed w;
-  Mat out, weights, plus, residual;
   const Plan* plan;
   const u8* x;     // h in the form of the format, a part a choice
   u64 part_bytes;
-  u32 slices, rows, top_k, pad;
+  float* results;  // [choices, rows of w]
+  u32 slices, pad;
 };
+// A unit is 16 row tiles for a group's rows, two a warp.
 template <int F> DEVICE void few_down(const FewDownArgs& a) {
   extern __shared__ __align__(16) u8 shared[];
-  __shared__ u32 groups[MAX_CHOICES];
-  __shared__ u16 choices[MAX_CHOICES];
-  Pipe<F, 1> pipe;
-  float* results = (float*)(shared + WARPS * pipe.RING);  // [choices][16]
-  u32 warp = threadIdx.x / 32, S = a.slices, row_tiles = (a.w.rows + 15) / 16, tiles = num_tiles(a.w);
-  const Packed* w[1] = {&a.w};
-  pipe.start(shared);
+  __shared__ Groups plan;
+  typedef GroupSize<F> Size;
+  typedef Pipe<F, TALL, Size::C, Size::D> P;
+  typedef SharedRows<F, Size::C, Size::X, GROUP> X;
+  u32 warp = threadIdx.x / 32, S = a.slices, tiles = num_tiles(a.w);
+  u32 row_tiles = (a.w.rows + 15) / 16, row_blocks = (row_tiles + WARPS * TALL - 1) / (WARPS * TALL);
+  const Packed* w[TALL] = {&a.w, &a.w};
+  P pipe;
+  X rows;
+  if (warp < WARPS) pipe.start(shared);
+  rows.start(shared + WARPS * P::RING, WARPS);
   pdl_wait();
-  u32 num_groups = a.plan->num_groups;
-  if (threadIdx.x < MAX_CHOICES) { groups[threadIdx.x] = a.plan->groups[threadIdx.x]; choices[threadIdx.x] = a.plan->choices[threadIdx.x]; }
-  __syncthreads();
-  // A slice at a time.
-  u32 ahead_tile = blockIdx.x, ahead_group = warp, ahead_slice = 0;
+  u32 total = a.plan->num_groups * row_blocks, unit = (u64)blockIdx.x * total / gridDim.x, end = (u64)(blockIdx.x + 1) * total / gridDim.x;
+  plan.load(*a.plan);
+  if (warp == WARPS) {
+    for (; unit < end; unit++) {
+      Group g = plan.get(unit / row_blocks);
+      auto row = [&](u32 n) { return a.x + plan.choices[g.first + n] * a.part_bytes; };
+      for (u32 slice = 0; slice < S; slice++) {
+        u32 first = slice_start(slice, S, tiles);
+        feed<Size::C>(rows, g.members, first, slice_start(slice + 1, S, tiles) - first, row);
+      }
+    }
+    return;
+  }
+  u32 ahead = unit, ahead_slice = 0;
   auto issue = [&] {
     if (pipe.left == 0) {
-      if (ahead_slice == S) { ahead_slice = 0; ahead_group += WARPS; }
-      if (ahead_group >= num_groups) { ahead_group = warp; ahead_tile += gridDim.x; }
-      if (ahead_tile < row_tiles && ahead_group < num_groups) {
-        u32 first = slice_start(ahead_slice, S, tiles);
-        const u32 row_tile[1] = {ahead_tile};
-        aim_at<1>(pipe, w, group_expert(groups[ahead_group]), row_tile, first, slice_start(ahead_slice + 1, S, tiles) - first);
+      if (ahead_slice == S) { ahead_slice = 0; ahead++; }
+      if (ahead < end) {
+        u32 first = slice_start(ahead_slice, S, tiles), row_tile = (ahead % row_blocks * WARPS + warp) * TALL;
+        const u32 both[TALL] = {row_tile < row_tiles ? row_tile : row_tiles - 1, row_tile + 1 < row_tiles ? row_tile + 1 : row_tiles - 1};
+        aim_at(pipe, w, plan.get(ahead / row_blocks).expert, both, first, slice_start(ahead_slice + 1, S, tiles) - first);
         ahead_slice++;
       }
     }
     pipe.issue();
   };
 #pragma unroll
-  for (int i = 0; i < pipe.D; i++) issue();
-  for (u32 row_tile = blockIdx.x; row_tile < row_tiles; row_tile += gridDim.x) {
-    for (u32 g = warp; g < num_groups; g += WARPS) {
-      u32 group = groups[g], start = group_first(group), members = group_count(group), expert = group_expert(group);
-      auto run = [&](auto lots) {
-        constexpr int Q = decltype(lots)::n;
-        Source source[Q];
+  for (int i = 0; i < P::D; i++) issue();
+  for (; unit < end; unit++) {
+    Group g = plan.get(unit / row_blocks);
+    u32 first_row = (unit % row_blocks * WARPS + warp) * TALL * 16;
+    auto run = [&](auto lots) {
+      constexpr int Q = decltype(lots)::n;
+      float sums[TALL][Q][Lot<F>::sums] = {};
+      for (u32 slice = 0; slice < S; slice++) {
+        float acc[TALL][Q][Lot<F>::sums] = {};
+        pass<F, Q>(pipe, rows, acc, slice_start(slice + 1, S, tiles) - slice_start(slice, S, tiles), issue);
+        add_slice<F, Q>(sums, acc);
+      }
 #pragma unroll
-        for (int q = 0; q < Q; q++) source[q] = source_of<F>(q, members, [&](u32 n) { return choices[start + n] * (u32)a.part_bytes; });
-        float total[Q][Lot<F>::sums] = {};
-        for (u32 slice = 0; slice < S; slice++) {
-          float acc[1][Q][Lot<F>::sums] = {};
-          u32 first = slice_start(slice, S, tiles);
-          pass<F, 1, Q>(pipe, acc, FromMemory<F, Q>{a.x + first * Form<F>::tile, source, first * 64, a.w.cols}, slice_start(slice + 1, S, tiles) - first, issue);
-#pragma unroll
-          for (int q = 0; q < Q; q++)
-#pragma unroll
-            for (int k = 0; k < Lot<F>::sums; k++) total[q][k] += acc[0][q][k];
-        }
+      for (int i = 0; i < TALL; i++)
         each_sum<F, Q>([&](u32 r, u32 n, int q, int k) {
-          u32 row = row_tile * 16 + r;
-          if (n < members && row < a.w.rows) results[choices[start + n] * 16 + r] = finish<F>(a.w, expert, row, total[q][k]);
+          u32 row = first_row + i * 16 + r;
+          if (n < g.members && row < a.w.rows) a.results[(u64)plan.choices[g.first + n] * a.w.rows + row] = finish<F>(a.w, g.expert, row, sums[i][q][k]);
         });
-      };
-      if (Lot<F>::in_group == 1 || members <= Lot<F>::rows) run(Count<1>());
-      else if constexpr (Lot<F>::in_group == 2) run(Count<2>());
-    }
-    if (row_tile + gridDim.x >= row_tiles) pdl_launch();
-    __syncthreads();
-    for (u32 i = threadIdx.x; i < 16 * a.rows; i += blockDim.x) {
-      u32 row = row_tile * 16 + i % 16, token = i / 16;
-      if (row >= a.w.rows) continue;
-      float sum = a.plus.p ? a.plus.p[(u64)token * a.plus.stride + row] : 0.f;
-      for (u32 k = 0; k < a.top_k; k++)
-        sum = fmaf(a.weights.p[(u64)token * a.weights.stride + k], results[(token * a.top_k + k) * 16 + i % 16], sum);
-      store(a.out, token, row, sum);
-      if (a.residual.p) a.residual.p[(u64)token * a.residual.stride + row] += sum;
-    }
-    if (row_tile + gridDim.x < row_tiles) __syncthreads();
+    };
+    if (GROUP <= Lot<F>::rows || g.members <= Lot<F>::rows) run(Count<1>());
+    else if constexpr (GROUP > Lot<F>::rows) run(Count<2>());
+    if (unit + 1 == end) pdl_launch();
   }
+}
+
+// out = plus + sum over a row's experts of weight * result. Grid (columns / 256, rows).
+struct FewSumArgs { Mat out, weights, plus, residual; const float* results; u32 top_k, pad; };
+KERNEL __launch_bounds__(256) few_sum(const __grid_constant__ FewSumArgs a) {
+  pdl_launch();
+  pdl_wait();
+  u32 token = blockIdx.y, column = blockIdx.x * 256 + threadIdx.x;
+  if (column >= a.out.cols) return;
+  float sum = a.plus.p ? a.plus.p[(u64)token * a.plus.stride + column] : 0.f, old = 0.f;
+  float* residual = a.residual.p + (u64)token * a.residual.stride + column;
+  if (a.residual.p) old = *residual;
+  const float* weights = a.weights.p + (u64)token * a.weights.stride;
+  const float* results = a.results + (u64)token * a.top_k * a.out.cols + column;
+#pragma unroll 8
+  for (u32 k = 0; k < a.top_k; k++) sum = fmaf(weights[k], results[(u64)k * a.out.cols], sum);
+  store(a.out, token, column, sum);
+  if (a.residual.p) *residual = old + sum;
 }
 
 // ---- out = x W for several weights of one format, or a product a head ----
 
 struct FewLineArgs {
   Part part[4];
-  u32 first_unit[5];  // of each part, in units of R row tiles
+  u32 first_unit[5];  // of each part, in row tiles of a block
   u32 num_parts, slices, rows;
   const u8* x;        // in the form of the format
   u64 x_bytes;        // of a row
   u32 matrices, x_matrix_bytes;  // heads of the only part, and bytes between the inputs of two of them; else 1
   Mat residual;       // the result is added to it too (p null: none)
+  u32 shares, pad;    // blocks that share the slices of a row tile
+  float* sums;        // shares > 1: of each slice, as the warps have them; and
+  u32* arrived;       // a counter a warp
 };
-// STAGED: the rows too go through shared memory, with rings of C tiles and D slots.
-template <int F, int R, int Q, bool STAGED, int C = 0, int D = 0> DEVICE void few_line(const FewLineArgs& a) {
+template <int N> struct __align__(4 * N) Floats { float v[N]; };
+// From the second-level cache: other multiprocessors wrote it.
+DEVICE Floats<2> load_shared_sums(const Floats<2>* p) {
+  Floats<2> x;
+  asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(x.v[0]), "=f"(x.v[1]) : "l"(p));
+  return x;
+}
+DEVICE Floats<4> load_shared_sums(const Floats<4>* p) {
+  Floats<4> x;
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(x.v[0]), "=f"(x.v[1]), "=f"(x.v[2]), "=f"(x.v[3]) : "l"(p));
+  return x;
+}
+// A unit is eight row tiles, two a warp, and a share of the slices: products with few row tiles would leave most of the device idle otherwise.
+// The last warp of a row tile adds all slices.
+template <int F, int ROWS> DEVICE void few_line(const FewLineArgs& a) {
   extern __shared__ __align__(16) u8 shared[];
-  constexpr u32 W = Q * Lot<F>::rows + 1;
-  __shared__ float red[WARPS][R * 16 * W];
-  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  u32 S = a.slices, side = WARPS / S, team = warp / S, slice = warp % S;
-  u32 cols = a.part[0].w.cols, tiles = num_tiles(a.part[0].w);
-  u32 first = slice_start(slice, S, tiles), count = slice_start(slice + 1, S, tiles) - first;
-  u32 teams = gridDim.x * side, mine = blockIdx.x * side + team, per_matrix = a.first_unit[a.num_parts], total = per_matrix * a.matrices;
-  u32 unit = (u64)mine * total / teams, end = (u64)(mine + 1) * total / teams, ahead = unit;
-  typedef Pipe<F, R, C, D> P;
+  typedef LineSize<F, ROWS> Size;
+  constexpr int C = Size::C, N = Lot<F>::sums, Q = (ROWS + Lot<F>::rows - 1) / Lot<F>::rows;
+  typedef Pipe<F, TALL, C, Size::D> P;
+  typedef SharedRows<F, C, Size::X, Q * Lot<F>::rows> X;
+  typedef Floats<N> Sums;
+  // Sums of the slices so far of this thread, where registers would hold half as many products on their way.
+  float* kept = (float*)(shared + LINE_WARPS * P::RING + X::BYTES) + threadIdx.x;
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, S = a.slices, slices = S / a.shares, tiles = num_tiles(a.part[0].w);
+  u32 per_matrix = a.first_unit[a.num_parts], total = per_matrix * a.matrices * a.shares;
+  u32 unit = (u64)blockIdx.x * total / gridDim.x, end = (u64)(blockIdx.x + 1) * total / gridDim.x;
   P pipe;
-  pipe.start(shared);
-  FromRing<F, Q, P> staged;
-  staged.start(shared + WARPS * P::RING);
-  auto part_of = [&](u32 u) {
-    u32 k = 0;
-    while (k + 1 < a.num_parts && u >= a.first_unit[k + 1]) k++;
-    return k;
-  };
-  // Points the ring at the next unit when the last one is on its way. Returns the tiles of the next slot, where they start, and their rows.
-  struct Next { u32 n, tile; const u8* rows; };
-  const u8* rows_from = a.x;
-  auto next = [&]() -> Next {
-    if (pipe.left == 0 && ahead < end) {
-      u32 matrix = ahead / per_matrix, u = ahead % per_matrix, k = part_of(u), row_tiles = (a.part[k].w.rows + 15) / 16;
-      const Packed* w[R];
-      u32 row_tile[R];
-#pragma unroll
-      for (u32 r = 0; r < R; r++) {
-        w[r] = &a.part[k].w;
-        row_tile[r] = (u - a.first_unit[k]) * R + r;
-        if (row_tile[r] >= row_tiles) row_tile[r] = row_tiles - 1;
+  X rows;
+  if (warp < LINE_WARPS) pipe.start(shared);
+  rows.start(shared + LINE_WARPS * P::RING, LINE_WARPS);
+  if (warp == LINE_WARPS) {
+    pdl_wait();
+    for (; unit < end; unit++) {
+      auto row = [&](u32 n) { return a.x + (u64)(unit / a.shares / per_matrix) * a.x_matrix_bytes + n * a.x_bytes; };
+      for (u32 i = 0; i < slices; i++) {
+        u32 slice = unit % a.shares * slices + i, first = slice_start(slice, S, tiles);
+        feed<C>(rows, a.rows, first, slice_start(slice + 1, S, tiles) - first, row);
       }
-      aim_at<R>(pipe, w, matrix, row_tile, first, count);
-      rows_from = a.x + (u64)matrix * a.x_matrix_bytes;
-      ahead++;
     }
-    return {pipe.left < P::C ? pipe.left : P::C, first + count - pipe.left, rows_from};
+    return;
+  }
+  struct Place { u32 matrix, part, row_tile; };
+  auto place_of = [&](u32 u) -> Place {
+    u32 group = u / a.shares, at = group % per_matrix, k = 0;
+    while (k + 1 < a.num_parts && at >= a.first_unit[k + 1]) k++;
+    return {group / per_matrix, k, ((at - a.first_unit[k]) * LINE_WARPS + warp) * TALL};
   };
-  auto issue_rows = [&](const Next& t, u32 put) {
-    if (STAGED && t.n) staged.issue(t.rows, a.x_bytes, a.rows, t.tile, t.n, put, pipe.bars + 8 * put);
-  };
-  auto issue_weights = [&](const Next& t) { pipe.issue(STAGED ? t.n * a.rows * Form<F>::tile : 0); };
+  u32 ahead = unit, ahead_slice = 0;
   auto issue = [&] {
-    Next t = next();
-    issue_rows(t, pipe.put);
-    issue_weights(t);
+    if (pipe.left == 0) {
+      if (ahead_slice == slices) { ahead_slice = 0; ahead++; }
+      if (ahead < end) {
+        Place p = place_of(ahead);
+        const Packed& weight = a.part[p.part].w;
+        const Packed* w[TALL] = {&weight, &weight};
+        u32 row_tiles = (weight.rows + 15) / 16, slice = ahead % a.shares * slices + ahead_slice, first = slice_start(slice, S, tiles);
+        const u32 both[TALL] = {p.row_tile < row_tiles ? p.row_tile : row_tiles - 1, p.row_tile + 1 < row_tiles ? p.row_tile + 1 : row_tiles - 1};
+        aim_at(pipe, w, p.matrix, both, first, slice_start(slice + 1, S, tiles) - first);
+        ahead_slice++;
+      }
+    }
+    pipe.issue();
   };
-#if __CUDA_ARCH__ >= 900
-  // Weights do not wait for the operation before, rows do.
-  Next started[P::D];
-#pragma unroll
-  for (int i = 0; i < P::D; i++) { started[i] = next(); issue_weights(started[i]); }
-  pdl_wait();
-#pragma unroll
-  for (int i = 0; i < P::D; i++) issue_rows(started[i], i);
-#else
 #pragma unroll
   for (int i = 0; i < P::D; i++) issue();
-#endif
-  Source source[Q];
-#pragma unroll
-  for (int q = 0; q < Q; q++) source[q] = source_of<F>(q, a.rows, [&](u32 n) { return n * (u32)a.x_bytes; });
+  pdl_wait();
   for (; unit < end; unit++) {
-    u32 matrix = unit / per_matrix, u = unit % per_matrix, k = part_of(u), first_row = (u - a.first_unit[k]) * R * 16;
-    const Part& part = a.part[k];
-    float acc[R][Q][Lot<F>::sums] = {};
-    if constexpr (STAGED) pass<F, R, Q>(pipe, acc, staged, count, issue);
-    else pass<F, R, Q>(pipe, acc, FromMemory<F, Q>{a.x + (u64)matrix * a.x_matrix_bytes + first * Form<F>::tile, source, first * 64, cols}, count, issue);
-    if (unit + 1 >= end) pdl_launch();
-    team_barrier(team, S);
+    Place p = place_of(unit);
+    const Part& part = a.part[p.part];
+    float sums[TALL][Q][N];
+    u32 group = unit / a.shares;
+    auto place_of_sums = [&](u32 slice) { return (Sums*)a.sums + ((u64)(group * S + slice) * LINE_WARPS + warp) * (TALL * Q * 32) + lane; };
+    for (u32 i = 0; i < slices; i++) {
+      u32 slice = unit % a.shares * slices + i;
 #pragma unroll
-    for (u32 r = 0; r < R; r++) each_sum<F, Q>([&](u32 row, u32 n, int q, int k) { red[warp][(r * 16 + row) * W + n] = acc[r][q][k]; });
-    team_barrier(team, S);
-    for (u32 i = slice * 32 + lane; i < R * 16 * a.rows; i += S * 32) {
-      u32 r = i % (R * 16), n = i / (R * 16), row = first_row + r;
-      if (row >= part.w.rows) continue;
-      float sum = 0.f;
-      for (u32 s = 0; s < S; s++) sum += red[team * S + s][r * W + n];
-      sum = finish<F>(part.w, matrix, row, sum);
-      store(part.out, n, matrix * part.w.rows + row, sum);
-      if (a.residual.p) a.residual.p[(u64)n * a.residual.stride + row] += sum;
+      for (int r = 0; r < TALL; r++)
+#pragma unroll
+        for (int q = 0; q < Q; q++)
+#pragma unroll
+          for (int k = 0; k < N; k++) sums[r][q][k] = 0.f;
+      pass<F, Q>(pipe, rows, sums, slice_start(slice + 1, S, tiles) - slice_start(slice, S, tiles), issue);
+      Sums* to = place_of_sums(slice);
+#pragma unroll
+      for (int r = 0; r < TALL; r++)
+#pragma unroll
+        for (int q = 0; q < Q; q++) {
+          if (a.shares > 1) to[(r * Q + q) * 32] = *(const Sums*)sums[r][q];
+          else
+#pragma unroll
+            for (int k = 0; k < N; k++) {
+              float* p = kept + ((r * Q + q) * N + k) * (32 * LINE_WARPS);
+              sums[r][q][k] += i ? *p : 0.f;
+              if (i + 1 < slices) *p = sums[r][q][k];
+            }
+        }
     }
+    if (unit + 1 == end) pdl_launch();
+    if (a.shares > 1) {
+      u32 last = 0;
+      __threadfence();
+      __syncwarp();
+      if (lane == 0) last = atomicInc(a.arrived + group * LINE_WARPS + warp, a.shares - 1) == a.shares - 1;
+      if (!__shfl_sync(0xffffffffu, last, 0)) continue;
+      __threadfence();
+#pragma unroll
+      for (int r = 0; r < TALL; r++)
+#pragma unroll
+        for (int q = 0; q < Q; q++)
+#pragma unroll
+          for (int k = 0; k < N; k++) sums[r][q][k] = 0.f;
+#pragma unroll 1
+      for (u32 slice = 0; slice < S; slice++) {
+        const Sums* from = place_of_sums(slice);
+        float acc[TALL][Q][N];
+#pragma unroll
+        for (int r = 0; r < TALL; r++)
+#pragma unroll
+          for (int q = 0; q < Q; q++) *(Sums*)acc[r][q] = load_shared_sums(from + (r * Q + q) * 32);
+        add_slice<F, Q>(sums, acc);
+      }
+    }
+    auto each = [&](auto f) {
+#pragma unroll
+      for (int i = 0; i < TALL; i++)
+        each_sum<F, Q>([&](u32 r, u32 n, int q, int k) {
+          u32 row = (p.row_tile + i) * 16 + r;
+          if (n < a.rows && row < part.w.rows) f(row, n, sums[i][q][k]);
+        });
+    };
+    each([&](u32 row, u32 n, float& sum) { sum = finish<F>(part.w, p.matrix, row, sum); });
+    if (a.residual.p) {
+      // All of it is read before any of it is written: one read after another would take as long as the product.
+      float old[TALL][Q][N];
+#pragma unroll
+      for (int i = 0; i < TALL; i++)
+        each_sum<F, Q>([&](u32 r, u32 n, int q, int k) {
+          u32 row = (p.row_tile + i) * 16 + r;
+          old[i][q][k] = n < a.rows && row < part.w.rows ? a.residual.p[(u64)n * a.residual.stride + row] : 0.f;
+        });
+#pragma unroll
+      for (int i = 0; i < TALL; i++)
+        each_sum<F, Q>([&](u32 r, u32 n, int q, int k) {
+          u32 row = (p.row_tile + i) * 16 + r;
+          if (n < a.rows && row < part.w.rows) a.residual.p[(u64)n * a.residual.stride + row] = old[i][q][k] + sums[i][q][k];
+        });
+    }
+    each([&](u32 row, u32 n, float& sum) { store(part.out, n, p.matrix * part.w.rows + row, sum); });
   }
 }
 
-#define UP(NAME, F, OTHER, G) KERNEL __launch_bounds__(256, 2) few_up_##NAME##_##OTHER(const __grid_constant__ FewUpArgs a) { few_up_both<F, G>(a); }
+// Threads of a block: the warps that multiply, and the one that copies rows.
+#define UP(NAME, F, OTHER, G) KERNEL __launch_bounds__(32 * WARPS + 32, 2) few_up_##NAME##_##OTHER(const __grid_constant__ FewUpArgs a) { few_up_both<F, G>(a); }
+#define LINE(NAME, F, ROWS) \
+  KERNEL __launch_bounds__(32 * LINE_WARPS + 32, 3) few_line##ROWS##_##NAME(const __grid_constant__ FewLineArgs a) { few_line<F, ROWS>(a); }
 #define KERNELS(NAME, F) \
   UP(NAME, F, NAME, F) \
-  KERNEL __launch_bounds__(256, 2) few_down_##NAME(const __grid_constant__ FewDownArgs a) { few_down<F>(a); } \
-  KERNEL __launch_bounds__(256, 2) few_line4_##NAME(const __grid_constant__ FewLineArgs a) { few_line<F, 1, 1, true, (Words<F>::n > 5 ? 2 : 4), 3>(a); } \
-  KERNEL __launch_bounds__(256, 2) few_line8_##NAME(const __grid_constant__ FewLineArgs a) { few_line<F, 1, Lot<F>::in_group, true, (Words<F>::n > 5 ? 2 : 4), 2>(a); } \
-  KERNEL __launch_bounds__(256, 2) few_wide8_##NAME(const __grid_constant__ FewLineArgs a) { few_line<F, 2, Lot<F>::in_group, true, 2, 2>(a); } \
-  KERNEL __launch_bounds__(256, 2) few_line16_##NAME(const __grid_constant__ FewLineArgs a) { few_line<F, 2, 2 * Lot<F>::in_group, true, 2, 2>(a); } \
-  KERNEL __launch_bounds__(256, 2) few_line32_##NAME(const __grid_constant__ FewLineArgs a) { few_line<F, 2, 4 * Lot<F>::in_group, false>(a); }
+  KERNEL __launch_bounds__(32 * WARPS + 32, 2) few_down_##NAME(const __grid_constant__ FewDownArgs a) { few_down<F>(a); } \
+  LINE(NAME, F, 4) LINE(NAME, F, 8) LINE(NAME, F, 16) LINE(NAME, F, 32)
 KERNELS(affine2, AFFINE2)
 KERNELS(affine3, AFFINE3)
 KERNELS(affine4, AFFINE4)

@@ -100,16 +100,17 @@ template <int F> DEVICE void pack_matrix(const PackArgs& a) {
   }
 }
 
-// Activations as digits (packed.cuh). A thread has eight columns; grid (tiles / 32, parts of a row, rows).
+// Activations as digits (packed.cuh). A thread has eight columns; grid (tiles of all parts of a row / 32, rows).
 struct DigitsArgs { Mat x; u8* out; u32 cols, part_stride, parts, pad; };
 KERNEL __launch_bounds__(256) write_digits(const __grid_constant__ DigitsArgs a) {
   pdl_launch();
   pdl_wait();
-  u32 tiles = (a.cols + 63) / 64, j = blockIdx.x * 32 + threadIdx.x / 8, c = j * 64 + threadIdx.x % 8 * 8;
-  const float* x = a.x.p + (u64)blockIdx.z * a.x.stride + blockIdx.y * a.part_stride;
+  u32 tiles = (a.cols + 63) / 64, i = blockIdx.x * 32 + threadIdx.x / 8, part = i / tiles, j = i % tiles;
+  bool inside = part < a.parts;
+  const float* x = a.x.p + (u64)blockIdx.y * a.x.stride + (inside ? part : 0) * a.part_stride;
   float v[8];
-  load8(v, x, c, a.cols, is_wide(x, a.cols));
-  digits8(v, j < tiles ? a.out + (((u64)blockIdx.z * a.parts + blockIdx.y) * tiles + j) * DIGITS_BYTES : nullptr);
+  load8(v, x, j * 64 + threadIdx.x % 8 * 8, a.cols, is_wide(x, a.cols));
+  digits8(v, inside ? a.out + (((u64)blockIdx.y * a.parts + part) * tiles + j) * DIGITS_BYTES : nullptr);
 }
 
 // One row of a packed matrix as floats. Grid (rows, blocks of a row).

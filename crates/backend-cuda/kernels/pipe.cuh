@@ -133,8 +133,8 @@ template <int F, int R, int TILES = 0, int SLOTS = 0> struct Pipe {
         mma_bytes_biased(d, a1, b0.z, b0.w, c);
         float s0 = __uint_as_float(scales.v.x << 16), o0 = __uint_as_float(scales.v.x & 0xffff0000u);
         float s1 = __uint_as_float(scales.v.y << 16), o1 = __uint_as_float(scales.v.y & 0xffff0000u);
-        float y0 = fmaf(__int_as_float(d[0]) - BIAS, 128.f, __int_as_float(d[1]) - BIAS);
-        float y1 = fmaf(__int_as_float(d[2]) - BIAS, 128.f, __int_as_float(d[3]) - BIAS);
+        float y0 = join_digits(d[0], d[1]);
+        float y1 = join_digits(d[2], d[3]);
         acc[r][0] = fmaf(o0, sum, fmaf(s0 * scale, y0, acc[r][0]));
         acc[r][2] = fmaf(o1, sum, fmaf(s1 * scale, y1, acc[r][2]));
       } else {

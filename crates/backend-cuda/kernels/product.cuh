@@ -39,6 +39,8 @@ DEVICE void mma_bytes(int c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) 
 // Integer sums start from the bits of 3 * 2^22, so that they are floats once finished: 3 * 2^22 + sum, exact below 2^22.
 #define BIAS_BITS 0x4b400000
 #define BIAS 12582912.f
+// 128 high + low of two such sums, rounded once: what stands between the two steps is a multiple of 128 below 2^29, which is a float.
+DEVICE float join_digits(int high, int low) { return fmaf(__int_as_float(high), 128.f, -129.f * BIAS) + __int_as_float(low); }
 
 // The scales of one tile for the rows g and g + 8 of a lane, as they lie in memory.
 template <int F, bool FAST> struct Scales { u32 raw; float s[2]; };
@@ -131,7 +133,7 @@ template <int F, bool FAST> DEVICE void accumulate(float acc[4], const Taken<F, 
       for (int k = 0; k < 4; k++) {
         const float4& about = x.about[k & 1];
         float sum = which == 0 ? about.w : which == 1 ? about.y : about.z;
-        float c = fmaf(__int_as_float(ch[k]) - BIAS, 128.f, __int_as_float(cl[k]) - BIAS);
+        float c = join_digits(ch[k], cl[k]);
         acc[k] = fmaf(b[k >> 1], sum, fmaf(s[k >> 1] * about.x, c, acc[k]));
       }
     };

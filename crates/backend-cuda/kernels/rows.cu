@@ -346,6 +346,60 @@ template <int KIND> DEVICE void plain(const PlainArgs& a) {
     }
   }
 }
+// The same for a router and a few rows of x, a multiple of eight columns and 2048 of them at a time: a block has four rows of weights and four of x, so
+// that each is read for four products. Grid: (rows / 4, rows of x / 4).
+#define PLAIN_TALL 4
+#define PLAIN_WIDE 4
+template <int KIND> DEVICE void plain_few(const PlainArgs& a) {
+  __shared__ float parts[8][PLAIN_TALL * PLAIN_WIDE];
+  pdl_launch();
+  pdl_wait();
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_row = blockIdx.x * PLAIN_TALL, first_x = blockIdx.y * PLAIN_WIDE;
+  float acc[PLAIN_TALL][PLAIN_WIDE] = {};
+  for (u32 c = threadIdx.x * 8; c < a.cols; c += 2048) {
+    float v[PLAIN_TALL][8], x[PLAIN_WIDE][8];
+#pragma unroll
+    for (int r = 0; r < PLAIN_TALL; r++) {
+      u64 at = (u64)(first_row + r < a.rows ? first_row + r : first_row) * a.cols + c;
+      if constexpr (KIND == 0) load8(v[r], (const float*)a.weights + at, 0, 8, true);
+      else {
+        uint4 q = *(const uint4*)((const u16*)a.weights + at);
+        const u32 words[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          u16 bits = (u16)(words[i / 2] >> (16 * (i % 2)));
+          v[r][i] = KIND == 2 ? bf16_to_f32(bits) : f16_to_f32(bits);
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < PLAIN_WIDE; n++)
+      load8(x[n], a.x.p + (u64)(first_x + n < a.x.rows ? first_x + n : first_x) * a.x.stride + c, 0, 8, true);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+#pragma unroll
+      for (int r = 0; r < PLAIN_TALL; r++)
+#pragma unroll
+        for (int n = 0; n < PLAIN_WIDE; n++) acc[r][n] = fmaf(v[r][i], x[n][i], acc[r][n]);
+  }
+#pragma unroll
+  for (int r = 0; r < PLAIN_TALL; r++)
+#pragma unroll
+    for (int n = 0; n < PLAIN_WIDE; n++) {
+      float y = warp_sum(acc[r][n]);
+      if (lane == 0) parts[warp][r * PLAIN_WIDE + n] = y;
+    }
+  __syncthreads();
+  u32 row = first_row + threadIdx.x / PLAIN_WIDE, mine = first_x + threadIdx.x % PLAIN_WIDE;
+  if (threadIdx.x >= PLAIN_TALL * PLAIN_WIDE || row >= a.rows || mine >= a.x.rows) return;
+  float y = 0.f;
+  for (u32 k = 0; k < 8; k++) y += parts[k][threadIdx.x];
+  if (a.bias) y += a.bias[row];
+  store(a.out, mine, row, y);
+}
+KERNEL __launch_bounds__(256) plain_few_f32(const __grid_constant__ PlainArgs a) { plain_few<0>(a); }
+KERNEL __launch_bounds__(256) plain_few_f16(const __grid_constant__ PlainArgs a) { plain_few<1>(a); }
+KERNEL __launch_bounds__(256) plain_few_bf16(const __grid_constant__ PlainArgs a) { plain_few<2>(a); }
 KERNEL __launch_bounds__(256) plain_f32(const __grid_constant__ PlainArgs a) { plain<0>(a); }
 KERNEL __launch_bounds__(256) plain_f16(const __grid_constant__ PlainArgs a) { plain<1>(a); }
 KERNEL __launch_bounds__(256) plain_bf16(const __grid_constant__ PlainArgs a) { plain<2>(a); }

@@ -534,7 +534,6 @@ pub(crate) struct FewPair {
     pub(crate) x: DevicePtr,
     pub(crate) x_bytes: u64,
     pub(crate) digits: DevicePtr,
-    pub(crate) arrived: DevicePtr,
 }
 
 /// `FewUpArgs` of `few.cu`.
@@ -556,15 +555,23 @@ pub(crate) struct FewUp {
 #[repr(C)]
 pub(crate) struct FewDown {
     pub(crate) w: Packed,
+    pub(crate) plan: DevicePtr,
+    pub(crate) x: DevicePtr,
+    pub(crate) part_bytes: u64,
+    pub(crate) results: DevicePtr,
+    pub(crate) slices: u32,
+    pub(crate) pad: u32,
+}
+
+/// `FewSumArgs` of `few.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct FewSum {
     pub(crate) out: Mat,
     pub(crate) weights: Mat,
     pub(crate) plus: Mat,
     pub(crate) residual: Mat,
-    pub(crate) plan: DevicePtr,
-    pub(crate) x: DevicePtr,
-    pub(crate) part_bytes: u64,
-    pub(crate) slices: u32,
-    pub(crate) rows: u32,
+    pub(crate) results: DevicePtr,
     pub(crate) top_k: u32,
     pub(crate) pad: u32,
 }
@@ -583,4 +590,8 @@ pub(crate) struct FewLine {
     pub(crate) matrices: u32,
     pub(crate) x_matrix_bytes: u32,
     pub(crate) residual: Mat,
+    pub(crate) shares: u32,
+    pub(crate) pad: u32,
+    pub(crate) sums: DevicePtr,
+    pub(crate) arrived: DevicePtr,
 }

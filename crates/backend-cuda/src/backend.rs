@@ -32,10 +32,8 @@ const WARPS: usize = 8;
 const DOWN_SLOTS: usize = 256;
 /// Keys that attention keeps in shared memory at a time (`TILE`).
 const TILE: u32 = 32;
-/// Counters that kernels of a step share: `up` has one for 64 hidden values of the chosen experts, `few_up` one for 64 values of a group of
-/// rows, those of the shared expert first.
+/// Counters that kernels of a step share: `up` has one for 64 hidden values of the chosen experts, `few_line` one for the row tiles of a warp.
 const COUNTERS: usize = 16384;
-const SHARED_COUNTERS: usize = 2048;
 /// Most bytes of partial attention results at a time.
 const PARTIAL_BYTES: usize = 256 << 20;
 
@@ -93,10 +91,14 @@ pub struct CudaBackend {
     scratch: [Scratch; 2],
     partial: Scratch,
     sorted: Scratch,
-    /// Counters of `up` in decode.cu: zero between two steps.
+    /// Counters of `up` in decode.cu and `few_line` in few.cu: zero between two steps.
     arrived: Scratch,
     /// The choice of experts of a step of a few rows: `Plan` of few.cu.
     plan: Scratch,
+    /// What the chosen experts of a step of a few rows give, before it is added.
+    results: Scratch,
+    /// Sums of slices that several blocks of `few_line` have.
+    slice_sums: Scratch,
     /// Whose choices `sorted` holds.
     sorted_for: Option<Tensor>,
     loader: Option<Loader>,
@@ -155,6 +157,8 @@ impl CudaBackend {
             sorted: Scratch::default(),
             arrived: Scratch::default(),
             plan: Scratch::default(),
+            results: Scratch::default(),
+            slice_sums: Scratch::default(),
             sorted_for: None,
             loader: None,
             graphs: HashMap::new(),

@@ -55,7 +55,7 @@ fn decode_shared(name: &str) -> u32 {
 
 /// The same for a few rows.
 fn few_shared(name: &str) -> u32 {
-    if matches!(name, "route_plan" | "latent_rows") { 0 } else { PRODUCT_SHARED }
+    if matches!(name, "route_plan" | "latent_rows" | "few_sum") { 0 } else { PRODUCT_SHARED }
 }
 
 fn unpacked(image: &[u8]) -> Result<Vec<u8>> {

@@ -78,8 +78,9 @@ pub(crate) fn compile(name: &str, source: &str, headers: &[(&str, &str)], archit
     let (source, file) = (text(source), text(&format!("{name}.cu")));
     let owned_names: Vec<CString> = headers.iter().map(|(name, _)| text(name)).collect();
     let owned_texts: Vec<CString> = headers.iter().map(|(_, source)| text(source)).collect();
-    let owned_options =
-        [format!("--gpu-architecture={architecture}"), "--std=c++17".to_owned()].map(|option| text(&option));
+    let architecture_option = format!("--gpu-architecture={architecture}");
+    // Older compilers take a lambda inside a device template for a host function.
+    let owned_options = [&architecture_option, "--std=c++17", "--device-as-default-execution-space"].map(text);
     let pointers = |texts: &[CString]| texts.iter().map(|text| text.as_ptr()).collect::<Vec<*const c_char>>();
     let (names, texts, options) = (pointers(&owned_names), pointers(&owned_texts), pointers(&owned_options));
     let mut program = ptr::null_mut();
@@ -98,7 +99,10 @@ pub(crate) fn compile(name: &str, source: &str, headers: &[(&str, &str)], archit
     let program = Program(program);
     // SAFETY: the program is alive; as many options as are stated.
     let result = unsafe { sys::nvrtcCompileProgram(program.0, options.len() as i32, options.as_ptr()) };
-    check(result, &format!("compiling kernels {name} for {architecture}"))
-        .map_err(|error| device_error(format!("{error}; {}", program.log())))?;
+    if result != sys::nvrtcResult::NVRTC_SUCCESS {
+        let log = program.log();
+        let first = log.lines().find(|line| line.contains("error")).unwrap_or("the compiler says nothing");
+        return Err(device_error(format!("compiling kernels {name} for {architecture}: {first}")));
+    }
     program.cubin(&format!("compiled kernels {name}"))
 }

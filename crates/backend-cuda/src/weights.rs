@@ -64,25 +64,38 @@ pub(crate) fn pipe_bytes(format: WeightFormat, matrices: u32) -> u32 {
     8 * (slots * matrices * tiles * tile_bytes(format) + 64)
 }
 
-/// The same of `few_line` of few.cu for up to `rows` rows (4, 8, 16 or 32) and `row_tiles` row tiles at a time: rows go through shared memory
-/// too unless there are 32.
-pub(crate) fn few_line_bytes(format: WeightFormat, rows: u32, row_tiles: u32) -> u32 {
-    let (tiles, slots) = match (rows, row_tiles, lane_words(format) > 5) {
-        (32, ..) => return pipe_bytes(format, row_tiles),
-        (4, _, false) => (4, 3),
-        (4, _, true) => (2, 3),
-        (_, 1, false) => (4, 2),
-        _ => (2, 2),
-    };
-    // Formats that are multiplied as bfloat16 have no product with four rows.
-    let (columns, rows) = if takes_digits(format) { (144, rows) } else { (128, rows.max(8)) };
-    8 * (slots * tiles * (row_tiles * tile_bytes(format) + rows * columns) + 64)
+/// The rings of a kernel of few.cu (`Size`): tiles of a slot, slots of a warp's ring of two row tiles, slots of the rows' ring.
+type Rings = (u32, u32, u32);
+
+/// The same of the kernels of few.cu: `warps` warps with a ring of tiles each, and one of as many tiles of `rows` rows
+/// (`SharedRows` of shared_rows.cuh).
+fn few_bytes(format: WeightFormat, warps: u32, (tiles, slots, row_slots): Rings, rows: u32) -> u32 {
+    // Formats that are multiplied as bfloat16 have eight rows at least, and 64 bytes more a row.
+    let (columns, pad, rows) = if takes_digits(format) { (144, 0, rows) } else { (128, 64, rows.max(8)) };
+    warps * (slots * tiles * 2 * tile_bytes(format) + 64) + row_slots * (rows * (tiles * columns + pad) + 16)
 }
 
-/// The same of `few_up` of few.cu: two blocks a multiprocessor, so deeper rings.
-pub(crate) fn few_up_bytes(format: WeightFormat) -> u32 {
-    let tiles = if lane_words(format) > 5 { 6 } else { 12 };
-    8 * (tiles * 2 * tile_bytes(format) + 64)
+/// Formats of more than four bits have shorter rings, so that as many blocks fit (`Fitting`).
+fn fitting(format: WeightFormat, small: Rings, wide: Rings) -> Rings {
+    if lane_words(format) > 4 { wide } else { small }
+}
+
+/// Warps of a block of `few_line` that multiply (`LINE_WARPS`).
+pub(crate) const LINE_WARPS: usize = 4;
+
+/// [`few_bytes`] of `few_line` for up to `rows` rows (4, 8, 16 or 32), and what its threads keep of the slices before.
+pub(crate) fn few_line_bytes(format: WeightFormat, rows: u32) -> u32 {
+    let rings = match rows {
+        32 => fitting(format, (2, 3, 3), (2, 2, 3)),
+        _ => fitting(format, (4, 2, 3), (2, 3, 3)),
+    };
+    let rows_of_lots = if takes_digits(format) { rows } else { rows.max(8) };
+    few_bytes(format, LINE_WARPS as u32, rings, rows) + 4 * 32 * LINE_WARPS as u32 * rows_of_lots
+}
+
+/// [`few_bytes`] of `few_up` and `few_down`.
+pub(crate) fn few_group_bytes(format: WeightFormat) -> u32 {
+    few_bytes(format, 8, fitting(format, (4, 2, 3), (2, 2, 3)), 8)
 }
 
 /// Bytes of a tile with its scales behind it.

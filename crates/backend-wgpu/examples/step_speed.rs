@@ -1,5 +1,6 @@
 //! Times recorded steps of a synthetic model without the rest of the program, and each of their kernels by the adapter's clock:
-//! `step_speed [SHAPE [FORMAT [BATCHES]]]`. A line of JSON a batch.
+//! `step_speed [SHAPE [FORMAT [BATCHES [PROMPTS]]]]`. A line of JSON a batch, and two for each length of a prompt: with cooperative
+//! matrices where the adapter has them, and without.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use moellon_backend_wgpu::{WgpuBackend, WgpuOptions};
@@ -24,12 +25,82 @@ fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     let argument = |i: usize, default: &str| arguments.get(i).cloned().unwrap_or_else(|| default.to_owned());
     let (shape, format) = (argument(1, "glm-5.2-77:layers=12"), argument(2, "affine-4"));
-    let batches: Vec<usize> = argument(3, "1,8").split(',').map(|n| n.parse().expect("a batch is a number")).collect();
+    let numbers = |text: String| -> Vec<usize> {
+        text.split(',').filter(|n| !n.is_empty()).map(|n| n.parse().expect("a number")).collect()
+    };
+    let (batches, prompts) = (numbers(argument(3, "1,8")), numbers(argument(4, "")));
+    if !batches.is_empty() {
+        decode(&shape, &format, batches);
+    }
+    if !prompts.is_empty() {
+        for without_matrices in [false, true] {
+            prefill(&shape, &format, &prompts, without_matrices);
+        }
+    }
+}
+
+/// Prompts of one sequence, each alone in the cache.
+fn prefill(shape: &str, format: &str, prompts: &[usize], without_matrices: bool) {
+    const RUNS: usize = 7;
+    let config = preset(shape).expect("preset is known");
+    let options = WgpuOptions { without_matrices, ..WgpuOptions::default() };
+    let mut backend = WgpuBackend::new(&options).expect("an adapter");
+    let plan = FormatPlan::parse(format).expect("format is known");
+    let weights =
+        Weights::load(&config, &Synthetic::new(&config, plan, 1), &mut backend, &mut |_| {}).expect("weights load");
+    let largest = prompts.iter().copied().max().expect("a prompt");
+    let options = DecoderOptions {
+        block_size: BLOCK,
+        num_blocks: largest.div_ceil(BLOCK),
+        ..DecoderOptions::single_sequence(largest, largest, CacheDtype::Bf16)
+    };
+    let vocab_size = config.vocab_size;
+    let mut decoder = Decoder::new(config, weights, options, &mut backend).expect("decoder fits");
+    let table: Vec<u32> = (0..largest.div_ceil(BLOCK) as u32).collect();
+    for &length in prompts {
+        let tokens: Vec<u32> = (0..length).map(|i| ((i * i * 7 + i * 3 + 1) % vocab_size) as u32).collect();
+        let mut prompt = Batch::default();
+        prompt.push_sequence(&tokens, 0, &table, BLOCK, LogitRows::Last);
+        let mut samples = Vec::new();
+        let mut logits = vec![0.0; vocab_size];
+        for run in 0..=RUNS {
+            let started = Instant::now();
+            let last = decoder.forward_tapped(&prompt, &mut backend, None).expect("prompt runs");
+            backend.read_f32(last, &mut logits).expect("logits come back");
+            // The first one warms up.
+            if run > 0 {
+                samples.push(started.elapsed().as_secs_f64() * 1e3);
+            }
+        }
+        let times = decoder.forward_timed(&prompt, &mut backend).expect("prompt runs").unwrap_or_default();
+        let stages: Vec<Value> = Stage::ALL
+            .iter()
+            .zip(times.stages)
+            .filter(|(_, seconds)| *seconds > 0.0)
+            .map(|(stage, seconds)| json!({ "stage": stage.name(), "us": seconds * 1e6 }))
+            .collect();
+        let mut sorted = samples.clone();
+        sorted.sort_by(f64::total_cmp);
+        let ms = sorted[RUNS / 2];
+        let bits = logits.iter().fold(0u64, |hash, x| hash.wrapping_mul(31).wrapping_add(u64::from(x.to_bits())));
+        println!(
+            "{}",
+            json!({
+                "adapter": backend.caps().device, "shape": shape, "format": format, "prompt": length,
+                "cooperative_matrices": backend.self_test().exact_matrices && !without_matrices,
+                "tok_s": length as f64 * 1e3 / ms, "ms": ms, "runs_ms": samples, "device_ms": times.step * 1e3,
+                "stages": stages, "kernels": kernels_of_last_step(&mut backend), "hash_of_logits": format!("{bits:016x}"),
+            })
+        );
+    }
+}
+
+fn decode(shape: &str, format: &str, batches: Vec<usize>) {
     let largest = batches.iter().copied().max().expect("a batch");
-    let config = preset(&shape).expect("preset is known");
+    let config = preset(shape).expect("preset is known");
     let mut backend = WgpuBackend::new(&WgpuOptions::default()).expect("an adapter");
     eprintln!("{}: {:?}", backend.caps().device, backend.self_test());
-    let plan = FormatPlan::parse(&format).expect("format is known");
+    let plan = FormatPlan::parse(format).expect("format is known");
     let started = Instant::now();
     let weights =
         Weights::load(&config, &Synthetic::new(&config, plan, 1), &mut backend, &mut |_| {}).expect("weights load");

@@ -7,18 +7,25 @@ var<workgroup> largest_of: array<u32, 256>;
 
 {{LANES}}
 
-// 256 columns, of which invocation `local` has one: the word of its chunk that lane `local % 32` writes, if it is below 26. Every invocation
-// of the workgroup takes part.
-fn digits(value: f32, per_byte: u32, local: u32) -> u32 {
-  let lane = local % 32u;
+struct Integer { integer: i32, scale: f32, sum: f32 }
+
+// The integer of the column that invocation `local` has, scale and sum of its chunk.
+fn integer_of(value: f32, local: u32) -> Integer {
   let largest = largest_of_lanes(bitcast<u32>(value) & 0x7fffffffu, local);
   // Not a number, or infinite: so is the scale. Very small: the scale stays a normal number.
   let exponent = max(largest >> 23u, 32u);
   let scale = select(bitcast<f32>((exponent - 21u) << 23u), bitcast<f32>(largest), exponent == 255u);
   var integer = 0;
   if (exponent != 255u) { integer = i32(round(value * bitcast<f32>((275u - exponent) << 23u))); }
-  let sum = sum_of_lanes(integer, local);
-  integers[local] = integer;
+  return Integer(integer, scale, f32(sum_of_lanes(integer, local)) * scale);
+}
+
+// 256 columns, of which invocation `local` has one: the word of its chunk that lane `local % 32` writes, if it is below 26. Every invocation
+// of the workgroup takes part.
+fn digits(value: f32, per_byte: u32, local: u32) -> u32 {
+  let lane = local % 32u;
+  let found = integer_of(value, local);
+  integers[local] = found.integer;
   workgroupBarrier();
   var word = 0u;
   if (lane < 24u) {
@@ -32,7 +39,7 @@ fn digits(value: f32, per_byte: u32, local: u32) -> u32 {
       word |= (u32(digit) & 0xffu) << (8u * j);
     }
   } else {
-    word = bitcast<u32>(select(f32(sum) * scale, scale, lane == 24u));
+    word = bitcast<u32>(select(found.sum, found.scale, lane == 24u));
   }
   workgroupBarrier();
   return word;

@@ -1,7 +1,7 @@
 // The down projections of one token's experts and their weighted sum: out = plus + sum_i weights[i] (x_i W_ids[i]^T), in the order of i.
 // A workgroup has {{ROWS}} rows of every expert, a team an expert at a time. Chunks and sums as in product.wgsl, and the weighted sum as in
 // combine.wgsl: same bits as those two. `plus` is a row, or the product that makes it (the shared expert's: fields and bindings that end
-// in `_b`), which the first team adds to its work.
+// in `_b`): where sums go through registers invocations behind the first 256 make it, else the first team does, later.
 struct Args {
   x_part_step: u32, chunks: u32, rows: u32, lanes: u32, out_offset: u32, plus_offset: u32, has_plus: u32,
   top_k: u32, ids_offset: u32, weights_offset: u32, bias_offset: u32, has: u32, block_columns: u32, scale_words: u32,
@@ -21,11 +21,12 @@ const ROWS: u32 = {{ROWS}}u;
 var<workgroup> results: array<vec4<f32>, 64>;   // of every expert
 var<workgroup> plus_here: vec4<f32>;
 
-@compute @workgroup_size(256)
+@compute @workgroup_size({{WORKERS}})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+  let team = group.x;
+  {{BEFORE}}
   let lane = local % args.lanes;
   let teams = 256u / args.lanes;
-  let team = group.x;
   for (var first = 0u; first < args.top_k; first += teams) {
     let slot = first + local / args.lanes;
     // A team too many repeats the last.

@@ -6,9 +6,10 @@ mod forms;
 mod fused;
 mod operations;
 mod products;
+mod tiles;
 
 use crate::device::{AdapterChoice, Device, Memory, NAME, SelfTest, device_error};
-use crate::kernels::{Company, Kernel};
+use crate::kernels::{Company, Kernel, Matrices};
 use crate::program::Op;
 use crate::stream::Stream;
 use crate::weights::DeviceWeight;
@@ -26,6 +27,7 @@ use std::time::Duration;
 
 use self::forms::Spreads;
 use self::products::WorkListKey;
+use self::tiles::TiledKey;
 
 /// How to open the back end.
 #[derive(Clone)]
@@ -42,6 +44,10 @@ pub struct WgpuOptions {
     pub without_integer_products: bool,
     /// Launch as if kernels could have few bindings: for tests.
     pub without_many_bindings: bool,
+    /// Multiply prompts as few rows, even where cooperative matrices could: for measurements.
+    pub without_matrices: bool,
+    /// Multiply as prompts from two rows on, a number at a time where there are no cooperative matrices: for tests.
+    pub few_rows_by_tiles: bool,
     /// Told how many kernels are compiled while weights are loaded.
     pub progress: Option<Arc<dyn Fn(usize) + Send + Sync>>,
 }
@@ -55,6 +61,8 @@ impl Default for WgpuOptions {
             without_shared_memory: false,
             without_integer_products: false,
             without_many_bindings: false,
+            without_matrices: false,
+            few_rows_by_tiles: false,
             progress: None,
         }
     }
@@ -116,6 +124,11 @@ pub struct WgpuBackend {
     scratch: [Scratch; 2],
     parts: Scratch,
     list: Scratch,
+    tiles: Scratch,
+    /// What `tiles` holds.
+    tiled: Option<TiledKey>,
+    /// Rows from which products go by tiles: of x, and of an expert on average.
+    fewest_rows: [usize; 2],
     /// The step that is recorded: its key, its operations with the stages they belong to.
     recording: Option<(u64, Vec<(Stage, Op)>)>,
     /// The part of a step that operations belong to now.
@@ -148,6 +161,11 @@ impl WgpuBackend {
         if options.without_integer_products {
             device.self_test.integer_products = false;
         }
+        if options.without_matrices || options.without_integer_products {
+            device.matrices = None;
+        } else if options.few_rows_by_tiles && device.self_test.shader_f16 {
+            device.matrices.get_or_insert(Matrices::Plain);
+        }
         let nothing = device.alloc("an argument that is not given", 16)?;
         let report = &device.report;
         let caps = Caps {
@@ -170,6 +188,9 @@ impl WgpuBackend {
             scratch: Default::default(),
             parts: Scratch::default(),
             list: Scratch::default(),
+            tiles: Scratch::default(),
+            tiled: None,
+            fewest_rows: if options.few_rows_by_tiles { [2, 0] } else { Self::default_fewest_rows() },
             recording: None,
             stage: Stage::Embed,
             listed: None,
@@ -180,6 +201,9 @@ impl WgpuBackend {
         backend.compile(Kernel::fixed())?;
         if backend.device.self_test.subgroups {
             backend.compile(Kernel::of_subgroups())?;
+        }
+        if backend.device.matrices.is_some() {
+            backend.compile(Kernel::of_tiles())?;
         }
         Ok(backend)
     }
@@ -251,6 +275,9 @@ impl WgpuBackend {
         if self.listed.is_some_and(|listed| listed.ids.buffer.id == tensor.buffer.id) {
             self.listed = None;
         }
+        if self.tiled.is_some_and(|tiled| tiled.is_of(tensor.buffer.id)) {
+            self.tiled = None;
+        }
         let id = tensor.buffer.id;
         let buffer =
             self.buffers.get_mut(&id).ok_or_else(|| device_error(format!("buffer {id} was freed or never made")))?;
@@ -292,7 +319,10 @@ impl WgpuBackend {
     ) -> Result<DeviceWeight> {
         let weight = DeviceWeight::load(name, matrices, bias, company, &mut self.device)?;
         let binds_many = self.device.binds_many;
-        let kernels = Kernel::of_code(weight.code, company, self.device.tokens());
+        let mut kernels = Kernel::of_code(weight.code, company, self.device.tokens());
+        if self.device.matrices.is_some() {
+            kernels.extend(Kernel::tiles_of(weight.code, company));
+        }
         self.compile(kernels.into_iter().filter(|kernel| binds_many || !kernel.binds_many()))?;
         Ok(weight)
     }
@@ -300,6 +330,7 @@ impl WgpuBackend {
     /// Everything that is kept in another form is stale: before a step is recorded and after one is replayed.
     fn forget_forms(&mut self) {
         self.listed = None;
+        self.tiled = None;
         self.buffers.values_mut().for_each(|buffer| buffer.spreads.forget());
     }
 

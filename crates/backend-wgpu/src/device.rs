@@ -5,8 +5,10 @@
 //! loading checks weights, and conformance runs every kernel.
 #![allow(unsafe_code)]
 
+mod matrices;
+
 use crate::inputs::Inputs;
-use crate::kernels::{Kernel, Source, TOKENS, Target};
+use crate::kernels::{Kernel, Matrices, SHARED_LANES, Source, TOKENS, Target};
 use moellon_ops::{Error, Result};
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -25,6 +27,9 @@ const SPIN: Duration = Duration::from_millis(1);
 const STORAGE_BUFFERS: u32 = 10;
 /// Bindings of the kernel that has most of all.
 const MOST_STORAGE_BUFFERS: u32 = 18;
+
+/// Invocations of the kernel that has most of them.
+const MOST_INVOCATIONS: u32 = 256 + SHARED_LANES as u32;
 
 pub(crate) fn device_error(message: impl Into<String>) -> Error {
     Error::Device { backend: NAME, message: message.into() }
@@ -98,8 +103,10 @@ pub struct SelfTest {
     pub integer_products: bool,
     /// Whether the adapter has f16 arithmetic.
     pub shader_f16: bool,
-    /// Whether the adapter has cooperative matrices.
+    /// Whether the adapter has cooperative matrices of any kind.
     pub cooperative_matrix: bool,
+    /// Whether those of 16 by 16 f16 numbers, summed in f32, are there, and sums of integers in them are exact: then they multiply prompts.
+    pub exact_matrices: bool,
 }
 
 fn instance() -> wgpu::Instance {
@@ -211,6 +218,8 @@ pub(crate) struct Device {
     bind_groups: HashMap<(u32, u32, Vec<u64>), wgpu::BindGroup>,
     /// The host writes weights where the adapter reads them.
     pub(crate) shares_memory: bool,
+    /// Who multiplies tiles for prompts, if anybody does.
+    pub(crate) matrices: Option<Matrices>,
     /// Kernels may have as many bindings as those have that do several operations at once.
     pub(crate) binds_many: bool,
     arena: Option<Arena>,
@@ -250,16 +259,37 @@ impl Device {
         if !report.lacks.is_empty() {
             return Err(device_error(format!("adapter {} lacks {}", report.name, report.lacks.join("; "))));
         }
+        let mut opened = Self::request(&adapter, report.clone())?;
+        opened.open_cache(&adapter.get_info(), cache_folder);
+        opened.run_self_test()?;
+        if matrices::are_there(&opened, &adapter) {
+            // A driver that cannot compile such a kernel loses the device with it: the test has one of its own.
+            let mut tried = Self::request(&adapter, report)?;
+            tried.self_test = opened.self_test;
+            opened.self_test.exact_matrices = matrices::are_exact(&mut tried).unwrap_or(false);
+            opened.matrices = opened.self_test.exact_matrices.then_some(Matrices::Cooperative);
+        }
+        Ok(opened)
+    }
+
+    /// A device of an adapter, with all features that are of use.
+    fn request(adapter: &wgpu::Adapter, report: AdapterReport) -> Result<Self> {
         let features = adapter.features();
         let wanted = wgpu::Features::PIPELINE_CACHE
             | wgpu::Features::TIMESTAMP_QUERY
             | wgpu::Features::SUBGROUP
-            | wgpu::Features::MAPPABLE_PRIMARY_BUFFERS;
+            | wgpu::Features::MAPPABLE_PRIMARY_BUFFERS
+            | wgpu::Features::SHADER_F16
+            | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
         let required_features = wgpu::Features::IMMEDIATES | (features & wanted);
+        // SAFETY: the only experimental feature that is asked for is cooperative matrices, where the adapter has them. What may go wrong with
+        // them is a wrong result, for which the self-test looks; one kernel uses them, on memory whose bounds it checks.
+        let experimental_features = unsafe { wgpu::ExperimentalFeatures::enabled() };
         let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("moellon"),
             required_features,
             required_limits: adapter.limits(),
+            experimental_features,
             memory_hints: wgpu::MemoryHints::Performance,
             ..Default::default()
         }))
@@ -281,10 +311,11 @@ impl Device {
             integer_products: info.backend != wgpu::Backend::Metal,
             shader_f16: features.contains(wgpu::Features::SHADER_F16),
             cooperative_matrix: features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX),
+            exact_matrices: false,
         };
         let is_shared = matches!(report.kind, AdapterKind::Integrated | AdapterKind::Software);
         let shares_memory = is_shared && features.contains(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS);
-        let mut opened = Device {
+        Ok(Device {
             device,
             queue,
             report,
@@ -293,7 +324,9 @@ impl Device {
             pipelines: HashMap::new(),
             bind_groups: HashMap::new(),
             shares_memory,
-            binds_many: adapter.limits().max_storage_buffers_per_shader_stage >= MOST_STORAGE_BUFFERS,
+            matrices: None,
+            binds_many: adapter.limits().max_storage_buffers_per_shader_stage >= MOST_STORAGE_BUFFERS
+                && adapter.limits().max_compute_invocations_per_workgroup >= MOST_INVOCATIONS,
             arena: None,
             arena_bytes: 0,
             next_memory: 0,
@@ -301,10 +334,7 @@ impl Device {
             compile_time: Duration::ZERO,
             failure,
             cache: None,
-        };
-        opened.open_cache(&info, cache_folder);
-        opened.run_self_test()?;
-        Ok(opened)
+        })
     }
 
     /// Bytes that one binding can have.
@@ -367,9 +397,9 @@ impl Device {
     }
 
     /// Hands commands to the adapter, and what was written before them.
-    pub(crate) fn submit(&self, commands: wgpu::CommandBuffer) -> wgpu::SubmissionIndex {
+    pub(crate) fn submit(&self, commands: impl IntoIterator<Item = wgpu::CommandBuffer>) -> wgpu::SubmissionIndex {
         self.inputs.borrow_mut().flush(&self.queue);
-        self.queue.submit([commands])
+        self.queue.submit(commands)
     }
 
     /// Waits until a submission has run.
@@ -492,6 +522,7 @@ impl Device {
             half_subnormals: self.self_test.half_subnormals,
             subgroups: self.self_test.subgroups,
             integers: self.self_test.integer_products,
+            matrices: self.matrices,
         };
         let source = kernel.source(target);
         let compiled = self.compile(&source)?;
@@ -647,10 +678,10 @@ impl Device {
         Ok(())
     }
 
-    /// Runs a workgroup of a kernel that has one binding, and reads what it wrote there.
+    /// Runs a workgroup of a kernel all of whose bindings are one memory, and reads what it wrote there.
     fn run_alone(&mut self, kernel: Kernel, memory: &Memory, words: &mut [u32]) -> Result<()> {
         let pipeline = self.pipeline(kernel)?;
-        let group = self.bind(&pipeline, &[memory]);
+        let group = self.bind(&pipeline, &vec![memory; pipeline.read_write as usize]);
         let bytes = 4 * words.len() as u64;
         let staging = self.staging(bytes)?;
         let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
@@ -661,7 +692,7 @@ impl Device {
             pass.dispatch_workgroups(1, 1, 1);
         }
         encoder.copy_buffer_to_buffer(&memory.buffer, 0, &staging, 0, bytes);
-        self.submit(encoder.finish());
+        self.submit([encoder.finish()]);
         self.map_read(&staging, bytemuck::cast_slice_mut(words))
     }
 

@@ -7,12 +7,15 @@
 mod attention;
 mod code;
 mod product;
+mod tiles;
 
 pub(crate) use self::attention::{PAIRS, PAIRS_HEADS, Pairs};
 use self::attention::{attend_holes, attend_pairs_holes};
 pub(crate) use self::code::{Code, ScaleKind};
-pub(crate) use self::product::{JOINED_COLUMNS, Weights, team_rows};
+pub(crate) use self::product::{JOINED_COLUMNS, SHARED_LANES, Weights, team_rows};
 use self::product::{Shape, code_name, embed_holes};
+pub(crate) use self::tiles::{DIGITS, Matrices, TILE_MEMORY, TILE_TOKENS, block_quads, digits, half_word_codes};
+use self::tiles::{matrix_test_holes, tiles_holes};
 
 /// Rows of weights that an invocation of a product has at a time: one `vec4` of sums.
 pub(crate) const ROWS: usize = 4;
@@ -41,6 +44,8 @@ pub(crate) struct Target {
     pub(crate) subgroups: bool,
     /// It multiplies four bytes in an instruction: activations become integers where codes are.
     pub(crate) integers: bool,
+    /// Who multiplies tiles, if anybody does.
+    pub(crate) matrices: Option<Matrices>,
 }
 
 impl Target {
@@ -77,6 +82,8 @@ pub(crate) enum Kernel {
     /// With the product of the heads' queries.
     LatentHeads(Code),
     LayerNorm,
+    /// Of matrices whose codes are multiplied with so many digits.
+    MatrixTest(usize),
     /// For so many rows of activations.
     Product(Code, Weights, usize),
     ReadAll,
@@ -87,8 +94,12 @@ pub(crate) enum Kernel {
     SelfTest,
     Spread,
     SubgroupTest,
+    /// For many rows of activations.
+    Tiles(Code, Weights),
     WorkList,
     WriteDigits,
+    /// With so many digits.
+    WriteTiles(usize),
 }
 
 /// A kernel's text and bindings.
@@ -145,6 +156,23 @@ impl Kernel {
         PAIRS_HEADS.into_iter().flat_map(|heads| PAIRS.map(|pairs| Kernel::AttendPairs(pairs, heads))).collect()
     }
 
+    /// Every kernel that does not depend on a weight format and makes activations ready for tiles.
+    pub(crate) fn of_tiles() -> [Kernel; 2] {
+        DIGITS.map(Kernel::WriteTiles)
+    }
+
+    /// The kernels of one weight format that multiply tiles, where it has any.
+    pub(crate) fn tiles_of(code: Code, company: Company) -> Vec<Kernel> {
+        let mut kernels = Vec::new();
+        if digits(code).is_some() {
+            kernels.push(Kernel::Tiles(code, Weights::One));
+            if company != Company::Heads {
+                kernels.push(Kernel::Tiles(code, Weights::Pair));
+            }
+        }
+        kernels
+    }
+
     /// The kernels of one weight format, for so many rows of activations: those that `company` may meet.
     pub(crate) fn of_code(code: Code, company: Company, tokens: &[usize]) -> Vec<Kernel> {
         let product = |weights| tokens.iter().map(move |tokens| Kernel::Product(code, weights, *tokens));
@@ -177,6 +205,11 @@ impl Kernel {
         matches!(self, Kernel::Beside(..) | Kernel::LatentHeads(_) | Kernel::JoinHeads(_))
     }
 
+    /// Whether cooperative matrices multiply in it where there are any.
+    fn has_matrices(self) -> bool {
+        matches!(self, Kernel::Tiles(..) | Kernel::MatrixTest(_))
+    }
+
     /// What stands before a kernel's own file.
     fn prelude(self, target: Target) -> String {
         let sum = match target.subgroups {
@@ -190,8 +223,13 @@ impl Kernel {
         if matches!(self, Kernel::Argmax | Kernel::ArgmaxPart) {
             wgsl.push_str(include_str!("../kernels/best.wgsl"));
         }
+        if self.has_matrices() {
+            let cooperative = target.matrices == Some(Matrices::Cooperative);
+            let more = if cooperative { "enable wgpu_cooperative_matrix;\n" } else { "" };
+            wgsl = format!("enable f16;\n{more}{wgsl}");
+        }
         let writes_forms = matches!(self, Kernel::Product(..) | Kernel::RmsNorm | Kernel::AttendJoin);
-        if writes_forms || self == Kernel::WriteDigits || self.has_side() {
+        if writes_forms || self.has_side() || matches!(self, Kernel::WriteDigits | Kernel::WriteTiles(_)) {
             let lanes = match target.subgroups {
                 true => include_str!("../kernels/lanes_in_subgroups.wgsl"),
                 false => include_str!("../kernels/lanes_in_memory.wgsl"),
@@ -204,7 +242,11 @@ impl Kernel {
             let both = self == Kernel::RmsNorm;
             wgsl.push_str(&if both { forms.to_owned() } else { forms.replace("floats[", "form[") });
         }
-        if matches!(self, Kernel::Product(_, Weights::Pair, _) | Kernel::Beside(_, Weights::Pair) | Kernel::Activate) {
+        let meets = matches!(
+            self,
+            Kernel::Product(_, Weights::Pair, _) | Kernel::Beside(_, Weights::Pair) | Kernel::Tiles(_, Weights::Pair)
+        );
+        if meets || self == Kernel::Activate {
             wgsl.push_str(include_str!("../kernels/activation.wgsl"));
         }
         if self == Kernel::AttendJoin {
@@ -252,6 +294,19 @@ impl Kernel {
                 label = format!("{name}_{}_{}_{row}_{heads}", pairs.keys, pairs.values);
                 holes = attend_pairs_holes(pairs, heads);
             }
+            Kernel::Tiles(code, weights) => {
+                let pair = if weights == Weights::Pair { "pair_" } else { "" };
+                label = format!("{name}_{pair}{}", code_name(code));
+                holes = tiles_holes(code, weights, target.matrices.unwrap_or(Matrices::Cooperative));
+            }
+            Kernel::MatrixTest(digits) => {
+                label = format!("{name}_{digits}");
+                holes = matrix_test_holes(digits, target.matrices.unwrap_or(Matrices::Cooperative));
+            }
+            Kernel::WriteTiles(digits) => {
+                label = format!("{name}_{digits}");
+                holes = vec![("DIGITS", digits.to_string())];
+            }
             Kernel::Attend(columns) => {
                 label = format!("{name}_{columns}");
                 holes = attend_holes(columns);
@@ -284,6 +339,7 @@ impl Kernel {
             Kernel::KvStore => with(file!("kv_store"), 6, 0),
             Kernel::Latent => with(file!("latent"), 4, 3),
             Kernel::LatentHeads(_) => with(file!("latent_heads"), 6, 7),
+            Kernel::MatrixTest(_) => with(file!("matrix_test"), 2, 0),
             Kernel::LayerNorm => with(file!("layer_norm"), 4, 0),
             Kernel::Product(_, Weights::One, _) => with(file!("product"), 2, 5),
             Kernel::Product(_, Weights::Pair, _) => with(file!("product"), 2, 8),
@@ -295,8 +351,11 @@ impl Kernel {
             Kernel::SelfTest => with(file!("self_test"), 1, 0),
             Kernel::Spread => with(file!("spread"), 2, 0),
             Kernel::SubgroupTest => with(file!("subgroup_test"), 1, 0),
+            Kernel::Tiles(_, Weights::One) => with(file!("tiles"), 1, 6),
+            Kernel::Tiles(_, Weights::Pair) => with(file!("tiles"), 1, 9),
             Kernel::WorkList => with(file!("work_list"), 2, 0),
             Kernel::WriteDigits => with(file!("write_digits"), 1, 1),
+            Kernel::WriteTiles(_) => with(file!("write_tiles"), 1, 2),
         };
         let (label, mut holes) = self.fillings(name, target);
         let mut wgsl = self.prelude(target);
@@ -318,11 +377,13 @@ fn with((name, text): (&'static str, &'static str), rw: u32, ro: u32) -> (&'stat
     (name, text, rw, ro)
 }
 
-/// Names and WGSL of all kernels, and of what they are on adapters that lack something: for checks and translations.
-pub fn kernel_sources() -> Vec<(String, String)> {
+/// Every kernel that there is, of a code of each kind.
+fn all_kernels() -> Vec<Kernel> {
     let mut kernels = Kernel::fixed();
     kernels.extend([Kernel::SelfTest, Kernel::SubgroupTest]);
     kernels.extend(Kernel::of_subgroups());
+    kernels.extend(Kernel::of_tiles());
+    kernels.extend(DIGITS.map(Kernel::MatrixTest));
     let mut codes = vec![Code::Nvfp4, Code::Mxfp4, Code::Mxfp8, Code::Fp8, Code::F32, Code::F16, Code::Bf16];
     for bits in [2, 3, 4, 5, 6, 8] {
         codes.push(Code::Affine { bits, group: 64, scale: ScaleKind::Bf16 });
@@ -334,10 +395,17 @@ pub fn kernel_sources() -> Vec<(String, String)> {
         kernels.extend(Kernel::of_code(*code, Company::Alone, &TOKENS));
         kernels.extend([false, true].map(|shared| Kernel::ExpertsDown(*code, shared)));
         kernels.extend([Kernel::Beside(*code, Weights::Pair), Kernel::LatentHeads(*code), Kernel::JoinHeads(*code)]);
+        kernels.extend(Kernel::tiles_of(*code, Company::Alone));
     }
+    kernels
+}
+
+/// Names and WGSL of all kernels, and of what they are on adapters that lack something: for checks and translations. Those with cooperative
+/// matrices are not among them: see [`cooperative_sources`].
+pub fn kernel_sources() -> Vec<(String, String)> {
     let mut sources: Vec<(String, String)> = Vec::new();
-    for kernel in kernels {
-        let target = Target { half_subnormals: true, subgroups: true, integers: true };
+    let target = Target { half_subnormals: true, subgroups: true, integers: true, matrices: Some(Matrices::Plain) };
+    for kernel in all_kernels() {
         let best = kernel.source(target);
         let is_fixed = !kernel.reads_weights();
         let one_row = !is_fixed && !matches!(kernel, Kernel::Product(_, _, 2..));
@@ -355,4 +423,12 @@ pub fn kernel_sources() -> Vec<(String, String)> {
         sources.push((best.name, best.wgsl));
     }
     sources
+}
+
+/// Names and WGSL of the kernels that are others where there are cooperative matrices of 16 by 16 numbers, which Metal has not.
+pub fn cooperative_sources() -> Vec<(String, String)> {
+    let matrices = Some(Matrices::Cooperative);
+    let target = Target { half_subnormals: true, subgroups: true, integers: true, matrices };
+    let kernels = all_kernels().into_iter().filter(|kernel| kernel.has_matrices());
+    kernels.map(|kernel| kernel.source(target)).map(|source| (source.name, source.wgsl)).collect()
 }

@@ -47,7 +47,10 @@ pub(crate) struct Stream {
     recording: Option<(u64, Vec<Dispatch>)>,
     /// Whose command buffers are encoded ahead.
     ahead: Option<u64>,
-    /// The submission before the last piece of the step that runs.
+    /// The last piece of the step that runs. It is submitted with what comes next, which is usually the choice of a token: a submission waits
+    /// for the one before.
+    tail: Option<wgpu::CommandBuffer>,
+    /// The submission before that piece.
     before_last: Option<wgpu::SubmissionIndex>,
     clock: Option<Clock>,
 }
@@ -87,6 +90,8 @@ impl Stream {
     pub(crate) fn flush(&mut self, device: &Device) {
         if !self.pending.is_empty() {
             self.flush_with(device, |_| {});
+        } else if let Some(tail) = self.tail.take() {
+            device.submit([tail]);
         }
     }
 
@@ -99,7 +104,7 @@ impl Stream {
         }
         more(&mut encoder);
         self.pending.clear();
-        device.submit(encoder.finish());
+        device.submit(self.tail.take().into_iter().chain([encoder.finish()]));
     }
 
     /// Copies what a kernel wrote to the host, behind everything that waits.
@@ -144,10 +149,9 @@ impl Stream {
     pub(crate) fn replay(&mut self, key: u64, device: &Device) -> bool {
         self.flush(device);
         let Some(recording) = self.recordings.get_mut(&key) else { return false };
-        let pieces = recording.encoded.take().unwrap_or_else(|| encode(&recording.dispatches, device));
-        let mut submitted = pieces.into_iter().map(|piece| device.submit(piece)).collect::<Vec<_>>();
-        submitted.pop();
-        self.before_last = submitted.pop();
+        let mut pieces = recording.encoded.take().unwrap_or_else(|| encode(&recording.dispatches, device));
+        self.tail = pieces.pop();
+        self.before_last = pieces.into_iter().map(|piece| device.submit([piece])).last();
         // The next step is usually the same one: it is encoded while the adapter is busy with this one.
         self.encode_ahead(key, device);
         true

@@ -1,7 +1,7 @@
 //! Kernels in other languages. On a Mac wgpu makes the same translation when a pipeline is compiled; here it runs anywhere, so that CI
 //! checks every kernel for Metal without a Mac and keeps the text for whoever reads it.
 
-use naga::back::msl;
+use naga::back::{msl, spv};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 
 /// The Metal Shading Language of a kernel, as wgpu makes it: arguments in one `[[buffer]]` after the bindings.
@@ -12,7 +12,10 @@ pub fn metal(wgsl: &str) -> Result<String, String> {
     let module = naga::front::wgsl::parse_str(wgsl).map_err(|e| e.emit_to_string(wgsl))?;
     let info = Validator::new(
         ValidationFlags::all(),
-        Capabilities::IMMEDIATES | Capabilities::SHADER_FLOAT16_IN_FLOAT32 | Capabilities::SUBGROUP,
+        Capabilities::IMMEDIATES
+            | Capabilities::SHADER_FLOAT16
+            | Capabilities::SHADER_FLOAT16_IN_FLOAT32
+            | Capabilities::SUBGROUP,
     )
     .validate(&module)
     .map_err(|e| e.emit_to_string(wgsl))?;
@@ -44,4 +47,17 @@ pub fn metal(wgsl: &str) -> Result<String, String> {
         Some(Err(error)) => Err(error.to_string()),
         None => Err("no entry point".to_owned()),
     }
+}
+
+/// Whether a kernel, one with cooperative matrices too, is valid and has a translation for Vulkan.
+///
+/// # Errors
+/// As [`metal`].
+pub fn vulkan(wgsl: &str) -> Result<Vec<u32>, String> {
+    let module = naga::front::wgsl::parse_str(wgsl).map_err(|e| e.emit_to_string(wgsl))?;
+    let info = Validator::new(ValidationFlags::all(), Capabilities::all())
+        .validate(&module)
+        .map_err(|e| e.emit_to_string(wgsl))?;
+    let options = spv::Options { lang_version: (1, 3), ..Default::default() };
+    spv::write_vec(&module, &info, &options, None).map_err(|e| e.to_string())
 }

@@ -62,3 +62,11 @@ fn affine_weights_without_integer_products() {
     let options = WgpuOptions { without_integer_products: true, ..WgpuOptions::default() };
     run(&options, |case| is_affine(case) && (case.op == "linear_heads" || case.op == "moe_down"));
 }
+
+/// The kernel for prompts, by cooperative matrices or what stands in their place: its rows have the bits that they have alone.
+#[test]
+fn affine_weights_by_tiles() {
+    let options = WgpuOptions { few_rows_by_tiles: true, ..WgpuOptions::default() };
+    let products = ["linear", "linear_heads", "gate_up", "moe_gate_up", "moe_down"];
+    run(&options, |case| is_affine(case) && products.contains(&case.op));
+}

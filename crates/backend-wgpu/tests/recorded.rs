@@ -99,6 +99,14 @@ fn bundled_shape_with_few_bindings() {
     assert_same("bundled, few bindings", &bundled_shape(), FORMATS[0], &[7, 80], &mut backend);
 }
 
+/// Several rows by the kernel for prompts, each alone by the others: what writes a step's activations must write the rows that tiles are made of.
+#[test]
+fn bundled_shape_by_tiles() {
+    let options = WgpuOptions { few_rows_by_tiles: true, ..WgpuOptions::default() };
+    let Some(mut backend) = open_with(&options) else { return };
+    assert_same("bundled, by tiles", &bundled_shape(), "affine-4", &[7, 80], &mut backend);
+}
+
 #[test]
 fn bundled_shape_in_every_format() {
     let Some(mut backend) = open() else { return };

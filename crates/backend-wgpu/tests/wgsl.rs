@@ -1,7 +1,7 @@
 //! Every kernel is checked and translated for Metal, without any adapter. With `MOELLON_METAL_OUT` set to a folder the translations
 //! are kept there (`xtask kernels` does that).
 
-use moellon_backend_wgpu::{kernel_sources, metal};
+use moellon_backend_wgpu::{cooperative_sources, kernel_sources, metal, vulkan};
 use std::path::Path;
 
 #[test]
@@ -22,10 +22,20 @@ fn every_kernel_is_valid_and_has_a_metal_translation() {
     assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
+/// Metal has no matrices of 16 by 16.
+#[test]
+fn kernels_with_cooperative_matrices_are_valid_for_vulkan() {
+    let sources = cooperative_sources();
+    assert!(!sources.is_empty());
+    let faults: Vec<String> =
+        sources.iter().filter_map(|(name, wgsl)| vulkan(wgsl).err().map(|error| format!("{name}: {error}"))).collect();
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
 /// A kernel that no pipeline uses would never be checked.
 #[test]
 fn every_file_is_part_of_a_kernel() {
-    let sources = kernel_sources();
+    let sources = [kernel_sources(), cooperative_sources()].concat();
     for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")).expect("kernels are there") {
         let path = entry.expect("kernels can be listed").path();
         let text = std::fs::read_to_string(&path).expect("kernels can be read");

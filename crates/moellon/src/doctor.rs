@@ -229,6 +229,7 @@ fn self_test_text(test: SelfTest) -> String {
         has("integer products", test.integer_products),
         has("f16", test.shader_f16),
         has("cooperative matrices", test.cooperative_matrix),
+        has("of 16 x 16 f16, sums exact: prompts by them", test.exact_matrices),
     ]
     .join(", ")
 }
@@ -244,6 +245,7 @@ fn adapter_json((adapter, self_test): &(AdapterReport, Result<SelfTest, String>)
             "integer_products": test.integer_products,
             "shader_f16": test.shader_f16,
             "cooperative_matrix": test.cooperative_matrix,
+            "exact_matrices": test.exact_matrices,
         }),
         Err(error) => json!({ "error": error }),
     };

@@ -2,25 +2,29 @@
 //! `kernels/few.cu`, the router's choice, the chosen experts and the shared one together; the rest operation by operation. The results are the
 //! bits of the single operations, which `tests/recorded.rs` checks.
 
-use super::decode::{even, shares};
+use super::decode::shares;
 use super::products::{Input, activation_args, slices};
-use super::{COUNTERS, CudaBackend, GEMV_ROWS, SHARED_COUNTERS, WARPS};
+use super::{COUNTERS, CudaBackend, GEMV_ROWS, WARPS};
 use crate::args;
 use crate::args::{FewPair, Mat, Part};
 use crate::buffers::{DIGITS_BYTES, Parts};
 use crate::driver::DevicePtr;
-use crate::weights::{fast_format, few_line_bytes, few_up_bytes, pipe_bytes, takes_digits, tile_bytes};
+use crate::weights::{LINE_WARPS, fast_format, few_group_bytes, few_line_bytes, takes_digits, tile_bytes};
 use moellon_ops::{
     AttendMla, GateUp, KvStore, Linear, LinearHeads, MoeDown, MoeGateUp, Result, RmsNorm, Rope, Route, Tensor, Weight,
 };
 use moellon_tensor::WeightFormat;
 
-/// `MAX_CHOICES`, `MAX_EXPERTS` and `GROUP` of few.cu.
+/// `MAX_CHOICES` and `MAX_EXPERTS` of few.cu.
 const MAX_CHOICES: usize = 256;
 const MAX_EXPERTS: usize = 512;
+/// Rows that share a pass over an expert's weights (`GROUP`).
 const GROUP: usize = 8;
-/// Rows of a weight from which two row tiles at a time still leave every multiprocessor enough of them.
-const WIDE_ROWS: usize = 32768;
+/// Row tiles of a warp (`TALL`).
+const TALL: usize = 2;
+/// Threads of blocks with the warp that copies rows.
+const THREADS: u32 = 32 * (WARPS as u32 + 1);
+const LINE_THREADS: u32 = 32 * (LINE_WARPS as u32 + 1);
 /// Bytes of `Plan` of few.cu.
 const PLAN_BYTES: u64 = 16 + 6 * MAX_CHOICES as u64;
 /// Shared memory that the warps that choose experts may have.
@@ -40,10 +44,35 @@ fn rows_of(input: &Input, format: WeightFormat, cols: usize) -> (DevicePtr, u64)
     }
 }
 
-/// Name of a weight's format in the kernels for a few rows. Rows in bfloat16 are copied by whole tiles, so they must have those.
+/// Name of a format in the kernels for a few rows of `cols` columns. Rows in bfloat16 are copied by whole tiles, so they must have those.
+fn few_name(format: WeightFormat, cols: usize) -> Option<&'static str> {
+    let whole = takes_digits(format) || cols.is_multiple_of(64);
+    fast_format(format).filter(|_| whole)
+}
+
+/// [`few_name`] of a weight.
 pub(super) fn few_format(weight: Weight) -> Option<&'static str> {
-    let whole = takes_digits(weight.format) || weight.cols.is_multiple_of(64);
-    fast_format(weight.format).filter(|_| whole)
+    few_name(weight.format, weight.cols)
+}
+
+/// How many blocks share the slices of each of `groups` groups of row tiles of `tiles` tiles: what is left waiting if few blocks have all
+/// of a row each, against adding the slices of several blocks. Times in those of a block's eight tiles at full bandwidth.
+fn slice_shares(groups: usize, slices: usize, tiles: usize, rows: usize, multiprocessors: usize) -> usize {
+    /// Adding what several blocks have.
+    const JOIN: f64 = 20.0;
+    // Blocks that a multiprocessor needs to hide what multiplying waits for.
+    let hidden = match rows {
+        ..=8 => 1.5,
+        9..=16 => 2.0,
+        _ => 3.0,
+    };
+    let time = |shares: usize| {
+        let blocks = (groups * shares) as f64 / multiprocessors as f64;
+        let blocks = if blocks <= 3.0 { blocks.ceil() } else { blocks };
+        tiles.div_ceil(shares) as f64 * blocks.max(hidden) + if shares > 1 { JOIN } else { 0.0 }
+    };
+    let choices = [1, 2, 4, 8].into_iter().filter(|n| *n <= slices);
+    choices.min_by(|a, b| time(*a).total_cmp(&time(*b))).unwrap_or(1)
 }
 
 /// Distinct experts that `rows` rows choose, if every choice is as likely as any other.
@@ -117,28 +146,35 @@ impl CudaBackend {
 
     /// Cuts the parts into units and launches.
     fn launch_line(&mut self, mut args: args::FewLine, name: &str, format: WeightFormat, rows: usize) -> Result<()> {
-        // Many rows, or many row tiles: two of them share what is read of the activations.
-        let most = (0..args.num_parts as usize).map(|i| args.part[i].w.rows).max().unwrap_or(0);
-        let (variant, row_tiles, rows_of_kernel) = match rows {
-            ..=4 => ("line4", 1, 4),
-            5..=8 if most as usize >= WIDE_ROWS => ("wide8", 2, 8),
-            5..=8 => ("line8", 1, 8),
-            9..=16 => ("line16", 2, 16),
-            _ => ("line32", 2, 32),
+        let (variant, rows_of_kernel) = match rows {
+            ..=4 => ("line4", 4),
+            5..=8 => ("line8", 8),
+            9..=16 => ("line16", 16),
+            _ => ("line32", 32),
         };
         let cols = args.part[0].w.cols as usize;
         (args.slices, args.rows) = (slices(cols) as u32, rows as u32);
         let mut units = 0;
         for i in 0..args.num_parts as usize {
             args.first_unit[i] = units;
-            units += args.part[i].w.rows.div_ceil(16 * row_tiles);
+            units += args.part[i].w.rows.div_ceil((16 * TALL * LINE_WARPS) as u32);
             args.first_unit[i + 1] = units;
         }
-        let shared = few_line_bytes(format, rows_of_kernel, row_tiles);
+        let groups = (units * args.matrices) as usize;
+        let multiprocessors = self.device.multiprocessors as usize;
+        let mut shares = slice_shares(groups, slices(cols), cols.div_ceil(64), rows, multiprocessors);
+        if shares > 1 && groups * LINE_WARPS <= COUNTERS {
+            let floats = groups * slices(cols) * 16 * TALL * LINE_WARPS * rows_of_kernel.max(8);
+            args.sums = self.slice_sums.pointer("sums of slices", 4 * floats as u64, &mut self.device)?;
+            args.arrived = self.counters(COUNTERS)?;
+        } else {
+            shares = 1;
+        }
+        args.shares = shares as u32;
+        let shared = few_line_bytes(format, rows_of_kernel as u32);
         let kernel = self.kernels.few(&format!("few_{variant}_{name}"))?;
-        let teams = ((units * args.matrices) as usize).div_ceil(WARPS / slices(cols));
-        let blocks = teams.min(self.device.resident_blocks(&kernel, 256, shared)?) as u32;
-        self.device.launch(&kernel, [blocks, 1, 1], 256, shared, &args)
+        let blocks = (groups * shares).min(self.device.resident_blocks(&kernel, LINE_THREADS, shared)?) as u32;
+        self.device.launch(&kernel, [blocks, 1, 1], LINE_THREADS, shared, &args)
     }
 
     /// Latent attention's input: the norm and the rotation of its keys, their rows in the cache, the rotation of its queries.
@@ -168,34 +204,32 @@ impl CudaBackend {
 
     /// Gate and up of a dense feed-forward or of a shared expert; `None` without a kernel.
     fn few_pair(&mut self, op: &GateUp) -> Result<Option<FewPair>> {
-        if op.gate.format != op.up.format || fast_format(op.gate.format).is_none() {
+        if op.gate.format != op.up.format || few_format(op.gate).is_none() {
             return Ok(None);
         }
         let input = self.whole_input(op.x, op.gate.format)?;
         let (x, x_bytes) = rows_of(&input, op.gate.format, op.x.cols);
         let out = self.output(op.out)?;
         let width = op.gate.rows;
-        let counters = op.x.rows.div_ceil(GROUP) * width / 64;
-        let (mut digits, mut arrived) = (0, 0);
+        let mut digits = 0;
         // Whoever reads h reads it as digits if its own format is alike, which is the case of every model that we know.
-        if takes_digits(op.gate.format) && width.is_multiple_of(64) && counters <= SHARED_COUNTERS {
+        if takes_digits(op.gate.format) && width.is_multiple_of(64) {
             let parts = Parts { count: 1, stride: width, cols: width };
             let buffer = self.buffers.get_mut(&op.out.buffer.id).expect("output found it");
             (digits, _) = buffer.digits(op.out, parts, &mut self.device)?;
-            arrived = self.counters(COUNTERS)?;
         }
         let (gate, up) = (self.weights[op.gate.id as usize].packed, self.weights[op.up.id as usize].packed);
-        Ok(Some(FewPair { gate, up, out, x, x_bytes, digits, arrived }))
+        Ok(Some(FewPair { gate, up, out, x, x_bytes, digits }))
     }
 
     /// Gate and up alone. False without a kernel.
     pub(super) fn few_gate_up(&mut self, op: &GateUp) -> Result<bool> {
         let Some(pair) = self.few_pair(op)? else { return Ok(false) };
         let name = fast_format(op.gate.format).expect("a pair has one");
-        let shared = few_up_bytes(op.gate.format);
+        let shared = few_group_bytes(op.gate.format);
         let units = (op.gate.rows.div_ceil(16) * op.x.rows.div_ceil(GROUP)).div_ceil(WARPS);
         let kernel = self.kernels.few(&format!("few_up_{name}_{name}"))?;
-        let blocks = units.min(self.device.resident_blocks(&kernel, 256, shared)?) as u32;
+        let blocks = units.min(self.device.resident_blocks(&kernel, THREADS, shared)?) as u32;
         let args = args::FewUp {
             shared: pair,
             shared_blocks: blocks,
@@ -204,7 +238,7 @@ impl CudaBackend {
             activation: activation_args(op.activation),
             ..args::FewUp::default()
         };
-        self.device.launch(&kernel, [blocks, 1, 1], 256, shared, &args)?;
+        self.device.launch(&kernel, [blocks, 1, 1], THREADS, shared, &args)?;
         Ok(true)
     }
 
@@ -258,14 +292,13 @@ impl CudaBackend {
     ) -> Result<bool> {
         let experts = up.experts;
         let (hidden, width, top_k, rows) = (experts.hidden_size, experts.intermediate_size, up.ids.cols, up.x.rows);
-        let formats = (fast_format(experts.gate_format), fast_format(experts.down_format));
+        let formats = (few_name(experts.gate_format, hidden), few_name(experts.down_format, width));
         let (Some(name), Some(down_name)) = formats else { return Ok(false) };
         let groups = expected_experts(experts.num_experts, top_k, rows);
         let fits = top_k <= 32
             && rows * top_k <= MAX_CHOICES
             && experts.num_experts <= MAX_EXPERTS
             && width.is_multiple_of(64)
-            && rows * top_k * width / 64 + SHARED_COUNTERS <= COUNTERS
             && up.out.stride == up.out.cols;
         if !fits || experts.gate_format != experts.up_format {
             return Ok(false);
@@ -282,9 +315,9 @@ impl CudaBackend {
         let units = |rows: usize| rows.div_ceil(16).div_ceil(WARPS);
         let (beside, format) = self.few_beside(shared, up)?;
         let other = fast_format(format).unwrap_or(name);
-        let ring = few_up_bytes(experts.gate_format).max(few_up_bytes(format));
+        let ring = few_group_bytes(experts.gate_format).max(few_group_bytes(format));
         let kernel = self.kernels.few(&format!("few_up_{name}_{other}"))?;
-        let resident = self.device.resident_blocks(&kernel, 256, ring)?;
+        let resident = self.device.resident_blocks(&kernel, THREADS, ring)?;
         if let Some((pair, width)) = beside {
             args.shared = pair;
             let own = (units(width * rows.div_ceil(GROUP)), tile_bytes(format));
@@ -298,15 +331,14 @@ impl CudaBackend {
             let e = &self.experts[experts.id as usize];
             (e.gate.packed, e.up.packed, e.down.packed)
         };
-        args.routed = FewPair { gate: packed.0, up: packed.1, out, x, x_bytes, digits: 0, arrived: 0 };
+        args.routed = FewPair { gate: packed.0, up: packed.1, out, x, x_bytes, digits: 0 };
         let parts = Parts { count: top_k, stride: width, cols: width };
         if takes_digits(experts.down_format) {
             let buffer = self.buffers.get_mut(&up.out.buffer.id).expect("output found it");
             (args.routed.digits, _) = buffer.digits(up.out, parts, &mut self.device)?;
-            args.routed.arrived = self.counters(COUNTERS)? + 4 * SHARED_COUNTERS as u64;
         }
         let blocks = resident.min(args.shared_blocks as usize + units(rows * top_k * width)) as u32;
-        self.device.launch(&kernel, [blocks, 1, 1], 256, ring, &args)?;
+        self.device.launch(&kernel, [blocks, 1, 1], THREADS, ring, &args)?;
         if let Some((op, linear)) = shared {
             self.few_linear(op.out, linear, None)?;
         }
@@ -315,24 +347,62 @@ impl CudaBackend {
         } else {
             (self.twin(up.out)?.twin, 2 * width as u64)
         };
-        let args = args::FewDown {
-            w: packed.2,
+        let results =
+            self.results.pointer("results of experts", (4 * rows * top_k * hidden) as u64, &mut self.device)?;
+        let args = args::FewDown { w: packed.2, plan, x, part_bytes, results, slices: slices(width) as u32, pad: 0 };
+        let shared = few_group_bytes(experts.down_format);
+        let kernel = self.kernels.few(&format!("few_down_{down_name}"))?;
+        let most = rows * top_k * hidden.div_ceil(16 * TALL * WARPS);
+        let blocks = most.min(self.device.resident_blocks(&kernel, THREADS, shared)?) as u32;
+        self.device.launch(&kernel, [blocks, 1, 1], THREADS, shared, &args)?;
+        let args = args::FewSum {
+            out: self.output(down.out)?,
             weights: self.input(down.weights)?,
             plus: self.optional(down.plus)?,
-            out: self.output(down.out)?,
             residual: residual.map_or(Ok(Mat::default()), |r| self.residual(r))?,
-            plan,
-            x,
-            part_bytes,
-            slices: slices(width) as u32,
-            rows: rows as u32,
+            results,
             top_k: top_k as u32,
             pad: 0,
         };
-        let shared = pipe_bytes(experts.down_format, 1) + (rows * top_k * 16 * 4) as u32;
-        let kernel = self.kernels.few(&format!("few_down_{down_name}"))?;
-        let blocks = even(hidden.div_ceil(16), self.device.resident_blocks(&kernel, 256, shared)?) as u32;
-        self.device.launch(&kernel, [blocks, 1, 1], 256, shared, &args)?;
+        let kernel = self.kernels.few("few_sum")?;
+        self.device.launch(&kernel, [hidden.div_ceil(256) as u32, rows as u32, 1], 256, 0, &args)?;
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moellon_tensor::ScaleDtype;
+
+    #[test]
+    fn slices_are_shared_where_few_blocks_would_have_work() {
+        const H200: usize = 132;
+        // GLM-5.2's output projection: 48 blocks of eight row tiles, 256 tiles of columns.
+        assert_eq!(slice_shares(48, 8, 256, 32, H200), 8);
+        // Its head has more blocks than fit.
+        assert_eq!(slice_shares(1210, 8, 96, 32, H200), 1);
+        assert_eq!(slice_shares(1210, 8, 96, 4, H200), 1);
+        // All that may be shared are whole slices.
+        assert_eq!(slice_shares(1, 1, 3, 32, H200), 1);
+        for slices in [2, 4, 8] {
+            assert_eq!(slice_shares(1, slices, 256, 2, H200), slices);
+        }
+    }
+
+    /// As many blocks as registers allow (`__launch_bounds__`) also fit into shared memory.
+    #[test]
+    fn blocks_fit_a_multiprocessor() {
+        const SHARED: u32 = 228 << 10;
+        for bits in 2..=6 {
+            let format = WeightFormat::Affine { bits, group: 64, scale: ScaleDtype::Bf16 };
+            // Static arrays: the plan and two units' values of 128 rows; and what the driver keeps.
+            let group = few_group_bytes(format) + 10752 + 1024;
+            assert!(2 * group <= SHARED, "{bits} bits: two times {group} bytes, expected at most {SHARED}");
+            for rows in [4, 8, 16, 32] {
+                let line = few_line_bytes(format, rows) + 1024;
+                assert!(3 * line <= SHARED, "{bits} bits, {rows} rows: three times {line} bytes, expected {SHARED}");
+            }
+        }
     }
 }

@@ -128,9 +128,13 @@ impl CudaBackend {
             let shared =
                 2 * (2 * MLA_HEADS + TILE) * stride + 2 * MLA_HEADS * 4 * (TILE + 1) + 2 * MLA_HEADS * 2 * (TILE + 8);
             let kernel = self.kernels.attention("attend_mla")?;
+            // No more blocks than are resident: one that goes through several parts has its queries already.
+            let resident = self.device.resident_blocks(&kernel, 256, shared)?;
+            let groups = (args.num_heads / MLA_HEADS) as usize * rows;
+            let blocks = (resident / groups).clamp(1, splits);
             return self.device.launch(
                 &kernel,
-                [splits as u32, args.num_heads / MLA_HEADS, rows as u32],
+                [blocks as u32, args.num_heads / MLA_HEADS, rows as u32],
                 256,
                 shared,
                 args,

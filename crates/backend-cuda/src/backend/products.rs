@@ -135,6 +135,11 @@ impl CudaBackend {
                 _ => "plain_bf16",
             })?;
             let warps = plain_warps(w.cols);
+            let few = (2..=GEMV_ROWS as u32).contains(&x.x.rows) && routing.ids == 0 && count == 1;
+            let wide = w.cols.is_multiple_of(8) && x.x.stride.is_multiple_of(4) && x.x.p.is_multiple_of(16);
+            if few && wide && warps == WARPS {
+                return self.plain_few(weight, x, out);
+            }
             // A router has few rows of weights: blocks share the rows of x. Experts have as many rows of x as they are chosen.
             let (chunk, shares) = match routing.ids {
                 0 if x.x.rows <= GEMV_ROWS as u32 => (2, x.x.rows.div_ceil(2).max(1)),
@@ -173,6 +178,35 @@ impl CudaBackend {
         device.launch(&kernel, grid, 256, 0, &args)
     }
 
+    /// A product of a few rows with a plain weight that has few rows itself: a router.
+    fn plain_few(&mut self, weight: WeightRef, x: Input, out: Mat) -> Result<()> {
+        /// Rows of weights and of x that a block has (`PLAIN_TALL`, `PLAIN_WIDE`).
+        const TALL: usize = 4;
+        const WIDE: usize = 4;
+        let w = weight.of(&self.weights, &self.experts);
+        let kernel = self.kernels.rows(match w.format {
+            WeightFormat::F32 => "plain_few_f32",
+            WeightFormat::F16 => "plain_few_f16",
+            _ => "plain_few_bf16",
+        })?;
+        let args = args::Plain {
+            weights: w.plain,
+            bias: w.bias(),
+            x: x.x,
+            out,
+            routing: Routing::default(),
+            matrix_elements: 0,
+            rows: w.rows as u32,
+            cols: w.cols as u32,
+            x_head_stride: 0,
+            warps: WARPS as u32,
+            chunk: 0,
+            pad: 0,
+        };
+        let grid = [w.rows.div_ceil(TALL) as u32, (x.x.rows as usize).div_ceil(WIDE) as u32, 1];
+        self.device.launch(&kernel, grid, 256, 0, &args)
+    }
+
     /// `x` in the form that products with weights of `format` read, its rows cut into `parts`.
     pub(super) fn product_input(&mut self, x: Tensor, format: WeightFormat, parts: Parts) -> Result<Input> {
         let head_stride = if parts.count > 1 { parts.stride as u32 } else { 0 };
@@ -195,7 +229,7 @@ impl CudaBackend {
                 pad: 0,
             };
             let kernel = self.kernels.pack("write_digits")?;
-            let grid = [parts.cols.div_ceil(64).div_ceil(32) as u32, part_count, x.rows];
+            let grid = [(parts.count * parts.cols.div_ceil(64)).div_ceil(32) as u32, x.rows, 1];
             self.device.launch(&kernel, grid, 256, 0, &args)?;
         }
         Ok(Input { x, digits, parts: part_count, head_stride })

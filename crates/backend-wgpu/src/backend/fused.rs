@@ -15,7 +15,8 @@ use super::{WgpuBackend, place};
 use crate::kernels::Kernel;
 use crate::program::Op;
 use moellon_ops::{
-    Cache, CacheDtype, KvStore, LinearHeads, MoeDown, Result, RmsNorm, Rope, RopePairs, Stage, Tensor, Weight,
+    Cache, CacheDtype, GateUp, KvStore, LinearHeads, MoeDown, MoeGateUp, Result, RmsNorm, Rope, RopePairs, Stage,
+    Tensor, Weight,
 };
 
 /// Elements of a cache row that `latent.wgsl` keeps.
@@ -65,8 +66,13 @@ impl WgpuBackend {
         for (_, op) in ops {
             let same = |y: &Tensor| y.buffer.id == x.buffer.id;
             match op {
+                Op::GateUp(GateUp { x: read, .. }) | Op::MoeGateUp(MoeGateUp { x: read, .. })
+                    if same(read) && self.op_takes_tiles(op) =>
+                {
+                    return true;
+                }
                 Op::Linear { x: read, parts } => {
-                    if same(read) && *read != x {
+                    if same(read) && (*read != x || self.op_takes_tiles(op)) {
                         return true;
                     }
                     if parts.iter().any(|(_, out)| same(out)) {
@@ -98,6 +104,9 @@ impl WgpuBackend {
 
     /// Says in which form an operation will read its input, before anybody writes it.
     fn expect_inputs(&mut self, op: &Op) -> Result<()> {
+        if self.op_takes_tiles(op) {
+            return Ok(());
+        }
         match op {
             Op::Linear { x, parts } => {
                 parts.iter().try_for_each(|(weight, _)| self.expect(*x, Parts::whole(*x), WeightRef::Linear(*weight)))

@@ -223,7 +223,7 @@ impl WgpuBackend {
     }
 
     pub(super) fn argmax_now(&mut self, op: &Argmax) -> Result<()> {
-        const PART_COLUMNS: usize = 4096;
+        const PART_COLUMNS: usize = 1024;
         let (rows, num_parts) = (op.logits.rows, op.logits.cols.div_ceil(PART_COLUMNS));
         let (logits, out) = (self.memory(op.logits)?, self.output(op.out)?);
         let parts = self.parts.get("parts of rows", (8 * rows * num_parts) as u64, &mut self.device)?;

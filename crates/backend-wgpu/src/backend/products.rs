@@ -3,7 +3,7 @@
 use super::forms::{Input, OutputForms, Parts, Writes};
 use super::{WgpuBackend, place};
 use crate::device::{Memory, device_error};
-use crate::kernels::{Kernel, Weights, team_rows};
+use crate::kernels::{Kernel, TILE_TOKENS, Weights, team_rows};
 use crate::weights::DeviceWeight;
 use moellon_ops::{Activation, Experts, GateUp, Linear, LinearHeads, MoeDown, MoeGateUp, Result, Tensor, Weight};
 
@@ -28,13 +28,13 @@ pub(super) enum Jobs {
 
 /// Where sums go: offset, elements between rows and between matrices.
 #[derive(Clone)]
-struct Output {
-    forms: OutputForms,
-    offset: usize,
-    stride: usize,
-    matrix_step: usize,
+pub(super) struct Output {
+    pub(super) forms: OutputForms,
+    pub(super) offset: usize,
+    pub(super) stride: usize,
+    pub(super) matrix_step: usize,
     /// Adds to what is there.
-    adds: bool,
+    pub(super) adds: bool,
 }
 
 impl Output {
@@ -164,6 +164,11 @@ impl WgpuBackend {
     pub(super) fn linear_parts(&mut self, op: &Linear<'_>) -> Result<()> {
         for (weight, out) in op.parts {
             let (weight, jobs) = (WeightRef::Linear(*weight), Jobs::All { num_tokens: op.x.rows });
+            if self.takes_tiles(Factors::One(weight), op.x.rows, None) {
+                let to = Output::of(OutputForms::plain(self.output(*out)?), *out, 0);
+                self.product_of_tiles(Factors::One(weight), op.x, Parts::whole(op.x), &to, &jobs)?;
+                continue;
+            }
             let x = self.spread(op.x, Parts::whole(op.x), self.weight(weight).code)?;
             let writes = self.writes(weight, Weights::One, &jobs);
             let out = Output::of(self.output_forms(*out, writes)?, *out, 0);
@@ -175,9 +180,12 @@ impl WgpuBackend {
     /// `out += x W^T`: what a product writes that only the norm after it would read, added as that norm would.
     pub(super) fn linear_residual(&mut self, x: Tensor, weight: Weight, out: Tensor) -> Result<()> {
         let (weight, jobs) = (WeightRef::Linear(weight), Jobs::All { num_tokens: x.rows });
-        let input = self.spread(x, Parts::whole(x), self.weight(weight).code)?;
         let mut to = Output::of(OutputForms::plain(self.output(out)?), out, 0);
         to.adds = true;
+        if self.takes_tiles(Factors::One(weight), x.rows, None) {
+            return self.product_of_tiles(Factors::One(weight), x, Parts::whole(x), &to, &jobs);
+        }
+        let input = self.spread(x, Parts::whole(x), self.weight(weight).code)?;
         self.product(Factors::One(weight), &input, &to, &jobs)
     }
 
@@ -213,16 +221,20 @@ impl WgpuBackend {
 
     pub(super) fn product_of_heads(&mut self, op: &LinearHeads) -> Result<()> {
         let (weight, jobs) = (WeightRef::Linear(op.weight), Jobs::All { num_tokens: op.x.rows });
+        if self.takes_tiles(Factors::One(weight), op.x.rows, None) {
+            let to = Output::of(OutputForms::plain(self.output(op.out)?), op.out, op.weight.rows);
+            return self.product_of_tiles(Factors::One(weight), op.x, Self::head_parts(op), &to, &jobs);
+        }
         let x = self.head_input(op)?;
         let writes = self.writes(weight, Weights::One, &jobs);
         let out = Output::of(self.output_forms(op.out, writes)?, op.out, op.weight.rows);
         self.product(Factors::One(weight), &x, &out, &jobs)
     }
 
-    /// The distinct experts of a batch, as work for products.
-    fn jobs(&mut self, ids: Tensor, num_experts: usize, slots_in_x: bool) -> Result<Jobs> {
+    /// The distinct experts of a batch, as work for products, by tiles or not.
+    fn jobs(&mut self, ids: Tensor, num_experts: usize, slots_in_x: bool, by_tiles: bool) -> Result<Jobs> {
         let top_k = ids.cols;
-        if ids.rows == 1 {
+        if ids.rows == 1 && !by_tiles {
             return Ok(Jobs::OneToken { ids: self.memory(ids)?, offset: ids.offset, top_k, slots_in_x });
         }
         if num_experts > 1024 {
@@ -230,7 +242,10 @@ impl WgpuBackend {
         }
         let num_choices = ids.rows * top_k;
         // An expert has so many rows on average, at least two where it has more than one at all.
-        let item_rows = self.tokens_at_once(num_choices.div_ceil(num_experts).max(2));
+        let item_rows = match by_tiles {
+            true => TILE_TOKENS,
+            false => self.tokens_at_once(num_choices.div_ceil(num_experts).max(2)),
+        };
         // Every expert may leave one item unfilled.
         let max_items = num_choices.min(num_experts + num_choices / item_rows);
         let sorted_offset = 4 + 4 * max_items;
@@ -298,9 +313,24 @@ impl WgpuBackend {
         if rows == 0 {
             return Ok(());
         }
-        let jobs = self.jobs(op.ids, op.experts.num_experts, false)?;
+        let by_tiles = self.experts_take_tiles(Self::pair_of(op), op.ids, op.experts.num_experts);
+        let jobs = self.jobs(op.ids, op.experts.num_experts, false, by_tiles)?;
+        if by_tiles {
+            let to = Output::of(OutputForms::plain(self.output(op.out)?), op.out, 0);
+            return self.product_of_tiles(Self::pair_of(op), op.x, Parts::whole(op.x), &to, &jobs);
+        }
         let pair = [WeightRef::Gate(op.experts), WeightRef::Up(op.experts)];
         self.gated(pair, op.x, &jobs, [rows, top_k], op.activation, op.out)
+    }
+
+    /// Gate and up of experts.
+    pub(super) fn pair_of(op: &MoeGateUp) -> Factors {
+        Factors::Pair(WeightRef::Gate(op.experts), WeightRef::Up(op.experts), op.activation)
+    }
+
+    /// Gate and up that every row meets.
+    pub(super) fn pair_of_dense(op: &GateUp) -> Factors {
+        Factors::Pair(WeightRef::Linear(op.gate), WeightRef::Linear(op.up), op.activation)
     }
 
     /// How the slots of the experts' activations lie.
@@ -316,13 +346,23 @@ impl WgpuBackend {
         if rows == 0 {
             return Ok(());
         }
-        let x = self.spread(op.h, Self::slot_parts(op), self.weight(WeightRef::Down(op.experts)).code)?;
-        if self.is_one_tokens_down(op) {
-            return self.one_tokens_experts_down(op, &x, None, adds);
-        }
-        let jobs = self.jobs(op.ids, op.experts.num_experts, true)?;
-        let y = self.sums(0, rows, hidden)?;
-        self.product(Factors::One(WeightRef::Down(op.experts)), &x, &y, &jobs)?;
+        let down = Factors::One(WeightRef::Down(op.experts));
+        let by_tiles = self.experts_take_tiles(down, op.ids, op.experts.num_experts);
+        let y = if by_tiles {
+            let jobs = self.jobs(op.ids, op.experts.num_experts, true, true)?;
+            let y = self.sums(0, rows, hidden)?;
+            self.product_of_tiles(down, op.h, Self::slot_parts(op), &y, &jobs)?;
+            y
+        } else {
+            let x = self.spread(op.h, Self::slot_parts(op), self.weight(down.first()).code)?;
+            if self.is_one_tokens_down(op) {
+                return self.one_tokens_experts_down(op, &x, None, adds);
+            }
+            let jobs = self.jobs(op.ids, op.experts.num_experts, true, false)?;
+            let y = self.sums(0, rows, hidden)?;
+            self.product(down, &x, &y, &jobs)?;
+            y
+        };
         let weights = self.memory(op.weights)?;
         let out = self.output(op.out)?;
         let (plus, plus_place) = self.optional(op.plus, &out)?;
@@ -384,6 +424,12 @@ impl WgpuBackend {
         let rows = op.x.rows;
         if rows == 0 {
             return Ok(());
+        }
+        let both = Self::pair_of_dense(op);
+        if self.takes_tiles(both, rows, None) {
+            let to = Output::of(OutputForms::plain(self.output(op.out)?), op.out, 0);
+            let jobs = Jobs::All { num_tokens: rows };
+            return self.product_of_tiles(both, op.x, Parts::whole(op.x), &to, &jobs);
         }
         let pair = [WeightRef::Linear(op.gate), WeightRef::Linear(op.up)];
         self.gated(pair, op.x, &Jobs::All { num_tokens: rows }, [rows, 1], op.activation, op.out)

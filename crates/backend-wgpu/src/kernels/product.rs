@@ -11,7 +11,7 @@ pub(super) fn code_name(code: Code) -> String {
     }
 }
 
-fn word_type(code: Code) -> String {
+pub(super) fn word_type(code: Code) -> String {
     match code.load_words() {
         1 => "u32".to_owned(),
         n => format!("vec{n}<u32>"),
@@ -44,6 +44,9 @@ pub(crate) fn team_rows(weights: Weights, tokens: usize) -> usize {
 
 /// Most columns of a head that `join_heads.wgsl` joins: their words as floats, of which integers need fewer.
 pub(crate) const JOINED_COLUMNS: usize = 512;
+
+/// Most lanes of a team for the shared expert's second product that have invocations of their own beside those of the chosen experts.
+pub(crate) const SHARED_LANES: usize = 64;
 
 /// What a product is made for.
 #[derive(Debug, Clone, Copy)]
@@ -212,7 +215,7 @@ impl Shape {
         (format!("var<workgroup> partial: array<vec{}<f32>, {elements}>;\n", self.team_rows()), lines)
     }
 
-    /// A few vectors at a time go through workgroup memory.
+    /// A few vectors at a time go through workgroup memory, in the order of `finish_in_subgroups`.
     fn finish_in_memory(&self) -> (usize, String) {
         const TOGETHER: usize = 4;
         let mut lines = String::new();
@@ -222,21 +225,27 @@ impl Shape {
                 let _ = writeln!(lines, "  partial[{}u + local] = {};", 256 * i, self.lane_sums(*sum));
             }
             lines.push_str("  workgroupBarrier();\n");
-            lines.push_str("  for (var step = args.lanes >> 1u; step > 0u; step >>= 1u) {\n    if (lane < step) {\n");
+            lines.push_str("  for (var step = 1u; step < min(args.lanes, 32u); step <<= 1u) {\n");
+            lines.push_str("    if (lane % (2u * step) == 0u) {\n");
             for i in 0..sums.len() {
                 let at = format!("partial[{}u + local", 256 * i);
                 let _ = writeln!(lines, "      {at}] = {at}] + {at} + step];");
             }
             lines.push_str("    }\n    workgroupBarrier();\n  }\n");
             for (i, (token, weight)) in sums.iter().enumerate() {
-                let _ = writeln!(lines, "  let sum{token}_{weight} = partial[{}u + local - lane];", 256 * i);
+                let _ = writeln!(lines, "  var sum{token}_{weight} = partial[{}u + local - lane];", 256 * i);
             }
-            lines.push_str("  workgroupBarrier();\n");
+            lines.push_str("  for (var i = 32u; i < args.lanes; i += 32u) {\n");
+            for (i, (token, weight)) in sums.iter().enumerate() {
+                let sum = format!("sum{token}_{weight}");
+                let _ = writeln!(lines, "    {sum} = {sum} + partial[{}u + local - lane + i];", 256 * i);
+            }
+            lines.push_str("  }\n  workgroupBarrier();\n");
         }
         (256 * all.len().min(TOGETHER), lines)
     }
 
-    /// By shuffles of 32 invocations; larger teams add theirs in workgroup memory.
+    /// By shuffles of 32 invocations, neighbours first (`tiles.wgsl` adds in this order); larger teams add theirs in workgroup memory.
     fn finish_in_subgroups(&self) -> (usize, String) {
         let mut lines = String::new();
         let all = self.sums();
@@ -244,7 +253,7 @@ impl Shape {
         for (name, sum) in names.iter().zip(&all) {
             let _ = writeln!(lines, "  var {name} = {};", self.lane_sums(*sum));
         }
-        lines.push_str("  for (var step = min(args.lanes, 32u) >> 1u; step > 0u; step >>= 1u) {\n");
+        lines.push_str("  for (var step = 1u; step < min(args.lanes, 32u); step <<= 1u) {\n");
         for name in &names {
             let _ = writeln!(lines, "    {name} = {name} + subgroupShuffleXor({name}, step);");
         }
@@ -310,10 +319,10 @@ impl Shape {
         holes
     }
 
-    /// `with_shared`: the product that makes `plus` is part of the kernel.
+    /// `with_shared`: the product that makes `plus` is part of the kernel; by invocations of its own where sums go through registers.
     pub(super) fn experts_down_holes(&self, with_shared: bool) -> Vec<(&'static str, String)> {
-        let (partial, finish) = self.finish();
-        let (mut second, mut shared) = (partial, String::new());
+        let (mut second, finish) = self.finish();
+        let (mut before, mut shared, mut workers) = ("{", "  }\n".to_owned(), 256);
         if with_shared {
             second.push_str(&format!(
                 "@group(0) @binding(8) var<storage, read> x_b: array<{}>;\n\
@@ -323,16 +332,37 @@ impl Shape {
                 self.x_type(),
                 word_type(self.code)
             ));
-            shared.push_str(include_str!("../../kernels/experts_down_shared.wgsl"));
+            let text = match self.subgroups {
+                true => include_str!("../../kernels/experts_down_beside.wgsl"),
+                false => include_str!("../../kernels/experts_down_shared.wgsl"),
+            };
+            if self.subgroups {
+                (before, workers) = ("if (local < 256u) {", 256 + SHARED_LANES);
+                shared.clear();
+            }
+            shared.push_str(text);
             let of_shared = |text: &str| {
                 second_side(text, &["codes[", "scales[", " x[", "args.chunks", "args.lanes", "args.scale_words"])
             };
-            for (hole, filling) in [("START", self.start()), ("BODY", self.chunk()), ("FINISH", finish.clone())] {
+            let fillings = [
+                ("START", self.start()),
+                ("BODY", self.chunk()),
+                ("FINISH", finish.clone()),
+                ("SUMS", self.lane_sums((0, 0))),
+            ];
+            for (hole, filling) in fillings {
                 shared = shared.replace(&format!("{{{{{hole}}}}}"), &of_shared(&filling));
             }
         }
         let mut holes = self.holes();
-        holes.extend([("SECOND", second), ("SHARED", shared), ("START", self.start()), ("FINISH", finish)]);
+        holes.extend([
+            ("WORKERS", workers.to_string()),
+            ("SECOND", second),
+            ("BEFORE", before.to_owned()),
+            ("SHARED", shared),
+            ("START", self.start()),
+            ("FINISH", finish),
+        ]);
         holes
     }
 

@@ -58,7 +58,7 @@ impl Clock {
             let bytes = 16 * parts.len();
             encoder.resolve_query_set(&self.queries, 0..2 * parts.len() as u32, &self.resolved, 0);
             encoder.copy_buffer_to_buffer(&self.resolved, 0, &self.staging, 0, bytes as u64);
-            device.submit(encoder.finish());
+            device.submit([encoder.finish()]);
             let mut ticks = vec![0u64; 2 * parts.len()];
             device.map_read(&self.staging, bytemuck::cast_slice_mut(&mut ticks))?;
             let mut last = ticks.first().copied().unwrap_or(0);

@@ -1,0 +1,191 @@
+//! Products of many rows by tiles (`kernels/tiles.wgsl`): which products, their input in tiles, grids. The bits are those of other products.
+
+use super::WgpuBackend;
+use super::forms::Parts;
+use super::products::{Factors, Jobs, Output, WeightRef, WorkListKey, activation_args, lanes_of};
+use crate::device::Memory;
+use crate::kernels::{Kernel, TILE_TOKENS, Weights, block_quads, digits, half_word_codes};
+use crate::program::Op;
+use crate::weights::DeviceWeight;
+use moellon_ops::{Result, Tensor, Weight};
+
+/// Rows of x from which a product goes by tiles; of experts, rows that each has on average. Fewer fill so little of a tile that products
+/// which read weights once for eight rows are faster.
+const FEWEST_ROWS: usize = 16;
+const FEWEST_ROWS_OF_EXPERT: usize = 8;
+
+/// An input in tiles: what it was made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct TiledKey {
+    x: Tensor,
+    parts: Parts,
+    digits: usize,
+    half_word_codes: usize,
+    list: Option<(WorkListKey, bool)>,
+}
+
+impl TiledKey {
+    pub(super) fn is_of(&self, buffer: u32) -> bool {
+        self.x.buffer.id == buffer || self.list.is_some_and(|(list, _)| list.ids.buffer.id == buffer)
+    }
+}
+
+impl WgpuBackend {
+    /// Whether a product of `rows` rows goes by tiles; `choices`: one of the experts, so many choices of so many experts.
+    pub(super) fn takes_tiles(&self, which: Factors, rows: usize, choices: Option<(usize, usize)>) -> bool {
+        let are_pair = which.second().is_none_or(|(up, _)| self.are_pair(which.first(), up));
+        let w = self.weight(which.first());
+        let (Some(_), true, Some(digits)) = (self.device.matrices, are_pair && rows > 1, digits(w.code)) else {
+            return false;
+        };
+        let [fewest, fewest_of_expert] = self.fewest_rows;
+        let (many, tiles) = match choices {
+            Some((choices, experts)) => {
+                (choices >= fewest_of_expert * experts, choices.min(experts + choices / TILE_TOKENS))
+            }
+            None => (rows >= fewest, rows.div_ceil(TILE_TOKENS) * w.count),
+        };
+        many && tiled_bytes(tiles, w, digits) <= self.device.max_binding_bytes()
+    }
+
+    /// The same of products of the experts that `ids` chooses.
+    pub(super) fn experts_take_tiles(&self, which: Factors, ids: Tensor, num_experts: usize) -> bool {
+        self.takes_tiles(which, ids.rows, Some((ids.rows * ids.cols, num_experts)))
+    }
+
+    /// The same of products whose input would be read in another form.
+    pub(super) fn op_takes_tiles(&self, op: &Op) -> bool {
+        let linear = |weight: Weight, rows| self.takes_tiles(Factors::One(WeightRef::Linear(weight)), rows, None);
+        match op {
+            Op::Linear { x, parts } => parts.iter().any(|(weight, _)| linear(*weight, x.rows)),
+            Op::LinearHeads(op) => linear(op.weight, op.x.rows),
+            Op::GateUp(op) => self.takes_tiles(Self::pair_of_dense(op), op.x.rows, None),
+            Op::MoeGateUp(op) => self.experts_take_tiles(Self::pair_of(op), op.ids, op.experts.num_experts),
+            Op::MoeDown(op) => {
+                let down = Factors::One(WeightRef::Down(op.experts));
+                self.experts_take_tiles(down, op.ids, op.experts.num_experts)
+            }
+            _ => false,
+        }
+    }
+
+    /// `x` in tiles, made now unless it is there.
+    fn tiled(&mut self, x: Tensor, parts: Parts, which: WeightRef, jobs: &Jobs) -> Result<Memory> {
+        let w = self.weight(which);
+        let (chunks, code) = (w.chunks, w.code);
+        let digits = digits(code).expect("takes_tiles has seen it");
+        let (num_tiles, slots_in_x, list) = match jobs {
+            Jobs::List { list, max_items, sorted_offset, top_k, slots_in_x, .. } => {
+                (*max_items, *slots_in_x, Some((list.clone(), *sorted_offset, *top_k)))
+            }
+            _ => (x.rows.div_ceil(TILE_TOKENS), false, None),
+        };
+        let count = if list.is_some() { 1 } else { parts.count };
+        let bytes = tiled_bytes(num_tiles * count, w, digits);
+        let before = self.tiles.memory.as_ref().map(|m| m.id);
+        let memory = self.tiles.get("activations in tiles", bytes, &mut self.device)?;
+        let of_list = list.is_some().then(|| (self.listed.expect("a list was just made"), slots_in_x));
+        let key = TiledKey { x, parts, digits, half_word_codes: half_word_codes(code), list: of_list };
+        if self.tiled == Some(key) && before == Some(memory.id) {
+            return Ok(memory);
+        }
+        let source = self.memory(x)?;
+        let (list_memory, sorted_offset, top_k) = list.clone().unwrap_or((source.clone(), 0, 1));
+        let arguments = [
+            x.offset,
+            x.stride,
+            parts.stride,
+            num_tiles,
+            x.rows,
+            parts.cols,
+            chunks,
+            key.half_word_codes,
+            usize::from(list.is_some()),
+            usize::from(slots_in_x),
+            top_k,
+            sorted_offset,
+        ]
+        .map(|n| n as u32);
+        let grid = [chunks.div_ceil(8), num_tiles, TILE_TOKENS * count];
+        self.run(Kernel::WriteTiles(digits), &[&memory, &source, &list_memory], &arguments, grid)?;
+        self.tiled = Some(key);
+        Ok(memory)
+    }
+
+    /// One weight, or two that meet in an activation, all shards, by tiles.
+    pub(super) fn product_of_tiles(
+        &mut self,
+        which: Factors,
+        x: Tensor,
+        parts: Parts,
+        out: &Output,
+        jobs: &Jobs,
+    ) -> Result<()> {
+        let tiled = self.tiled(x, parts, which.first(), jobs)?;
+        let w = self.weight(which.first());
+        let second = which.second().map(|(second, _)| self.weight(second));
+        let weights = second.map_or(Weights::One, |_| Weights::Pair);
+        let rows_of_group = if second.is_some() { 32 } else { 64 };
+        let (is_list, num_tokens, num_tiles, top_k, sorted_offset) = match jobs {
+            Jobs::List { max_items, sorted_offset, top_k, .. } => (1, 0, *max_items, *top_k, *sorted_offset),
+            _ => (0, x.rows, x.rows.div_ceil(TILE_TOKENS), 1, 0),
+        };
+        let list = match jobs {
+            Jobs::List { list, .. } => list.clone(),
+            _ => self.nothing.clone(),
+        };
+        let (kind, alpha, limit) = which.second().map_or((0, 0.0, 0.0), |(_, activation)| activation_args(activation));
+        let code = w.code;
+        let mut launches = Vec::with_capacity(w.shards.len());
+        for (i, shard) in w.shards.iter().enumerate() {
+            let matrices = if is_list == 1 { 1 } else { shard.num_matrices };
+            let grid = [shard.num_rows.div_ceil(rows_of_group), num_tiles, matrices];
+            let mut arguments = [
+                w.chunks,
+                shard.num_rows,
+                lanes_of(w, weights),
+                out.offset,
+                out.stride,
+                out.matrix_step,
+                num_tokens,
+                shard.first_row,
+                shard.first_matrix,
+                shard.num_matrices,
+                w.rows,
+                is_list,
+                top_k,
+                sorted_offset,
+                w.bias_offset(),
+                second.map_or(0, DeviceWeight::bias_offset),
+                w.has() + 4 * second.map_or(0, DeviceWeight::has) + 16 * usize::from(out.adds),
+                w.scale_words,
+                kind,
+            ]
+            .map(|n| n as u32)
+            .to_vec();
+            arguments.extend([f32::to_bits(alpha), f32::to_bits(limit)]);
+            let mut memories = vec![shard.codes.clone(), shard.scales.clone(), w.extra.clone()];
+            if let Some(second) = second {
+                let shard = &second.shards[i];
+                memories.extend([shard.codes.clone(), shard.scales.clone(), second.extra.clone()]);
+            }
+            launches.push((memories, arguments, grid));
+        }
+        for (weights_memory, arguments, grid) in launches {
+            let mut memories = vec![&out.forms.memory, &tiled, &tiled, &list];
+            memories.extend(&weights_memory);
+            self.run(Kernel::Tiles(code, weights), &memories, &arguments, grid)?;
+        }
+        Ok(())
+    }
+
+    /// Rows from which products go by tiles: of x, and of an expert on average.
+    pub(super) fn default_fewest_rows() -> [usize; 2] {
+        [FEWEST_ROWS, FEWEST_ROWS_OF_EXPERT]
+    }
+}
+
+/// Bytes of so many tiles of the input of a weight.
+fn tiled_bytes(tiles: usize, w: &DeviceWeight, digits: usize) -> u64 {
+    (tiles * (TILE_TOKENS / 16) * w.chunks * block_quads(digits) * 16) as u64
+}
