@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use self::forms::Spreads;
 use self::products::WorkListKey;
-use self::tiles::TiledKey;
+use self::tiles::{FewestRows, TiledKey};
 
 /// How to open the back end.
 #[derive(Clone)]
@@ -127,8 +127,8 @@ pub struct WgpuBackend {
     tiles: Scratch,
     /// What `tiles` holds.
     tiled: Option<TiledKey>,
-    /// Rows from which products go by tiles: of x, and of an expert on average.
-    fewest_rows: [usize; 2],
+    /// Rows from which products go by tiles.
+    fewest_rows: FewestRows,
     /// The step that is recorded: its key, its operations with the stages they belong to.
     recording: Option<(u64, Vec<(Stage, Op)>)>,
     /// The part of a step that operations belong to now.
@@ -190,7 +190,7 @@ impl WgpuBackend {
             list: Scratch::default(),
             tiles: Scratch::default(),
             tiled: None,
-            fewest_rows: if options.few_rows_by_tiles { [2, 0] } else { Self::default_fewest_rows() },
+            fewest_rows: if options.few_rows_by_tiles { FewestRows::ALWAYS } else { FewestRows::MEASURED },
             recording: None,
             stage: Stage::Embed,
             listed: None,
@@ -320,7 +320,7 @@ impl WgpuBackend {
         let weight = DeviceWeight::load(name, matrices, bias, company, &mut self.device)?;
         let binds_many = self.device.binds_many;
         let mut kernels = Kernel::of_code(weight.code, company, self.device.tokens());
-        if self.device.matrices.is_some() {
+        if self.device.matrices.is_some() && self.fewest_rows.are_for(company) {
             kernels.extend(Kernel::tiles_of(weight.code, company));
         }
         self.compile(kernels.into_iter().filter(|kernel| binds_many || !kernel.binds_many()))?;

@@ -105,7 +105,8 @@ pub struct SelfTest {
     pub shader_f16: bool,
     /// Whether the adapter has cooperative matrices of any kind.
     pub cooperative_matrix: bool,
-    /// Whether those of 16 by 16 f16 numbers, summed in f32, are there, and sums of integers in them are exact: then they multiply prompts.
+    /// Whether those of 16 by 16 f16 numbers, summed in f32, are there, and sums of integers in them are exact: then they multiply heads of
+    /// prompts.
     pub exact_matrices: bool,
 }
 

@@ -14,8 +14,8 @@
 //! Activations are f32. Products are sums of f32, or, where codes of weights are integers and the adapter multiplies four bytes in an
 //! instruction, of integers of 22 bits and a power of two for 32 columns: either way the results are those of the CPU's exact mode but
 //! for rounding. Nothing depends on the size of a subgroup: where any 32 invocations in a row can exchange values, which the self-test
-//! finds out, sums go through registers, else through workgroup memory. Prompts are multiplied by cooperative matrices where there are any in
-//! which sums of integers are exact: digits of activations and codes are f16 numbers there, and a row has the bits that it has alone.
+//! finds out, sums go through registers, else through workgroup memory. Where cooperative matrices sum integers exactly they multiply
+//! heads of prompts: digits of activations and codes are f16 numbers there, and a row has the bits that it has alone.
 //! `kernels/common.wgsl` has the conventions, `kernels/product.wgsl` says how weights are
 //! streamed.
 

@@ -229,7 +229,7 @@ fn self_test_text(test: SelfTest) -> String {
         has("integer products", test.integer_products),
         has("f16", test.shader_f16),
         has("cooperative matrices", test.cooperative_matrix),
-        has("of 16 x 16 f16, sums exact: prompts by them", test.exact_matrices),
+        has("those of 16 x 16 f16 sum exactly and multiply heads of prompts", test.exact_matrices),
     ]
     .join(", ")
 }

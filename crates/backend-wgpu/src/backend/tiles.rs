@@ -4,15 +4,38 @@ use super::WgpuBackend;
 use super::forms::Parts;
 use super::products::{Factors, Jobs, Output, WeightRef, WorkListKey, activation_args, lanes_of};
 use crate::device::Memory;
-use crate::kernels::{Kernel, TILE_TOKENS, Weights, block_quads, digits, half_word_codes};
+use crate::kernels::{Company, Kernel, TILE_TOKENS, Weights, block_quads, digits, half_word_codes};
 use crate::program::Op;
 use crate::weights::DeviceWeight;
 use moellon_ops::{Result, Tensor, Weight};
 
-/// Rows of x from which a product goes by tiles; of experts, rows that each has on average. Fewer fill so little of a tile that products
-/// which read weights once for eight rows are faster.
-const FEWEST_ROWS: usize = 16;
-const FEWEST_ROWS_OF_EXPERT: usize = 8;
+/// Rows of x from which products go by tiles.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct FewestRows {
+    /// Of all heads side by side.
+    heads: usize,
+    /// Of every other weight that is no expert's.
+    others: Option<usize>,
+    /// Rows that an expert has on average.
+    of_expert: Option<usize>,
+}
+
+impl FewestRows {
+    /// Where tiles were faster than products that read weights once for eight rows, on an H200: 0.68 against 0.82 ms for heads of 512 rows.
+    /// Most others took 1.3 to 1.6 times as long (receipt 2026-11-30-wgpu-matrices).
+    pub(super) const MEASURED: FewestRows = FewestRows { heads: 16, others: None, of_expert: None };
+    /// As often as possible.
+    pub(super) const ALWAYS: FewestRows = FewestRows { heads: 2, others: Some(2), of_expert: Some(0) };
+
+    /// Whether weights of that company are ever multiplied by tiles.
+    pub(super) fn are_for(self, company: Company) -> bool {
+        match company {
+            Company::Heads => true,
+            Company::Alone => self.others.is_some(),
+            Company::Experts => self.of_expert.is_some(),
+        }
+    }
+}
 
 /// An input in tiles: what it was made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,12 +61,16 @@ impl WgpuBackend {
         let (Some(_), true, Some(digits)) = (self.device.matrices, are_pair && rows > 1, digits(w.code)) else {
             return false;
         };
-        let [fewest, fewest_of_expert] = self.fewest_rows;
+        let fewest = self.fewest_rows;
         let (many, tiles) = match choices {
             Some((choices, experts)) => {
-                (choices >= fewest_of_expert * experts, choices.min(experts + choices / TILE_TOKENS))
+                let many = fewest.of_expert.is_some_and(|rows| choices >= rows * experts);
+                (many, choices.min(experts + choices / TILE_TOKENS))
             }
-            None => (rows >= fewest, rows.div_ceil(TILE_TOKENS) * w.count),
+            None => {
+                let fewest = if w.count > 1 { Some(fewest.heads) } else { fewest.others };
+                (fewest.is_some_and(|fewest| rows >= fewest), rows.div_ceil(TILE_TOKENS) * w.count)
+            }
         };
         many && tiled_bytes(tiles, w, digits) <= self.device.max_binding_bytes()
     }
@@ -177,11 +204,6 @@ impl WgpuBackend {
             self.run(Kernel::Tiles(code, weights), &memories, &arguments, grid)?;
         }
         Ok(())
-    }
-
-    /// Rows from which products go by tiles: of x, and of an expert on average.
-    pub(super) fn default_fewest_rows() -> [usize; 2] {
-        [FEWEST_ROWS, FEWEST_ROWS_OF_EXPERT]
     }
 }
 
