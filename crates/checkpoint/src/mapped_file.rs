@@ -76,8 +76,9 @@ impl MappedFile {
         Ok(())
     }
 
-    /// Tells the system that the pages wholly inside `part`, a slice of this map, are not needed in memory any more.
-    /// Returns `false` if `part` is not of this map. Reading them again is correct, and costs a read from the file.
+    /// Tells the system that the pages of `part`, a slice of this map, are not needed in memory any more, those that it shares with its
+    /// neighbours included: scales of an expert are smaller than a page, and a ninth of a 4-bit file. Returns `false` if `part` is
+    /// not of this map. Reading pages again is correct, and costs a read from the file or the system's cache.
     pub(crate) fn release(&self, part: &[u8]) -> bool {
         let Source::File { map, .. } = &self.source else { return false };
         let base = map.as_ptr() as usize;
@@ -89,7 +90,8 @@ impl MappedFile {
         {
             // A multiple of the page size of every system we run on (4, 16 and 64 KiB); the map starts on a page.
             const PAGE_BYTES: usize = 64 << 10;
-            let (first, last) = (offset.next_multiple_of(PAGE_BYTES), (offset + part.len()) / PAGE_BYTES * PAGE_BYTES);
+            let first = offset / PAGE_BYTES * PAGE_BYTES;
+            let last = (offset + part.len()).next_multiple_of(PAGE_BYTES).min(map.len());
             if first < last {
                 // SAFETY: the map is read-only and backed by a file: dropped pages are read again on the next access
                 // with the same contents, so no reference into the map sees a change.
@@ -100,5 +102,36 @@ impl MappedFile {
             }
         }
         true
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::MappedFile;
+
+    /// Kilobytes of the map of `file` that are resident in this process.
+    fn resident_kb(file: &MappedFile) -> u64 {
+        let maps = std::fs::read_to_string("/proc/self/smaps").expect("the system has smaps");
+        let mut lines =
+            maps.lines().skip_while(|line| !line.ends_with(file.path().to_str().expect("the path is text")));
+        let rss = lines.find(|line| line.starts_with("Rss:")).expect("the file is mapped");
+        rss.split_whitespace().nth(1).expect("Rss has a number").parse().expect("Rss is a number")
+    }
+
+    #[test]
+    fn parts_smaller_than_a_page_leave_nothing_resident() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("shard");
+        std::fs::write(&path, vec![1u8; 1 << 20]).expect("the file is written");
+        let file = MappedFile::open(&path).expect("the file opens");
+        for part in file.bytes().chunks(5000) {
+            assert!(part.iter().all(|byte| *byte == 1));
+        }
+        assert!(resident_kb(&file) >= 1024);
+        for part in file.bytes().chunks(5000) {
+            assert!(file.release(part));
+        }
+        assert_eq!(resident_kb(&file), 0);
+        assert!(file.bytes().iter().all(|byte| *byte == 1));
     }
 }
