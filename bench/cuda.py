@@ -5,6 +5,7 @@
     python3 bench/cuda.py sampling [REQUESTS ..] # draws on the device against draws on the host, over HTTP: the same texts, and their speed
     python3 bench/cuda.py context [SHAPE/FORMAT/BATCHES ..]  # decode at 8192 positions against 128
     python3 bench/cuda.py golden                # worst difference from transformers; texts of the bundled model against the CPU's
+    python3 bench/cuda.py formats TEST          # golden models in every format, from the test golden_cuda (its binary, on a machine that compiles nothing)
     python3 bench/cuda.py faults [KERNELS]      # no memory, no driver, a lost GPU (a folder of kernels of which one traps): what is said, and who survives
     cargo xtask docs --write
 
@@ -14,6 +15,7 @@ Needs nothing but Python.
 import contextlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -185,6 +187,20 @@ def golden(stolen):
     write("cuda-golden", commands, {"golden": samples, "text": texts}, {"golden-cuda": rows, "texts-cuda": text_rows}, stolen)
 
 
+def golden_formats(stolen, test):
+    """What the test says of each format: it fails beyond the tolerance."""
+    done = subprocess.run([test, "--nocapture"], capture_output=True, text=True, cwd=ROOT / "crates/model", check=True)
+    line = re.compile(r"^(.+): ([0-9.]+) of the tolerance; (\d+) of (\d+) positions and layers compared, (\d+) other choices$", re.M)
+    found = line.findall(done.stdout + done.stderr)
+    if not found:
+        raise SystemExit(f"{test} said nothing of formats: is there a GPU?\n{done.stderr[-1000:]}")
+    rows = [
+        {"format": form, "worst difference, share of the tolerance": worst, "positions and layers": int(positions), "compared": int(compared), "other choices": int(others)}
+        for form, worst, compared, positions, others in found
+    ]
+    write("cuda-golden-formats", ["cargo test -p moellon-model --test golden_cuda -- --nocapture"], rows, {"golden-formats-cuda": rows}, stolen)
+
+
 def ask(server, **more):
     """Status and text of a short completion."""
     try:
@@ -244,6 +260,8 @@ def main():
             context(stolen, plans)
         case ["golden"]:
             golden(stolen)
+        case ["formats", test]:
+            golden_formats(stolen, test)
         case ["faults", *kernels]:
             faults(stolen, kernels)
         case _:

@@ -21,6 +21,7 @@
 A receipt holds the commit, the machine, the commands, every sample, rows for tables, and a hash over it all. Needs nothing but Python.
 """
 
+import concurrent.futures
 import csv
 import datetime
 import hashlib
@@ -431,38 +432,38 @@ def cuda_kernels(stolen):
 
 
 def cuda_sanitizer(stolen, conformance, recorded):
-    """The tests of the CUDA back end under compute-sanitizer."""
-    rows, samples, commands = [], [], []
-    all_rows = [recorded, "rows_of_the_bundled", "--test-threads=1"]
-    one_row = [recorded, "bundled", "--skip", "rows_of", "--test-threads=1"]
-    some = {"MOELLON_TEST_FORMATS": "affine-4,q3a4,nvfp4", "MOELLON_TEST_ROWS": "2,13"}
-    few = {"MOELLON_TEST_FORMATS": "affine-4,nvfp4", "MOELLON_TEST_ROWS": "7"}
-    plans = [
-        ("memcheck", "recorded steps of 2 and 13 rows, bundled shape: affine-4, q3a4, NVFP4", all_rows, some),
-        ("racecheck", "recorded steps of 7 rows, bundled shape: affine-4, NVFP4", all_rows, few),
-        ("memcheck", "recorded steps of one row and of the MTP layer, bundled shape: affine-4, q3a4, NVFP4", one_row, some),
-        ("racecheck", "recorded steps of one row, bundled shape: affine-4, NVFP4", [recorded, "bundled_shape", "--skip", "rows_of", "--skip", "mtp", "--test-threads=1"], few),
-        ("initcheck", "recorded steps of 2 and 13 rows, bundled shape: affine-4, q3a4, NVFP4", all_rows, some),
-        *((tool, "conformance, every operation", [conformance], {}) for tool in ("memcheck", "racecheck", "initcheck")),
-        ("initcheck", "recorded steps of one row and of the MTP layer, bundled shape: affine-4, q3a4, NVFP4", one_row, some),
+    """The tests of the CUDA back end under compute-sanitizer, side by side: each waits for its own process most of the time."""
+    tools = ("memcheck", "racecheck", "initcheck")
+    one_row = {"MOELLON_TEST_FORMATS": "affine-4,q3a4,nvfp4"}
+    plans = [(tool, "conformance, every operation", [conformance], {}) for tool in tools]
+    plans += [(tool, "recorded steps of one row, bundled shape: affine-4, q3a4, NVFP4", [recorded, "bundled_shape_in_every", "--skip", "rows_of", "--test-threads=1"], one_row) for tool in tools]
+    plans += [(tool, "recorded steps of the MTP layer, bundled shape", [recorded, "mtp_steps", "--test-threads=1"], one_row) for tool in tools]
+    plans += [
+        (tool, f"recorded steps of {rows} rows, bundled shape: {form}", [recorded, "rows_of_the_bundled", "--test-threads=1"], {"MOELLON_TEST_FORMATS": form, "MOELLON_TEST_ROWS": rows})
+        for rows in ("13", "7", "2") for form in ("affine-4", "q3a4", "nvfp4") for tool in tools
     ]
     deadline = time.monotonic() + float(os.environ.get("MOELLON_SANITIZER_LIMIT_S", 3600))
-    for tool, what, words, environment in plans:
+
+    def check(plan):
+        tool, what, words, environment = plan
         start = time.monotonic()
         try:
             done = subprocess.run(["compute-sanitizer", "--tool", tool, *words], capture_output=True, text=True, env={**os.environ, **environment}, timeout=max(1, deadline - start))
         except subprocess.TimeoutExpired:
             print(f"compute-sanitizer {tool}, {what}: no time left, no sample", flush=True)
-            continue
+            return None
         text = done.stdout + done.stderr
         summary = [line.removeprefix("========= ") for line in text.splitlines() if "SUMMARY" in line]
-        passed = [line for line in text.splitlines() if line.startswith("test result: ok.")]
+        passed = [line for line in text.splitlines() if line.startswith("test result: ok. 1 passed")]
         if not summary or not passed:
-            raise SystemExit(f"compute-sanitizer {tool}, {what}: no summary\n{text[-2000:]}")
+            raise SystemExit(f"compute-sanitizer {tool}, {what}: no summary, or no test\n{text[-2000:]}")
         print(f"{tool}, {what}: {summary}, {time.monotonic() - start:.0f} s", flush=True)
-        samples.append({"tool": tool, "what": what, "summary": summary, "status": done.returncode, "seconds": round(time.monotonic() - start, 1)})
-        commands.append(f"compute-sanitizer --tool {tool} {what}")
-        rows.append({"tool": tool, "tests": what, "found": ", ".join(summary)})
+        return {"tool": tool, "what": what, "summary": summary, "status": done.returncode, "seconds": round(time.monotonic() - start, 1)}
+
+    with concurrent.futures.ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
+        samples = [sample for sample in pool.map(check, plans) if sample]
+    rows = [{"tool": sample["tool"], "tests": sample["what"], "found": ", ".join(sample["summary"])} for sample in samples]
+    commands = [f"compute-sanitizer --tool {sample['tool']} {sample['what']}" for sample in samples]
     write("cuda-sanitizer", commands, samples, {"cuda-sanitizer": rows}, stolen)
 
 

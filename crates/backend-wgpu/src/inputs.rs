@@ -39,7 +39,12 @@ impl Inputs {
 
     /// Whether `bytes` more must go elsewhere.
     pub(crate) fn is_full_for(&self, bytes: u64) -> bool {
-        bytes > Self::LARGEST || self.gap(bytes as usize).is_none()
+        bytes > Self::LARGEST || self.gap(Self::taken(bytes)).is_none()
+    }
+
+    /// Bytes of a part for so many bytes.
+    fn taken(bytes: u64) -> usize {
+        bytes.max(16).next_multiple_of(16) as usize
     }
 
     /// The first free range of so many bytes: its start and its place among the parts.
@@ -56,7 +61,7 @@ impl Inputs {
 
     /// Takes a range, zeroed, for the memory `id`: the buffer, where the range starts, and its bytes.
     pub(crate) fn take(&mut self, id: u64, bytes: u64) -> (wgpu::Buffer, u64, u64) {
-        let bytes = bytes.max(16).next_multiple_of(16) as usize;
+        let bytes = Self::taken(bytes);
         let (start, place) = self.gap(bytes).expect("is_full_for said that there is room");
         let end = start + bytes;
         self.parts.insert(place, Part { id, start, end, is_known: true });
@@ -158,5 +163,9 @@ mod tests {
         assert!(inputs.is_full_for((16 << 10) + 16));
         inputs.parts.push(part(4, 768, Inputs::BYTES as usize, true));
         assert!(inputs.is_full_for(4096));
+        // A part of nothing takes 16 bytes too.
+        assert!(!inputs.is_full_for(0));
+        inputs.parts.insert(0, part(5, 0, 512, true));
+        assert!(inputs.is_full_for(0));
     }
 }

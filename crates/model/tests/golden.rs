@@ -4,6 +4,7 @@
 mod golden_support;
 
 use golden_support::{Golden, all_backends, fixtures};
+use moellon_backend_cpu::{ActivationMode, CpuBackend, CpuLevel, CpuOptions};
 use moellon_model::batch::LogitRows;
 use moellon_model::mtp::MtpHidden;
 use moellon_model::session::{Session, read_logits};
@@ -157,4 +158,15 @@ fn for_every(mut check: impl FnMut(&Golden, &mut dyn Backend)) {
             check(&golden, backend.as_mut());
         }
     }
+}
+
+/// In every format with activations of 8 bits, which the other tests of this file do not use. One level: all of them give the same bits.
+#[test]
+fn rounded_activations_stay_within_what_rounding_explains() {
+    let options =
+        CpuOptions { threads: Some(1), level: Some(CpuLevel::detect()), activation: ActivationMode::Int8, pin: false };
+    golden_support::quantized::assert_every_format(
+        1,
+        &mut CpuBackend::new(options).expect("the detected level starts"),
+    );
 }

@@ -6,7 +6,7 @@ mod golden_support;
 use moellon_backend_cuda::{CudaBackend, CudaOptions};
 
 #[test]
-fn prefill_and_recorded_decoding_match() {
+fn golden_models() {
     let options =
         CudaOptions { kernels: std::env::var_os("MOELLON_CUDA_KERNELS").map(Into::into), ..CudaOptions::default() };
     let mut backend = match CudaBackend::new(&options) {
@@ -17,4 +17,5 @@ fn prefill_and_recorded_decoding_match() {
         }
     };
     golden_support::assert_prefill_and_recorded_decoding(&mut backend);
+    golden_support::quantized::assert_every_format(1, &mut backend);
 }

@@ -5,9 +5,10 @@
 mod golden_support;
 
 use moellon_backend_wgpu::{WgpuBackend, WgpuOptions};
+use moellon_ops::Backend;
 
 #[test]
-fn prefill_and_recorded_decoding_match() {
+fn golden_models() {
     let mut backend = match WgpuBackend::new(&WgpuOptions::default()) {
         Ok(backend) => backend,
         Err(error) => {
@@ -16,4 +17,7 @@ fn prefill_and_recorded_decoding_match() {
         }
     };
     golden_support::assert_prefill_and_recorded_decoding(&mut backend);
+    // A processor that plays the GPU takes two minutes for all of them.
+    let stride = if backend.caps().device.contains("llvmpipe") { 4 } else { 1 };
+    golden_support::quantized::assert_every_format(stride, &mut backend);
 }

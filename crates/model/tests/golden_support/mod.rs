@@ -1,6 +1,8 @@
 //! Reads the golden fixtures.
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
+pub(crate) mod quantized;
+
 use moellon_backend_cpu::{ActivationMode, CpuBackend, CpuLevel, CpuOptions};
 use moellon_checkpoint::Checkpoint;
 use moellon_model::batch::LogitRows;
