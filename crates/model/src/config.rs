@@ -1,6 +1,6 @@
 //! Every number of a model. The parsers in [`crate::arch`] fill it from `config.json`; nothing else reads that file.
 
-use moellon_ops::{Activation, RopePairs, Scoring};
+use moellon_ops::{Activation, RopePairs, Route, Scoring, Tensor};
 
 /// The architectures that we know, by `model_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -200,6 +200,23 @@ pub struct Moe {
     pub norm_topk_prob: bool,
     /// Factor on the weights.
     pub routed_scaling_factor: f32,
+}
+
+impl Moe {
+    /// The choice of experts by `logits` `[num_tokens, num_experts]`, to `ids` and `weights` `[num_tokens, num_experts_per_tok]`.
+    pub fn route(&self, logits: Tensor, correction_bias: Option<Tensor>, ids: Tensor, weights: Tensor) -> Route {
+        Route {
+            logits,
+            correction_bias,
+            scoring: self.scoring,
+            n_group: self.n_group,
+            topk_group: self.topk_group,
+            norm_topk_prob: self.norm_topk_prob,
+            routed_scaling_factor: self.routed_scaling_factor,
+            ids,
+            weights,
+        }
+    }
 }
 
 /// What is special about one layer.

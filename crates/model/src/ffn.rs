@@ -4,7 +4,7 @@ use crate::Result;
 use crate::decoder::Pass;
 use crate::tap::TapPoint;
 use crate::weights::{DenseWeights, FfnWeights, MoeWeights};
-use moellon_ops::{Activation, GateUp, Linear, MoeDown, MoeGateUp, Route, Stage, Tensor};
+use moellon_ops::{Activation, GateUp, Linear, MoeDown, MoeGateUp, Stage, Tensor};
 
 /// `out = ffn(x)` for `x` `[num_tokens, hidden_size]`.
 pub(crate) fn forward(
@@ -35,17 +35,7 @@ fn routed(pass: &mut Pass<'_, '_>, weights: &MoeWeights, layer: usize, x: Tensor
     pass.backend.linear(&Linear { x, parts: &[(weights.router, logits)] })?;
     let ids = space.expert_ids.tensor(tokens, top_k);
     let expert_weights = space.expert_weights.tensor(tokens, top_k);
-    pass.backend.route(&Route {
-        logits,
-        correction_bias: weights.correction_bias,
-        scoring: moe.scoring,
-        n_group: moe.n_group,
-        topk_group: moe.topk_group,
-        norm_topk_prob: moe.norm_topk_prob,
-        routed_scaling_factor: moe.routed_scaling_factor,
-        ids,
-        weights: expert_weights,
-    })?;
+    pass.backend.route(&moe.route(logits, weights.correction_bias, ids, expert_weights))?;
     let shared = match &weights.shared {
         Some(shared) => {
             pass.backend.stage(Stage::SharedExpert);

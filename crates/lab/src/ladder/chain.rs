@@ -397,17 +397,7 @@ impl Bed {
         let correction_bias = if moe.correction_bias { Some(inputs.empty(1, experts.num_experts)?) } else { None };
         let ids = inputs.ids(rows, top_k, &vec![0; rows * top_k])?;
         let weights = inputs.empty(rows, top_k)?;
-        let route = Route {
-            logits,
-            correction_bias,
-            scoring: moe.scoring,
-            n_group: moe.n_group,
-            topk_group: moe.topk_group,
-            norm_topk_prob: moe.norm_topk_prob,
-            routed_scaling_factor: moe.routed_scaling_factor,
-            ids,
-            weights,
-        };
+        let route = moe.route(logits, correction_bias, ids, weights);
         let (x, h) = (inputs.normal(rows, experts.hidden_size)?, inputs.empty(rows, top_k * width)?);
         let gate_up = MoeGateUp { x, experts, ids, activation: moe.activation, out: h };
         let out = inputs.empty(rows, experts.hidden_size)?;
