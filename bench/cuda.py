@@ -6,6 +6,7 @@
     python3 bench/cuda.py context [SHAPE/FORMAT/BATCHES ..]  # decode at 8192 positions against 128
     python3 bench/cuda.py golden                # worst difference from transformers; texts of the bundled model against the CPU's
     python3 bench/cuda.py formats TEST          # golden models in every format, from the test golden_cuda (its binary, on a machine that compiles nothing)
+    python3 bench/cuda.py load DIRECTORY        # loading a large checkpoint (bench/large_checkpoint.py) against the bus (needs torch, which measures it)
     python3 bench/cuda.py faults [KERNELS]      # no memory, no driver, a lost GPU (a folder of kernels of which one traps): what is said, and who survives
     cargo xtask docs --write
 
@@ -201,6 +202,39 @@ def golden_formats(stolen, test):
     write("cuda-golden-formats", ["cargo test -p moellon-model --test golden_cuda -- --nocapture"], rows, {"golden-formats-cuda": rows}, stolen)
 
 
+def bus_gb_s():
+    """Page-locked memory to the GPU."""
+    import torch
+
+    host, device = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True), torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    times = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        start = time.monotonic()
+        device.copy_(host, non_blocking=True)
+        torch.cuda.synchronize()
+        times.append(time.monotonic() - start)
+    return (1 << 30) / statistics.median(times) / 1e9
+
+
+def load(stolen, directory):
+    """Loading from the page cache: what is left beside the bus is what the host does."""
+    bus = bus_gb_s()
+    command = ["bench", "-m", directory, "--backend", "cuda", "--batch", "1", "--context", "16", "--prompt", "1", "--windows", "1", "--steps", "1", "--json"]
+    samples = []
+    for _ in range(5):
+        done = subprocess.run([BINARY, *command], capture_output=True, text=True, check=True)
+        size, unit, seconds = re.search(r"loaded ([0-9.]+) (.B) of .* in ([0-9.]+) s onto", done.stderr).groups()
+        samples.append({"GB": float(size) * {"GB": 1, "MB": 1e-3}[unit], "s": float(seconds)})
+    middle = statistics.median(sample["s"] for sample in samples[1:])
+    size = samples[0]["GB"]
+    row = {
+        "checkpoint": f"{size:.1f} GB, affine-4", "first load, s": samples[0]["s"], "from the page cache, s": f"{middle:.1f}", "GB/s": f"{size / middle:.1f}",
+        "bus, GB/s": f"{bus:.1f}", "host threads": os.cpu_count(),
+    }
+    write("cuda-load", ["python3 bench/large_checkpoint.py DIRECTORY", f"{NAME} {' '.join(map(str, command)).replace(str(directory), 'DIRECTORY')}"], {"loads": samples, "bus_gb_s": bus}, {"cuda-load": [row]}, stolen)
+
+
 def ask(server, **more):
     """Status and text of a short completion."""
     try:
@@ -260,6 +294,8 @@ def main():
             context(stolen, plans)
         case ["golden"]:
             golden(stolen)
+        case ["load", directory]:
+            load(stolen, directory)
         case ["formats", test]:
             golden_formats(stolen, test)
         case ["faults", *kernels]:

@@ -72,6 +72,8 @@ pub(crate) struct Device {
     pub(crate) driver_version: i32,
     /// Events around kernels while they are timed.
     clock: Option<KernelClock>,
+    /// The next kernel waits for everything before it.
+    separate: bool,
     /// Whether a kernel may start while the one before it ends (programmatic dependent launch). Kernels that fill the device by
     /// themselves are better off without: 2.06 ms a step instead of 2.09 (12 layers of GLM-5.2-77 in affine-4, H200).
     pub(crate) overlaps: bool,
@@ -136,6 +138,7 @@ impl Device {
             shared_bytes,
             driver_version,
             clock: None,
+            separate: false,
             overlaps: true,
         })
     }
@@ -280,7 +283,7 @@ impl Device {
             sharedMemBytes: shared,
             hStream: self.stream,
             attrs: &raw mut attribute,
-            numAttrs: u32::from(self.capability.0 >= 9 && self.overlaps),
+            numAttrs: u32::from(self.capability.0 >= 9 && self.overlaps && !std::mem::take(&mut self.separate)),
         };
         let mut parameters = [ptr::from_ref(args).cast_mut().cast::<c_void>()];
         // SAFETY: the argument struct is the kernel's own (args.rs); the driver copies it before it returns.
@@ -291,6 +294,11 @@ impl Device {
             return self.mark(kernel.name);
         }
         check(result, &format!("launching {} with grid {grid:?}, {block} threads, {shared} bytes", kernel.name))
+    }
+
+    /// The next kernel starts when everything before it has ended: for weights, which kernels ask for before they wait for the kernel before.
+    pub(crate) fn separate(&mut self) {
+        self.separate = true;
     }
 
     /// Times every kernel from now on, until [`Device::stop_clock`].
@@ -309,13 +317,32 @@ impl Device {
 
     /// Remembers that a kernel ends here, if kernels are timed.
     fn mark(&mut self, name: &'static str) -> Result<()> {
-        if let Some(clock) = &mut self.clock {
+        if self.clock.is_some() {
             let event = Event::new()?;
-            // SAFETY: the event and the stream are alive.
-            check(unsafe { sys::cuEventRecord(event.0, self.stream) }, "recording an event")?;
-            clock.marks.push((name, event));
+            self.record(&event)?;
+            self.clock.as_mut().expect("it was there").marks.push((name, event));
         }
         Ok(())
+    }
+
+    /// An event that nobody has to wait for yet.
+    pub(crate) fn event(&mut self) -> Result<Event> {
+        self.enter()?;
+        Event::new()
+    }
+
+    /// Puts the event behind all that was appended to the stream so far.
+    pub(crate) fn record(&mut self, event: &Event) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the event and the stream are alive.
+        check(unsafe { sys::cuEventRecord(event.0, self.stream) }, "recording an event")
+    }
+
+    /// Waits until the stream has passed the event; at once if it was never recorded.
+    pub(crate) fn wait_for(&mut self, event: &Event) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the event is alive.
+        check(unsafe { sys::cuEventSynchronize(event.0) }, "waiting for the GPU")
     }
 
     /// Starts recording what is appended to the stream.
@@ -365,8 +392,8 @@ struct KernelClock {
     marks: Vec<(&'static str, Event)>,
 }
 
-/// A point in the stream whose time is taken.
-struct Event(sys::CUevent);
+/// A point in the stream that can be waited for, and whose time is taken.
+pub(crate) struct Event(sys::CUevent);
 
 // SAFETY: a handle that any thread may use.
 unsafe impl Send for Event {}
@@ -374,7 +401,7 @@ unsafe impl Send for Event {}
 impl Event {
     fn new() -> Result<Self> {
         let mut event = ptr::null_mut();
-        // SAFETY: out pointer; the context is current (`Device::launch` entered it).
+        // SAFETY: out pointer; the context is current (its callers entered it).
         check(unsafe { sys::cuEventCreate(&raw mut event, 0) }, "making an event")?;
         Ok(Event(event))
     }

@@ -4,7 +4,8 @@
 //! |---|---|
 //! | `driver` | the driver behind a safe surface: context, stream, memory, kernels, graphs |
 //! | `kernels` | the compiled kernels, found by compute capability, or compiled by `nvrtc` where there are none |
-//! | `weights` | repacking weights on the device while they are loaded |
+//! | `weights` | how weights lie on the device |
+//! | `loader` | copying them there and repacking them, piece by piece |
 //! | `buffers` | device buffers and their bfloat16 twins |
 //! | `backend` | memory, weights and caches; the operations: which kernel, which grid; steps, recorded and replayed |
 //! | `program` | operations as values, so that a step can be looked at before it is launched |
@@ -18,6 +19,7 @@ mod backend;
 mod buffers;
 mod driver;
 mod kernels;
+mod loader;
 mod nvrtc;
 mod program;
 mod weights;

@@ -1,11 +1,9 @@
-//! Weights on the device: plain ones as they are, quantized ones in the packed layout of `kernels/packed.cuh`. A matrix's bytes
-//! are copied through page-locked memory as they lie in the checkpoint and repacked by a kernel, two pieces in flight.
+//! Weights on the device: plain ones as they are, quantized ones in the packed layout of `kernels/packed.cuh`.
 
-use crate::args::{Pack, Packed};
-use crate::driver::{Device, DevicePtr, Memory, Pinned, device_error};
-use crate::kernels::Kernels;
+use crate::args::Packed;
+use crate::driver::{DevicePtr, Memory};
 use moellon_ops::{Error, Result};
-use moellon_tensor::{MatrixView, ScaleDtype, WeightFormat};
+use moellon_tensor::{ScaleDtype, WeightFormat};
 
 /// Name of a packed format in kernel names.
 pub(crate) fn format_name(format: WeightFormat) -> Option<&'static str> {
@@ -105,7 +103,7 @@ pub(crate) fn tile_bytes(format: WeightFormat) -> u32 {
 }
 
 /// Words of codes that a lane has in a tile (`Words` of packed.cuh).
-fn lane_words(format: WeightFormat) -> u64 {
+pub(crate) fn lane_words(format: WeightFormat) -> u64 {
     match format {
         WeightFormat::Affine { bits, .. } => u64::from(bits),
         WeightFormat::Mxfp8 | WeightFormat::Fp8Block { .. } => 8,
@@ -123,7 +121,7 @@ pub(crate) struct DeviceWeight {
     /// The packed form of quantized weights.
     pub(crate) packed: Packed,
     /// Keeps what the addresses point at.
-    _memory: Vec<Memory>,
+    pub(crate) _memory: Vec<Memory>,
 }
 
 impl DeviceWeight {
@@ -133,205 +131,8 @@ impl DeviceWeight {
     }
 }
 
-/// Bytes of one piece of a matrix on its way to the device.
-const PIECE: usize = 32 << 20;
-
-/// Copies matrices to the device and packs them.
-pub(crate) struct Loader {
-    pinned: [Pinned; 2],
-    staging: [Memory; 2],
-    next: usize,
-    in_flight: usize,
-}
-
-impl Loader {
-    pub(crate) fn new(device: &mut Device) -> Result<Self> {
-        Ok(Loader {
-            pinned: [device.alloc_pinned(PIECE)?, device.alloc_pinned(PIECE)?],
-            staging: [device.alloc("loading weights", PIECE as u64)?, device.alloc("loading weights", PIECE as u64)?],
-            next: 0,
-            in_flight: 0,
-        })
-    }
-
-    /// Loads matrices of one shape and format.
-    pub(crate) fn load(
-        &mut self,
-        name: &str,
-        matrices: &[MatrixView<'_>],
-        bias: Option<&[f32]>,
-        device: &mut Device,
-        kernels: &mut Kernels,
-    ) -> Result<DeviceWeight> {
-        let first = &matrices[0];
-        let (format, rows, cols, count) = (first.format, first.rows, first.cols, matrices.len() as u64);
-        let mut memory = Vec::new();
-        let mut floats = |device: &mut Device, values: &[f32]| -> Result<DevicePtr> {
-            let block = device.alloc(name, 4 * values.len() as u64)?;
-            device.upload(block.pointer(), bytemuck::cast_slice(values))?;
-            let pointer = block.pointer();
-            memory.push(block);
-            Ok(pointer)
-        };
-        let bias = bias.map_or(Ok(0), |b| floats(device, b))?;
-        let global: Vec<f32> = matrices.iter().map(|m| m.global_scale).collect();
-        let global_scales = if global.iter().all(|g| *g == 1.0) { 0 } else { floats(device, &global)? };
-        let Some(kernel_name) = format_name(format) else {
-            if matches!(format, WeightFormat::Affine { .. }) {
-                return Err(unsupported(name, format));
-            }
-            let row_bytes = format.code_row_bytes(cols);
-            let block = device.alloc(name, count * (rows * row_bytes) as u64)?;
-            let mut to = block.pointer();
-            for matrix in matrices {
-                self.copy_rows(matrix, to, device)?;
-                to += (rows * row_bytes) as u64;
-            }
-            device.synchronize()?;
-            self.in_flight = 0;
-            let plain = block.pointer();
-            memory.push(block);
-            let packed = Packed { bias, global_scales, ..Packed::default() };
-            return Ok(DeviceWeight { format, rows, cols, plain, packed, _memory: memory });
-        };
-        let kernel = kernels.pack(&format!("pack_{kernel_name}"))?;
-        let (row_tiles, tiles) = (rows.div_ceil(16) as u64, cols.div_ceil(64) as u64);
-        let inline_bytes = inline_scale_bytes(format);
-        let tile_words = lane_words(format) * 32 + inline_bytes / 4;
-        let scale_row_tile = scale_row_tile_bytes(name, format, cols)?;
-        let codes = device.alloc(name, count * row_tiles * tiles * tile_words * 4)?;
-        // The last tile of a row may hold half a group more than there are columns: zeroed, never read as garbage.
-        let scales = device.alloc_zeroed(name, count * row_tiles * scale_row_tile)?;
-        let (group, scale_f32, scale_f16) = match format {
-            WeightFormat::Affine { group, scale, .. } => {
-                (group, u32::from(scale == ScaleDtype::F32), u32::from(scale == ScaleDtype::F16))
-            }
-            _ => (64, 0, 0),
-        };
-        let packed = Packed {
-            codes: codes.pointer(),
-            scales: scales.pointer(),
-            global_scales,
-            bias,
-            codes_stride: row_tiles * tiles * tile_words,
-            scales_stride: row_tiles * scale_row_tile,
-            rows: rows as u32,
-            cols: cols as u32,
-            group,
-            scale_f32,
-            scale_f16,
-            inline_scales: u32::from(inline_bytes > 0),
-            tile_words: tile_words as u32,
-            pad: 0,
-        };
-        let (block_rows, block_cols) = match format {
-            WeightFormat::Fp8Block { block_rows, block_cols } => (block_rows as usize, block_cols),
-            _ => (1, 1),
-        };
-        for (index, matrix) in matrices.iter().enumerate() {
-            let code_row = format.code_row_bytes(cols);
-            let scale_row = format.scales_per_row(cols) * format.scale_bytes();
-            let per_row = code_row + scale_row * if format.has_offsets() { 2 } else { 1 };
-            // Pieces are whole row tiles.
-            let piece_rows = ((PIECE - 64 * 1024 - 4 * scale_row) / per_row / 16 * 16).max(16);
-            for begin in (0..rows).step_by(piece_rows) {
-                let end = (begin + piece_rows).min(rows);
-                let part = matrix.row_range(begin..end);
-                let scale_rows = match format {
-                    WeightFormat::Fp8Block { .. } => (part.first_block_row + part.rows).div_ceil(block_rows),
-                    _ => part.rows,
-                };
-                let mut cursor = 0;
-                let slot = self.slot(device)?;
-                let bytes = self.pinned[slot].bytes_mut();
-                let mut put = |rows: moellon_tensor::Rows<'_>, count: usize| -> Result<usize> {
-                    let start = cursor;
-                    cursor += copy_span(rows, count, &mut bytes[start..], name)?;
-                    cursor = cursor.next_multiple_of(256);
-                    Ok(start)
-                };
-                let codes_at = put(part.codes, part.rows)?;
-                let scales_at = put(part.scales, scale_rows)?;
-                let offsets_at = if format.has_offsets() { put(part.offsets, part.rows)? } else { 0 };
-                let used = cursor.min(PIECE);
-                let base = self.staging[slot].pointer();
-                device.upload_async(base, &self.pinned[slot].bytes_mut()[..used])?;
-                let row_tile = (begin / 16) as u64;
-                let to = Packed {
-                    codes: packed.codes + 4 * (index as u64 * packed.codes_stride + row_tile * tiles * tile_words),
-                    scales: packed.scales + index as u64 * packed.scales_stride + row_tile * scale_row_tile,
-                    rows: part.rows as u32,
-                    ..packed
-                };
-                let args = Pack {
-                    to,
-                    codes: base + codes_at as u64,
-                    scales: base + scales_at as u64,
-                    offsets: base + offsets_at as u64,
-                    code_row_bytes: code_row as u64,
-                    scale_row_bytes: scale_row as u64,
-                    first_block_row: part.first_block_row as u32,
-                    block_rows: block_rows as u32,
-                    block_cols,
-                    pad: 0,
-                };
-                let warps = (part.rows.div_ceil(16) as u64 * tiles).div_ceil(8).min(4096) as u32;
-                device.launch(&kernel, [warps, 1, 1], 256, 0, &args)?;
-            }
-        }
-        device.synchronize()?;
-        self.in_flight = 0;
-        memory.extend([codes, scales]);
-        Ok(DeviceWeight { format, rows, cols, plain: 0, packed, _memory: memory })
-    }
-
-    /// A staging slot that the device has done with. Two pieces are in flight: the host fills one while the other is copied.
-    fn slot(&mut self, device: &mut Device) -> Result<usize> {
-        if self.in_flight == 2 {
-            device.synchronize()?;
-            self.in_flight = 0;
-        }
-        self.in_flight += 1;
-        self.next = 1 - self.next;
-        Ok(self.next)
-    }
-
-    /// Copies the codes of a plain matrix as they are.
-    fn copy_rows(&mut self, matrix: &MatrixView<'_>, mut to: DevicePtr, device: &mut Device) -> Result<()> {
-        let row_bytes = matrix.codes.row_bytes();
-        let piece_rows = (PIECE / row_bytes.max(1)).max(1);
-        for begin in (0..matrix.rows).step_by(piece_rows) {
-            let part = matrix.row_range(begin..(begin + piece_rows).min(matrix.rows));
-            let slot = self.slot(device)?;
-            let used = copy_span(part.codes, part.rows, self.pinned[slot].bytes_mut(), "plain weight")?;
-            device.upload_async(to, &self.pinned[slot].bytes_mut()[..used])?;
-            to += used as u64;
-        }
-        Ok(())
-    }
-}
-
-/// Copies `count` rows one after another; returns the bytes.
-fn copy_span(rows: moellon_tensor::Rows<'_>, count: usize, to: &mut [u8], name: &str) -> Result<usize> {
-    let total = rows.row_bytes() * count;
-    let Some(to) = to.get_mut(..total) else {
-        return Err(device_error(format!(
-            "{name}: a row of {} bytes does not fit a piece of {PIECE}",
-            rows.row_bytes()
-        )));
-    };
-    if rows.stride_bytes() == rows.row_bytes() {
-        to.copy_from_slice(&rows.span(count)[..total]);
-    } else {
-        for (row, to) in to.chunks_exact_mut(rows.row_bytes()).enumerate() {
-            to.copy_from_slice(rows.row(row));
-        }
-    }
-    Ok(total)
-}
-
 /// Bytes of scales behind the codes of each tile; 0 where scales stand beside (packed.cuh).
-fn inline_scale_bytes(format: WeightFormat) -> u64 {
+pub(crate) fn inline_scale_bytes(format: WeightFormat) -> u64 {
     match format {
         WeightFormat::Nvfp4
         | WeightFormat::Fp8Block { .. }
@@ -342,7 +143,7 @@ fn inline_scale_bytes(format: WeightFormat) -> u64 {
 }
 
 /// Bytes of the scales of a row tile that stand beside its codes (`scale_tile_bytes` of packed.cuh).
-fn scale_row_tile_bytes(name: &str, format: WeightFormat, cols: usize) -> Result<u64> {
+pub(crate) fn scale_row_tile_bytes(name: &str, format: WeightFormat, cols: usize) -> Result<u64> {
     Ok(match format {
         WeightFormat::Fp8Block { block_cols, .. } if !block_cols.is_multiple_of(64) => {
             return Err(unsupported(name, format));
@@ -355,7 +156,7 @@ fn scale_row_tile_bytes(name: &str, format: WeightFormat, cols: usize) -> Result
     })
 }
 
-fn unsupported(name: &str, format: WeightFormat) -> Error {
+pub(crate) fn unsupported(name: &str, format: WeightFormat) -> Error {
     Error::UnsupportedFormat {
         backend: crate::driver::NAME,
         weight: name.to_owned(),
