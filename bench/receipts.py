@@ -11,7 +11,7 @@
     python3 bench/receipts.py kernels           # one linear layer by format and rows (examples/kernel_speed)
     python3 bench/receipts.py operations [SHAPE ..] # a step operation by operation, and its parallel regions (examples/step_operations)
     python3 bench/receipts.py pages             # what huge pages are worth on this machine (moellon-tensor's examples/page_walks)
-    python3 bench/receipts.py cuda [SHAPE/FORMAT ..]  # the same on an NVIDIA GPU, up to the whole GLM-5.2-77; text against the CPU's
+    python3 bench/receipts.py cuda [SHAPE/FORMAT[/BATCHES[/PROMPTS]] ..]  # the same on an NVIDIA GPU, up to the whole GLM-5.2-77; text against the CPU's
     python3 bench/receipts.py wgpu              # a slice on the portable GPU back end, stages by the adapter's clock; text against the CPU's
     python3 bench/receipts.py wgpu-steps FILE   # what examples/step_speed wrote on another machine: {"machine", "binary_sha256", "commands", "steps", "notes"}
     python3 bench/receipts.py cuda-kernels      # each kernel of a step under Nsight Compute: microseconds, bytes (needs ncu)
@@ -311,12 +311,15 @@ def pages(stolen):
 
 
 def cuda(stolen, chosen):
-    """All plans, or those named as SHAPE/FORMAT."""
-    more = ["--backend", "cuda", "--windows", "7", "--steps", "20"]
-    slices = [("glm-5.2-77:layers=12", f, "1,2,4,8,16,32", *more) for f in ("affine-4", "nvfp4", "affine-3")]
-    plans = [("glm-5.2-77", "q3a4", "1,2,4,8,16,32", *more), *slices, ("qwen3-30b-a3b:layers=40", "affine-4", "1,2,4,8,16,32", *more)]
-    plans = [plan for plan in plans if not chosen or f"{plan[0]}/{plan[1]}" in chosen]
-    reports, rows, commands = bench(plans, "512")
+    """All plans, or those named as SHAPE/FORMAT[/BATCHES[/PROMPTS]], the last two as `moellon bench` takes them."""
+    batches = "1,2,4,8,16,32"
+    everything = ["glm-5.2-77/q3a4", *(f"glm-5.2-77:layers=12/{form}" for form in ("affine-4", "nvfp4", "affine-3")), "qwen3-30b-a3b:layers=40/affine-4"]
+    reports, rows, commands = [], [], []
+    for plan in chosen or everything:
+        shape, form, *more = plan.split("/")
+        measured = bench([(shape, form, more[0] if more else batches, "--backend", "cuda", "--windows", "7", "--steps", "20")], more[1] if more[1:] else "512")
+        for every, found in zip((reports, rows, commands), measured):
+            every += found
     prompts = ["def quicksort(items):", "fn main() {\n    let mut", "class Stack:\n    def __init__(self):"]
     texts = []
     for prompt in prompts:
