@@ -30,7 +30,7 @@ macro_rules! files {
     };
 }
 
-const FILES: [File; 7] = files!["rows" "pack" "matmul" "attention" "decode" "few" "sample"];
+static FILES: [File; 7] = files!["rows" "pack" "matmul" "attention" "decode" "few" "sample"];
 
 macro_rules! headers {
     ($($name:literal)*) => { [$(($name, include_str!(concat!("../kernels/", $name)))),*] };
