@@ -722,3 +722,29 @@ fn row_bytes(input: &RowInput, format: WeightFormat, cols: usize) -> u32 {
     let tile = if takes_digits(format) { crate::buffers::DIGITS_BYTES } else { 128 };
     (cols.div_ceil(64) * tile) as u32
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_have_as_many_units() {
+        // GLM-5.2's queries for 32 rows: 512 units and room for 396 blocks; its output projection: a block a unit.
+        assert_eq!([even(512, 396), even(384, 396), even(1, 396), even(0, 396)], [256, 384, 1, 1]);
+    }
+
+    #[test]
+    fn two_kinds_of_blocks_end_early() {
+        // The shared expert's second product beside the chosen experts' first: bytes of what a block does at a time.
+        let (first, second) = shares((192, 36_864), (1024, 86_016), 396);
+        assert!(first + second <= 396, "{first} and {second} blocks");
+        let longest = (192_usize.div_ceil(first) * 36_864).max(1024_usize.div_ceil(second) * 86_016);
+        assert_eq!(longest, 3 * 86_016, "{first} and {second} blocks");
+    }
+
+    #[test]
+    fn rows_are_wide_where_vectors_fit() {
+        assert!(is_wide(6144, &[0, 64]));
+        assert!(!is_wide(6148, &[0]) && !is_wide(6144, &[4]));
+    }
+}

@@ -2,7 +2,7 @@
 //! `kernels/few.cu`, the router's choice, the chosen experts and the shared one together; the rest operation by operation. The results are the
 //! bits of the single operations, which `tests/recorded.rs` checks.
 
-use super::decode::shares;
+use super::decode::{even, shares};
 use super::products::{Input, activation_args, slices};
 use super::{COUNTERS, CudaBackend, GEMV_ROWS, WARPS};
 use crate::args;
@@ -173,7 +173,8 @@ impl CudaBackend {
         args.shares = shares as u32;
         let shared = few_line_bytes(format, rows_of_kernel as u32);
         let kernel = self.kernels.few(&format!("few_{variant}_{name}"))?;
-        let blocks = (groups * shares).min(self.device.resident_blocks(&kernel, LINE_THREADS, shared)?) as u32;
+        // As many units each: where some blocks have two and others one, the second ones have the device to themselves.
+        let blocks = even(groups * shares, self.device.resident_blocks(&kernel, LINE_THREADS, shared)?) as u32;
         self.device.launch(&kernel, [blocks, 1, 1], LINE_THREADS, shared, &args)
     }
 
