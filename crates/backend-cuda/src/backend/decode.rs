@@ -729,7 +729,6 @@ mod tests {
 
     #[test]
     fn blocks_have_as_many_units() {
-        // GLM-5.2's queries for 32 rows: 512 units and room for 396 blocks; its output projection: a block a unit.
         assert_eq!([even(512, 396), even(384, 396), even(1, 396), even(0, 396)], [256, 384, 1, 1]);
     }
 

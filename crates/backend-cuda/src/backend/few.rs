@@ -75,6 +75,12 @@ fn slice_shares(groups: usize, slices: usize, tiles: usize, rows: usize, multipr
     choices.min_by(|a, b| time(*a).total_cmp(&time(*b))).unwrap_or(1)
 }
 
+/// Blocks for so many units where `most` are resident. Where some would have two units and others one, all have two: the second units
+/// would have the device to themselves (36 us for GLM-5.2's queries with 32 rows, 27 with fewer blocks; H200, cuda-decode-layer).
+fn line_blocks(units: usize, most: usize) -> usize {
+    if units <= 2 * most { even(units, most) } else { most }
+}
+
 /// Distinct experts that `rows` rows choose, if every choice is as likely as any other.
 fn expected_experts(num_experts: usize, top_k: usize, rows: usize) -> usize {
     let missed = (1.0 - top_k as f64 / num_experts as f64).powi(rows as i32);
@@ -173,8 +179,7 @@ impl CudaBackend {
         args.shares = shares as u32;
         let shared = few_line_bytes(format, rows_of_kernel as u32);
         let kernel = self.kernels.few(&format!("few_{variant}_{name}"))?;
-        // As many units each: where some blocks have two and others one, the second ones have the device to themselves.
-        let blocks = even(groups * shares, self.device.resident_blocks(&kernel, LINE_THREADS, shared)?) as u32;
+        let blocks = line_blocks(groups * shares, self.device.resident_blocks(&kernel, LINE_THREADS, shared)?) as u32;
         self.device.launch(&kernel, [blocks, 1, 1], LINE_THREADS, shared, &args)
     }
 
@@ -389,6 +394,12 @@ mod tests {
         for slices in [2, 4, 8] {
             assert_eq!(slice_shares(1, slices, 256, 2, H200), slices);
         }
+    }
+
+    #[test]
+    fn blocks_of_two_units_have_two_each() {
+        // GLM-5.2's queries and output projection for 32 rows, and its head, whose blocks have three or four units.
+        assert_eq!([line_blocks(512, 396), line_blocks(384, 396), line_blocks(1210, 396)], [256, 384, 396]);
     }
 
     /// As many blocks as registers allow (`__launch_bounds__`) also fit into shared memory.
