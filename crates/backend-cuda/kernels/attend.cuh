@@ -34,27 +34,44 @@ DEVICE void keys_of(const AttendArgs& a, u32 t, u32& first, u32& count) {
   count = p + 1 - first;
 }
 
-// Columns c .. c + 8 of the joined parts of a head.
-DEVICE void join8(const AttendArgs& a, u32 t, u32 head, u32 c, float out[8]) {
-  u32 first, count;
-  keys_of(a, t, first, count);
+// Columns c .. c + 8 of the joined parts of a head. `first` and `count` are those of keys_of. Parts are read some at a time, none waiting for another.
+DEVICE void join8(const AttendArgs& a, u32 t, u32 head, u32 c, u32 count, float out[8]) {
+  constexpr int N = 4;
   u32 split = split_of(count), splits = (count + split - 1) / split, width = PART_HEADER + a.value_dim;
   const float* part = a.partial + ((u64)t * a.num_heads + head) * a.max_splits * width;
-  float m = a.sinks ? a.sinks[head] : -INFINITY;
-#pragma unroll 4
-  for (u32 s = 0; s < splits; s++) m = fmaxf(m, part[s * width]);
+  float m = a.sinks ? a.sinks[head] : -INFINITY, v[N][8], score[N], weights[N];
+  bool wide = a.value_dim % 8 == 0;
+  auto load = [&](u32 s) {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      const float* p = part + (s + i < splits ? s + i : 0) * width;
+      score[i] = p[0];
+      weights[i] = p[1];
+      load8(v[i], p + PART_HEADER, c, a.value_dim, wide);
+    }
+  };
+  load(0);
+  for (u32 s = 0; s < splits; s += 8) {
+    float x[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = part[(s + i < splits ? s + i : 0) * width];
+#pragma unroll
+    for (int i = 0; i < 8; i++) m = fmaxf(m, x[i]);
+  }
   float l = a.sinks ? expf(a.sinks[head] - m) : 0.f;
 #pragma unroll
   for (int k = 0; k < 8; k++) out[k] = 0.f;
-  bool wide = a.value_dim % 8 == 0;
-#pragma unroll 4
-  for (u32 s = 0; s < splits; s++) {
-    const float* p = part + s * width;
-    float v[8], weight = expf(p[0] - m);
-    load8(v, p + PART_HEADER, c, a.value_dim, wide);
-    l = fmaf(p[1], weight, l);
+#pragma unroll 1
+  for (u32 s = 0; s < splits; s += N) {
+    if (s) load(s);
 #pragma unroll
-    for (int k = 0; k < 8; k++) out[k] = fmaf(v[k], weight, out[k]);
+    for (int i = 0; i < N; i++) {
+      if (s + i >= splits) continue;
+      float weight = expf(score[i] - m);
+      l = fmaf(weights[i], weight, l);
+#pragma unroll
+      for (int k = 0; k < 8; k++) out[k] = fmaf(v[i][k], weight, out[k]);
+    }
   }
 #pragma unroll
   for (int k = 0; k < 8; k++) out[k] /= l;

@@ -141,6 +141,7 @@ ATTEND(1) ATTEND(2) ATTEND(4) ATTEND(8)
 // ---- latent attention over rows in bfloat16, by tensor cores ----
 
 #define MLA_HEADS 16  // heads of a block: the rows of a product
+#define MLA_PIECES 5   // of 128 columns of a query, that a lane has in registers: 576 columns
 
 DEVICE void ldmatrix4(u32 r[4], u32 at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
@@ -166,19 +167,36 @@ KERNEL __launch_bounds__(256, 2) attend_mla(const __grid_constant__ AttendArgs a
   __shared__ float rescale[MLA_HEADS];
   constexpr u32 S = TILE + 1, P = TILE + 8;  // floats of a row of scores, elements of a row of weights
   pdl_launch();
-  pdl_wait();
   u32 t = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, pair = lane % 4;
   u32 first, count;
-  keys_of(a, t, first, count);
+  // What the host wrote does not wait for the operation before.
+  const u32* table = a.paging.block_table + (u64)a.paging.sequences[t] * a.paging.max_blocks;
+  if (!a.index_ids) keys_of(a, t, first, count);
+  pdl_wait();
+  if (a.index_ids) keys_of(a, t, first, count);
   u32 keys_of_part = split_of(count), head = blockIdx.y * MLA_HEADS, key_dim = a.q_dim + a.q_rope_dim, stride = key_dim + 8, pieces = key_dim / 8;
   u16* q = (u16*)mla_shared;                      // [high, low][MLA_HEADS][stride]
   u16* keys = q + 2 * MLA_HEADS * stride;     // [TILE][stride]
   float* scores = (float*)(keys + TILE * stride);  // [halves of the columns][MLA_HEADS][S]
   u16* weights = (u16*)(scores + 2 * MLA_HEADS * S);  // [high, low][MLA_HEADS][P]
   u32 q_at = (u32)__cvta_generic_to_shared(q), keys_at = (u32)__cvta_generic_to_shared(keys), weights_at = (u32)__cvta_generic_to_shared(weights);
-  const u32* table = a.paging.block_table + (u64)a.paging.sequences[t] * a.paging.max_blocks;
   u32 columns = a.value_dim / 64;  // groups of eight columns that a warp has
   for (u32 split = blockIdx.x; split * keys_of_part < count; split += gridDim.x) {
+    // The queries of a warp's two heads, asked for before anything that their use does not wait for.
+    float4 x[2][MLA_PIECES];
+    if (split == blockIdx.x) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        u32 h = head + warp + 8 * i;
+        const float* from = a.q.p + (u64)t * a.q.stride + h * a.q_dim;
+        const float* rope = a.q_rope_dim ? a.q_rope.p + (u64)t * a.q_rope.stride + h * a.q_rope_stride : from;
+#pragma unroll
+        for (int k = 0; k < MLA_PIECES; k++) {
+          u32 c = lane * 4 + k * 128;
+          if (c < key_dim) x[i][k] = *(const float4*)(c < a.q_dim ? from + c : rope + (c - a.q_dim));
+        }
+      }
+    }
     u32 begin = split * keys_of_part, end = begin + keys_of_part < count ? begin + keys_of_part : count;
     float m[2] = {-INFINITY, -INFINITY}, l[2] = {0.f, 0.f};
     float acc[8][4] = {};
@@ -196,18 +214,24 @@ KERNEL __launch_bounds__(256, 2) attend_mla(const __grid_constant__ AttendArgs a
           asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(keys_at + (k * stride + c * 8) * 2), "l"(from + c * 8), "r"(valid ? 16 : 0));
       }
       if (base == begin && split == blockIdx.x) {
-        for (u32 h = warp; h < MLA_HEADS; h += 8) {
+        auto put = [&](u32 h, u32 c, float4 x) {
+          u32 high[2] = {pack_bf16(x.x, x.y), pack_bf16(x.z, x.w)};
+          auto rest = [](float v, u32 bits) { return v - __uint_as_float(bits); };
+          *(uint2*)(q + h * stride + c) = make_uint2(high[0], high[1]);
+          *(uint2*)(q + (MLA_HEADS + h) * stride + c) = make_uint2(
+              pack_bf16(rest(x.x, high[0] << 16), rest(x.y, high[0] & 0xffff0000u)), pack_bf16(rest(x.z, high[1] << 16), rest(x.w, high[1] & 0xffff0000u)));
+        };
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          u32 h = warp + 8 * i;
+#pragma unroll
+          for (int k = 0; k < MLA_PIECES; k++) {
+            u32 c = lane * 4 + k * 128;
+            if (c < key_dim) put(h, c, x[i][k]);
+          }
           const float* from = a.q.p + (u64)t * a.q.stride + (head + h) * a.q_dim;
           const float* rope = a.q_rope_dim ? a.q_rope.p + (u64)t * a.q_rope.stride + (head + h) * a.q_rope_stride : from;
-#pragma unroll 5
-          for (u32 c = lane * 4; c < key_dim; c += 128) {
-            float4 x = *(const float4*)(c < a.q_dim ? from + c : rope + (c - a.q_dim));
-            u32 high[2] = {pack_bf16(x.x, x.y), pack_bf16(x.z, x.w)};
-            auto rest = [](float v, u32 bits) { return v - __uint_as_float(bits); };
-            *(uint2*)(q + h * stride + c) = make_uint2(high[0], high[1]);
-            *(uint2*)(q + (MLA_HEADS + h) * stride + c) = make_uint2(
-                pack_bf16(rest(x.x, high[0] << 16), rest(x.y, high[0] & 0xffff0000u)), pack_bf16(rest(x.z, high[1] << 16), rest(x.w, high[1] & 0xffff0000u)));
-          }
+          for (u32 c = lane * 4 + MLA_PIECES * 128; c < key_dim; c += 128) put(h, c, *(const float4*)(c < a.q_dim ? from + c : rope + (c - a.q_dim)));
         }
       }
       asm volatile("cp.async.wait_all;" ::: "memory");
@@ -290,7 +314,9 @@ KERNEL attend_join(const __grid_constant__ JoinArgs args) {
   u32 t = blockIdx.y, head = blockIdx.x, c = threadIdx.x * 8;
   if (c >= a.value_dim) return;
   float v[8];
-  join8(a, t, head, c, v);
+  u32 first, count;
+  keys_of(a, t, first, count);
+  join8(a, t, head, c, count, v);
   u64 at = (u64)t * a.out.stride + head * a.value_dim;
   store8(a.out.p + at, v, c, a.value_dim, is_wide(a.out.p + at, a.value_dim));
   if (a.out.twin) store8(a.out.twin + at, v, c, a.value_dim);

@@ -3,7 +3,9 @@
 // - Grids are as large as what is resident, three blocks a multiprocessor (two: 2.41 ms a step, one: 3.24, three: 2.09; four with
 //   smaller rings: 2.41; 12 layers of GLM-5.2-77 in affine-4, H200). A warp goes from row tile to row tile with its ring full.
 // - What comes before a product (norm, rotation, the joining of attention's parts, the router's choice) is done by every block for
-//   itself; what comes after (activation, weighted sum, residual, digits) by whoever has the sums. A layer is ten kernels.
+//   itself; what comes after (activation, weighted sum, residual, digits) by whoever has the sums. A layer is nine kernels.
+// - Every kernel lets the one behind it start at once: its blocks ask for their weights, which do not depend on anything, while the last blocks
+//   before them still work (117 us a layer of GLM-5.2-77 in q3a4 without, 106 with; H200, cuda-decode-layer).
 // - High and low digits of the row are two columns of one tensor-core product.
 //
 // Results are those of the kernels in matmul.cu, rows.cu and attention.cu bit for bit: the same sums in the same order.
@@ -25,44 +27,52 @@ struct RowInput {
 };
 
 // Makes the row in shared memory, in the form that F wants. Returns where it lies. Blocks work alone; one of them also writes the norm.
-template <int F> DEVICE const u8* prepare(const RowInput& in, u32 cols, u8* shared, float* scratch, bool writes) {
+// Rows start at 16 bytes and have whole eights. The loop is not unrolled, which halves the code of a kernel and takes no longer.
+template <int F> DEVICE const u8* prepare(const RowInput& in, u32 cols, u8* shared, float* scratch, bool writes, float weight[8]) {
   if (in.kind == 0) return Is<F>::affine ? in.digits : (const u8*)in.x.twin;
   float v[ROW_STEPS][8];
-  bool wide = is_wide(in.x.p, cols);
 #pragma unroll
   for (int i = 0; i < ROW_STEPS; i++) {
 #pragma unroll
     for (int k = 0; k < 8; k++) v[i][k] = 0.f;
-    if (i * ROW_COLUMNS < cols) load8(v[i], in.x.p, row_column(i), cols, wide);
+    if (i * ROW_COLUMNS < cols) load8(v[i], in.x.p, row_column(i), cols, true);
   }
   float scale = in.kind == 2 ? inverse_rms(v, ROW_STEPS, cols, in.eps, scratch) : 1.f;
-#pragma unroll
-  for (int i = 0; i < ROW_STEPS; i++) {
-    u32 c = row_column(i);
-    if (i * ROW_COLUMNS >= cols) break;
+  u32 whole = (cols + 63) / 64 * 64;
+#pragma unroll 1
+  for (u32 c = threadIdx.x * 8; c / ROW_COLUMNS * ROW_COLUMNS < cols; c += ROW_COLUMNS) {
     if (in.kind == 2) {
-      float weight[8];
-      load8(weight, in.weight, c, cols, is_wide(in.weight, cols));
 #pragma unroll
-      for (int k = 0; k < 8; k++) v[i][k] = v[i][k] * scale * weight[k];
+      for (int k = 0; k < 8; k++) v[0][k] = v[0][k] * scale * weight[k];
+      load8(weight, in.weight, c + ROW_COLUMNS, cols, true);
     }
-    bool inside = c < (cols + 63) / 64 * 64;
-    if constexpr (Is<F>::affine) digits8(v[i], inside ? shared + c / 64 * DIGITS_BYTES : nullptr);
-    else if (inside) *(uint4*)(shared + c * 2) = pack8(v[i]);
-    if (writes) {
-      if (in.out.p) store8(in.out.p, v[i], c, cols, is_wide(in.out.p, cols));
-      if (in.out.twin) store8(in.out.twin, v[i], c, cols);
-      if (in.out_digits) digits8(v[i], inside ? in.out_digits + c / 64 * DIGITS_BYTES : nullptr);
+    bool inside = c < whole;
+    if constexpr (Is<F>::affine) {
+      Digits8 d = digits_of(v[0]);
+      if (inside) d.store(shared + c / 64 * DIGITS_BYTES);
+      if (inside && writes && in.out_digits) d.store(in.out_digits + c / 64 * DIGITS_BYTES);
+    } else {
+      if (inside) *(uint4*)(shared + c * 2) = pack8(v[0]);
+      if (writes && in.out_digits) digits8(v[0], inside ? in.out_digits + c / 64 * DIGITS_BYTES : nullptr);
     }
+    if (writes && c < cols) {
+      if (in.out.p) store8(in.out.p, v[0], c, cols, true);
+      if (in.out.twin) *(uint4*)(in.out.twin + c) = pack8(v[0]);
+    }
+#pragma unroll
+    for (int i = 0; i + 1 < ROW_STEPS; i++)
+#pragma unroll
+      for (int k = 0; k < 8; k++) v[i][k] = v[i + 1][k];
   }
   __syncthreads();
   return shared;
 }
 
-// Weights of a norm into the second-level cache: they do not wait for the operation before.
-DEVICE void prefetch_row(const float* p, u32 cols) {
-  if (!p) return;
-  for (u32 c = threadIdx.x * 32; c < cols; c += blockDim.x * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(p + c));
+// The first of a norm's weights that a thread multiplies with, and the others into the second-level cache: they do not wait for the operation before.
+DEVICE void norm_weights(const RowInput& in, u32 cols, float weight[8]) {
+  if (in.kind != 2) return;
+  load8(weight, in.weight, row_column(0), cols, true);
+  for (u32 c = ROW_COLUMNS + threadIdx.x * 32; c < cols; c += blockDim.x * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(in.weight + c));
 }
 
 // The sums of rows g and g + 8 of a lane into [16].
@@ -72,7 +82,8 @@ DEVICE void put_one(float* red, const float acc[4], u32 lane) {
 // Row `lane` of a unit: its slices in order.
 DEVICE float sum_slices(const float red[][16], u32 slices, u32 row) {
   float sum = 0.f;
-  for (u32 s = 0; s < slices; s++) sum += red[s][row];
+#pragma unroll
+  for (u32 s = 0; s < WARPS; s++) sum += s < slices ? red[s][row] : 0.f;
   return sum;
 }
 
@@ -85,12 +96,13 @@ struct LineArgs {
   RowInput in;
   Mat residual;        // the result is added to it too (p null: none)
 };
-template <int F> DEVICE void line(const LineArgs& a) {
+template <int F> DEVICE void line(const LineArgs& a, u32 block, u32 blocks) {
   extern __shared__ __align__(16) u8 shared[];
   __shared__ float red[2][WARPS][16];
   __shared__ float scratch[32];
+  pdl_launch();
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  u32 S = a.slices, side = WARPS / S, team = warp / S, slice = warp % S, step = gridDim.x * side, total = a.first_unit[a.num_parts];
+  u32 S = a.slices, side = WARPS / S, team = warp / S, slice = warp % S, step = blocks * side, total = a.first_unit[a.num_parts];
   u32 cols = a.part[0].w.cols, tiles = num_tiles(a.part[0].w);
   u32 first = slice_start(slice, S, tiles), count = slice_start(slice + 1, S, tiles) - first;
   Pipe<F, 1> pipe;
@@ -100,7 +112,7 @@ template <int F> DEVICE void line(const LineArgs& a) {
     while (k + 1 < a.num_parts && u >= a.first_unit[k + 1]) k++;
     return k;
   };
-  u32 unit = blockIdx.x * side + team, ahead = unit;
+  u32 unit = block * side + team, ahead = unit;
   auto issue = [&] {
     if (pipe.left == 0 && ahead < total) {
       u32 k = part_of(ahead);
@@ -112,23 +124,25 @@ template <int F> DEVICE void line(const LineArgs& a) {
   };
 #pragma unroll
   for (int i = 0; i < pipe.D; i++) issue();
-  if (a.in.kind == 2) prefetch_row(a.in.weight, cols);
+  float weight[8];
+  norm_weights(a.in, cols, weight);
   pdl_wait();
-  const u8* x = prepare<F>(a.in, cols, shared + WARPS * pipe.RING, scratch, blockIdx.x == 0);
+  const u8* x = prepare<F>(a.in, cols, shared + WARPS * pipe.RING, scratch, block == 0, weight);
   for (u32 buffer = 0; unit < total; unit += step, buffer ^= 1) {
     const Part& part = a.part[part_of(unit)];
     u32 row_tile = unit - a.first_unit[part_of(unit)];
+    u32 row = row_tile * 16 + lane;
+    bool writes = slice == 0 && lane < 16 && row < part.w.rows;
+    float old = writes && a.residual.p ? a.residual.p[row] : 0.f;
     float acc[1][4] = {};
     pipe.unit(acc, x, first, count, cols, issue);
     put_one(red[buffer][warp], acc[0], lane);
     team_barrier(team, S);
-    u32 row = row_tile * 16 + lane;
-    if (slice == 0 && lane < 16 && row < part.w.rows) {
+    if (writes) {
       float y = finish<F>(part.w, 0, row, sum_slices(red[buffer] + warp, S, lane));
       store(part.out, 0, row, y);
-      if (a.residual.p) a.residual.p[row] += y;
+      if (a.residual.p) a.residual.p[row] = old + y;
     }
-    if (unit + step >= total) pdl_launch();
   }
 }
 
@@ -150,7 +164,6 @@ template <int F> DEVICE void heads(const HeadsArgs& a) {
   pdl_launch();
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y;
   if (head == gridDim.y - a.has_latent) {
-    prefetch_row(a.latent.weight, a.latent.latent.cols);
     pdl_wait();
     latent_row(a.latent, 0, scratch);
     return;
@@ -165,13 +178,16 @@ template <int F> DEVICE void heads(const HeadsArgs& a) {
   pipe.aim(w, head, active ? row_tile : 0, first, count);
 #pragma unroll
   for (int i = 0; i < pipe.D; i++) pipe.issue();
+  u32 first_key, keys = 0;
+  if (a.joins && !a.attend.index_ids) keys_of(a.attend, 0, first_key, keys);
   pdl_wait();
+  if (a.joins && a.attend.index_ids) keys_of(a.attend, 0, first_key, keys);
   u8* x = shared + WARPS * pipe.RING;
   u32 c = row_column(0);
   if (warp * 256 < cols) {
     float v[8];
     if (a.joins) {
-      if (c < cols) join8(a.attend, 0, head, c, v);
+      if (c < cols) join8(a.attend, 0, head, c, keys, v);
       else
 #pragma unroll
         for (int k = 0; k < 8; k++) v[k] = 0.f;
@@ -209,13 +225,13 @@ template <int F> DEVICE void heads(const HeadsArgs& a) {
 
 struct RouterArgs { const u8* weights; const float* bias; Mat out; RowInput in; u32 rows, cols; };
 // As `plain` of matmul.cu with eight warps a row, which needs more than 2048 - 256 columns; the norm's threads have the columns that their part
-// of the product wants. KIND 0 f32, 1 f16, 2 bf16. Grid: rows.
+// of the product wants. KIND 0 f32, 1 f16, 2 bf16. A block a row.
 template <int KIND> DEVICE void router(const RouterArgs& a) {
   __shared__ float parts[8], scratch[32];
-  pdl_launch();
   u32 row = blockIdx.x, cols = a.cols, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u64 first = (u64)row * cols;
-  prefetch_row(a.in.weight, cols);
+  float weight[8];
+  norm_weights(a.in, cols, weight);
   uint4 q[ROW_STEPS][KIND == 0 ? 2 : 1];
 #pragma unroll
   for (int i = 0; i < ROW_STEPS; i++) {
@@ -229,34 +245,39 @@ template <int KIND> DEVICE void router(const RouterArgs& a) {
 #pragma unroll
   for (int i = 0; i < ROW_STEPS; i++) load8(v[i], a.in.x.p, row_column(i), cols, true);
   float scale = inverse_rms(v, ROW_STEPS, cols, a.in.eps, scratch), acc = 0.f;
+#pragma unroll 1
+  for (u32 c = threadIdx.x * 8; c / ROW_COLUMNS * ROW_COLUMNS < cols; c += ROW_COLUMNS) {
 #pragma unroll
-  for (int i = 0; i < ROW_STEPS; i++) {
-    u32 c = row_column(i);
-    if (i * ROW_COLUMNS >= cols) break;
-    float weight[8], e[8];
-    load8(weight, a.in.weight, c, cols, true);
-#pragma unroll
-    for (int k = 0; k < 8; k++) v[i][k] = v[i][k] * scale * weight[k];
-    if (blockIdx.x == 0) {
-      store8(a.in.out.p, v[i], c, cols, true);
-      if (a.in.out.twin) store8(a.in.out.twin, v[i], c, cols);
-      if (a.in.out_digits) digits8(v[i], c < (cols + 63) / 64 * 64 ? a.in.out_digits + c / 64 * DIGITS_BYTES : nullptr);
+    for (int k = 0; k < 8; k++) v[0][k] = v[0][k] * scale * weight[k];
+    load8(weight, a.in.weight, c + ROW_COLUMNS, cols, true);
+    if (row == 0) {
+      if (c < cols) {
+        store8(a.in.out.p, v[0], c, cols, true);
+        if (a.in.out.twin) *(uint4*)(a.in.out.twin + c) = pack8(v[0]);
+      }
+      if (a.in.out_digits) digits8(v[0], c < (cols + 63) / 64 * 64 ? a.in.out_digits + c / 64 * DIGITS_BYTES : nullptr);
     }
-    if (c >= cols) continue;
-    if constexpr (KIND == 0) {
-      const u32 words[8] = {q[i][0].x, q[i][0].y, q[i][0].z, q[i][0].w, q[i][1].x, q[i][1].y, q[i][1].z, q[i][1].w};
+    if (c < cols) {
+      if constexpr (KIND == 0) {
+        const u32 words[8] = {q[0][0].x, q[0][0].y, q[0][0].z, q[0][0].w, q[0][1].x, q[0][1].y, q[0][1].z, q[0][1].w};
 #pragma unroll
-      for (int k = 0; k < 8; k++) e[k] = __uint_as_float(words[k]);
-    } else {
-      const u32 words[4] = {q[i][0].x, q[i][0].y, q[i][0].z, q[i][0].w};
+        for (int k = 0; k < 8; k++) acc = fmaf(__uint_as_float(words[k]), v[0][k], acc);
+      } else {
+        const u32 words[4] = {q[0][0].x, q[0][0].y, q[0][0].z, q[0][0].w};
 #pragma unroll
-      for (int k = 0; k < 8; k++) {
-        u16 bits = (u16)(words[k / 2] >> (16 * (k % 2)));
-        e[k] = KIND == 2 ? bf16_to_f32(bits) : f16_to_f32(bits);
+        for (int k = 0; k < 8; k++) {
+          u16 bits = (u16)(words[k / 2] >> (16 * (k % 2)));
+          acc = fmaf(KIND == 2 ? bf16_to_f32(bits) : f16_to_f32(bits), v[0][k], acc);
+        }
       }
     }
 #pragma unroll
-    for (int k = 0; k < 8; k++) acc = fmaf(e[k], v[i][k], acc);
+    for (int i = 0; i + 1 < ROW_STEPS; i++) {
+#pragma unroll
+      for (int k = 0; k < 8; k++) v[i][k] = v[i + 1][k];
+      q[i][0] = q[i + 1][0];
+      if constexpr (KIND == 0) q[i][1] = q[i + 1][1];
+    }
   }
   float y = warp_sum(acc);
   if (lane == 0) parts[warp] = y;
@@ -268,108 +289,157 @@ template <int KIND> DEVICE void router(const RouterArgs& a) {
     store(a.out, 0, row, y);
   }
 }
-KERNEL __launch_bounds__(256) router_f32(const __grid_constant__ RouterArgs a) { router<0>(a); }
-KERNEL __launch_bounds__(256) router_f16(const __grid_constant__ RouterArgs a) { router<1>(a); }
-KERNEL __launch_bounds__(256) router_bf16(const __grid_constant__ RouterArgs a) { router<2>(a); }
 
 // ---- experts ----
 
 // Gate and up of one group of matrices: h = f(x gate, x up).
 struct UpPair { Packed gate, up; Mat out; const u8* x; };
-struct UpArgs {
-  UpPair routed, shared;  // shared: another format, or none (shared_blocks 0)
-  u32 shared_blocks;      // the first blocks of the grid
-  u32 slices, chooses, pad;
-  RouteArgs route;        // chooses: made by every block for itself, and written by one; otherwise read
+// The sums of a unit's slices, by its first warp: half a warp a matrix. Lanes below 16 get h of the row tile's row `lane`.
+template <int F> DEVICE float up_row(const UpPair& pair, const Activation& activation, const float red[][2][16], u32 slices, u32 matrix, u32 row_tile) {
+  u32 lane = threadIdx.x % 32, row = row_tile * 16 + lane % 16;
+  float sum = 0.f;
+#pragma unroll
+  for (u32 s = 0; s < WARPS; s++) sum += s < slices ? red[s][lane / 16][lane % 16] : 0.f;
+  if (row < pair.gate.rows) sum = finish<F>(lane < 16 ? pair.gate : pair.up, matrix, row, sum);
+  return activate(activation, sum, __shfl_down_sync(0xffffffffu, sum, 16));
+}
+
+// The router, a block a row, beside a dense pair, which may be alone.
+struct PairArgs {
+  RouterArgs router;      // its input is the pair's too, where it has rows
+  UpPair pair;
+  RowInput in;
+  u32 router_kind, slices;
   Activation activation;
-  u8* h_digits;           // routed h as digits, a part an expert, or null
-  u32* arrived;           // a counter for 64 rows of h
 };
-template <int F, bool ROUTED> DEVICE void up(const UpArgs& a, const UpPair& pair, u32 block, u32 blocks, u8* shared) {
-  __shared__ float red[2][WARPS][2][16];
-  __shared__ u32 ids[32];
+template <int F> DEVICE void pair(const PairArgs& a, u32 block, u32 blocks) {
+  extern __shared__ __align__(16) u8 shared[];
+  __shared__ float red[2][WARPS][2][16], scratch[32];
+  const UpPair& pair = a.pair;
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 S = a.slices, side = WARPS / S, team = warp / S, slice = warp % S, step = blocks * side;
   const Packed* w[2] = {&pair.gate, &pair.up};
-  u32 row_tiles = (pair.gate.rows + 15) / 16, tiles = num_tiles(pair.gate), total = (ROUTED ? a.route.top_k : 1) * row_tiles;
+  u32 cols = pair.gate.cols, total = (pair.gate.rows + 15) / 16, tiles = num_tiles(pair.gate);
   u32 first = slice_start(slice, S, tiles), count = slice_start(slice + 1, S, tiles) - first;
   Pipe<F, 2> pipe;
   pipe.start(shared);
   u32 unit = block * side + team, ahead = unit;
   auto issue = [&] {
     if (pipe.left == 0 && ahead < total) {
-      pipe.aim(w, ROUTED ? ids[ahead / row_tiles] : 0, ahead % row_tiles, first, count);
+      pipe.aim(w, 0, ahead, first, count);
       ahead += step;
     }
     pipe.issue();
   };
-  if constexpr (ROUTED) {
-    pdl_wait();
-    if (a.chooses) {
-      if (warp == 0) {
-        u32 id;
-        float weight;
-        route_row(a.route, 0, (float*)shared, id, weight);
-        if (lane < a.route.top_k) {
-          ids[lane] = id;
-          if (block == 0) { a.route.ids[lane] = id; a.route.weights.p[lane] = weight; }
-        }
-      }
-#if __CUDA_ARCH__ >= 900
-      // The scores lay where bulk copies will write.
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-    } else if (threadIdx.x < a.route.top_k) ids[threadIdx.x] = a.route.ids[threadIdx.x];
-    __syncthreads();
-  }
 #pragma unroll
   for (int i = 0; i < pipe.D; i++) issue();
-  if constexpr (!ROUTED) pdl_wait();
-  // The last of the four row tiles of 64 rows makes their digits. A row tile is reported one unit late, when its values have long
-  // arrived: waiting for them there and then held up the whole team.
-  auto report = [&](u32 done) {
-    u32 k = done / row_tiles, row_tile = done % row_tiles, tile = k * (pair.gate.rows / 64) + row_tile / 4, last = 0;
-    __threadfence();
-    __syncwarp();
-    if (lane == 0) last = atomicInc(a.arrived + tile, 3) == 3;
-    if (!__shfl_sync(0xffffffffu, last, 0)) return;
-    __threadfence();
-    float v[8];
-    const float* h = pair.out.p + k * pair.gate.rows + row_tile / 4 * 64 + lane % 8 * 8;
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = *(volatile const float*)(h + i);
-    digits8(v, lane < 8 ? a.h_digits + (u64)tile * DIGITS_BYTES : nullptr);
-  };
-  bool reports = ROUTED && a.h_digits && slice == 0;
-  u32 unreported = 0xffffffffu;
+  float weight[8];
+  norm_weights(a.in, cols, weight);
+  pdl_wait();
+  const u8* x = prepare<F>(a.in, cols, shared + WARPS * pipe.RING, scratch, false, weight);
   for (u32 buffer = 0; unit < total; unit += step, buffer ^= 1) {
-    u32 k = ROUTED ? unit / row_tiles : 0, row_tile = unit % row_tiles, matrix = ROUTED ? ids[k] : 0;
+    float acc[2][4] = {};
+    pipe.unit(acc, x, first, count, cols, issue);
+    put_one(red[buffer][warp][0], acc[0], lane);
+    put_one(red[buffer][warp][1], acc[1], lane);
+    team_barrier(team, S);
+    if (slice != 0) continue;
+    float h = up_row<F>(pair, a.activation, red[buffer] + warp, S, 0, unit);
+    if (lane < 16 && unit * 16 + lane < pair.gate.rows) store(pair.out, 0, unit * 16 + lane, h);
+  }
+}
+template <int F> DEVICE void router_pair(const PairArgs& a) {
+  pdl_launch();
+  if (blockIdx.x >= a.router.rows) return pair<F>(a, blockIdx.x - a.router.rows, gridDim.x - a.router.rows);
+  if (a.router_kind == 0) router<0>(a.router);
+  else if (a.router_kind == 1) router<1>(a.router);
+  else router<2>(a.router);
+}
+
+// The chosen experts' gate and up, beside the second product of the shared expert.
+struct UpArgs {
+  UpPair routed;
+  u32 shared_blocks;      // the first blocks of the grid: a product of a row, or none
+  u32 slices;
+  RouteArgs route;        // the choice is made by every block for itself, and written by one
+  Activation activation;
+  u8* h_digits;           // h as digits, a part an expert, or null
+  u32* arrived;           // a counter for 64 rows of h
+  LineArgs shared;
+};
+template <int F> DEVICE void up(const UpArgs& a, u32 block, u32 blocks) {
+  extern __shared__ __align__(16) u8 shared[];
+  __shared__ float red[2][WARPS][2][16];
+  __shared__ Choice choice;
+  const UpPair& pair = a.routed;
+  const u32* ids = choice.ids;
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  u32 S = a.slices, side = WARPS / S, team = warp / S, slice = warp % S, step = blocks * side;
+  const Packed* w[2] = {&pair.gate, &pair.up};
+  u32 row_tiles = (pair.gate.rows + 15) / 16, tiles = num_tiles(pair.gate), total = a.route.top_k * row_tiles;
+  u32 first = slice_start(slice, S, tiles), count = slice_start(slice + 1, S, tiles) - first;
+  Pipe<F, 2> pipe;
+  pipe.start(shared);
+  u32 unit = block * side + team, ahead = unit;
+  auto issue = [&] {
+    if (pipe.left == 0 && ahead < total) {
+      pipe.aim(w, ids[ahead / row_tiles], ahead % row_tiles, first, count);
+      ahead += step;
+    }
+    pipe.issue();
+  };
+  bool mine = threadIdx.x < a.route.logits.cols;
+  float bias = mine && a.route.correction_bias ? a.route.correction_bias[threadIdx.x] : 0.f;
+  pdl_wait();
+  choose(a.route, choice, mine ? a.route.logits.p[threadIdx.x] : 0.f, bias);
+#pragma unroll
+  for (int i = 0; i < pipe.D; i++) issue();
+  if (block == 0 && warp == 0) {
+    float weight = chosen_weight(a.route, lane < a.route.top_k ? choice.scores[lane] : 0.f);
+    if (lane < a.route.top_k) { a.route.ids[lane] = ids[lane]; a.route.weights.p[lane] = weight; }
+  }
+  bool reports = a.h_digits && slice == 0;
+  u32 first_unit = unit;
+  for (u32 buffer = 0; unit < total; unit += step, buffer ^= 1) {
+    u32 k = unit / row_tiles, row_tile = unit % row_tiles;
     float acc[2][4] = {};
     pipe.unit(acc, pair.x, first, count, pair.gate.cols, issue);
     put_one(red[buffer][warp][0], acc[0], lane);
     put_one(red[buffer][warp][1], acc[1], lane);
     team_barrier(team, S);
     if (slice != 0) continue;
+    float h = up_row<F>(pair, a.activation, red[buffer] + warp, S, ids[k], row_tile);
     u32 row = row_tile * 16 + lane;
-    if (lane < 16 && row < pair.gate.rows) {
-      float gate = 0.f, up = 0.f;
-      for (u32 s = 0; s < S; s++) { gate += red[buffer][warp + s][0][lane]; up += red[buffer][warp + s][1][lane]; }
-      gate = finish<F>(pair.gate, matrix, row, gate);
-      up = finish<F>(pair.up, matrix, row, up);
-      store(pair.out, 0, k * pair.gate.rows + row, activate(a.activation, gate, up));
-    }
-    if (reports) {
-      if (unreported != 0xffffffffu) report(unreported);
-      unreported = unit;
+    if (lane < 16 && row < pair.gate.rows) store(pair.out, 0, k * pair.gate.rows + row, h);
+  }
+  // The last of the four row tiles of 64 rows makes their digits. All of a warp's are reported together: each wait for what was written
+  // to arrive takes as long as some tiles, for which all warps of the block waited (6 of 41 us of the kernel).
+  if (reports) {
+    __threadfence();
+    __syncwarp();
+    for (u32 u = first_unit + lane * step; __any_sync(0xffffffffu, u < total); u += 32 * step) {
+      u32 k = u / row_tiles, row_tile = u % row_tiles, tile = k * (pair.gate.rows / 64) + row_tile / 4;
+      u32 done = __ballot_sync(0xffffffffu, u < total && atomicInc(a.arrived + (u < total ? tile : 0), 3) == 3);
+      if (done) __threadfence();
+      while (done) {
+        // Four at a time, eight lanes each.
+        u32 rest = done;
+        for (u32 i = 0; i < lane / 8; i++) rest &= rest - 1;
+        u32 from = __shfl_sync(0xffffffffu, tile, __ffs(rest) - 1);
+        bool any = rest != 0;
+        float v[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[i] = any ? ((volatile const float*)pair.out.p)[from * 64 + lane % 8 * 8 + i] : 0.f;
+        digits8(v, any ? a.h_digits + (u64)from * DIGITS_BYTES : nullptr);
+        for (int i = 0; i < 4 && done; i++) done &= done - 1;
+      }
     }
   }
-  pdl_launch();
-  if (reports && unreported != 0xffffffffu) report(unreported);
 }
 template <int F, int G> DEVICE void experts_up(const UpArgs& a) {
-  extern __shared__ __align__(16) u8 shared[];
-  if (blockIdx.x < a.shared_blocks) up<G, false>(a, a.shared, blockIdx.x, a.shared_blocks, shared);
-  else up<F, true>(a, a.routed, blockIdx.x - a.shared_blocks, gridDim.x - a.shared_blocks, shared);
+  pdl_launch();
+  if (blockIdx.x < a.shared_blocks) line<G>(a.shared, blockIdx.x, a.shared_blocks);
+  else up<F>(a, blockIdx.x - a.shared_blocks, gridDim.x - a.shared_blocks);
 }
 
 // out = plus + sum over the experts of weight * (h W).
@@ -392,6 +462,7 @@ template <int F> DEVICE void experts_down(const DownArgs& a) {
   u32 row_tiles = (a.w.rows + 15) / 16, tiles = num_tiles(a.w);
   u32 first = slice_start(slice, S, tiles), count = slice_start(slice + 1, S, tiles) - first;
   const Packed* w[1] = {&a.w};
+  pdl_launch();
   pipe.start(shared);
   pdl_wait();
   if (threadIdx.x < a.top_k) { ids[threadIdx.x] = a.ids[threadIdx.x]; weights[threadIdx.x] = a.weights.p[threadIdx.x]; }
@@ -412,28 +483,34 @@ template <int F> DEVICE void experts_down(const DownArgs& a) {
   u32 turn = 0;
   for (u32 row_tile = blockIdx.x; row_tile < row_tiles; row_tile += gridDim.x, turn++) {
     float* here = results + (turn & 1) * a.top_k * S * 16;
+    u32 row = row_tile * 16 + lane;
+    // Another warp each time, so that no one falls behind.
+    bool writes = warp == turn % WARPS && lane < 16 && row < a.w.rows;
+    float sum = writes && a.plus.p ? a.plus.p[row] : 0.f, old = writes && a.residual.p ? a.residual.p[row] : 0.f;
     for (u32 k = team; k < a.top_k; k += side) {
       float acc[1][4] = {};
       pipe.unit(acc, a.x + k * a.part_bytes, first, count, a.w.cols, issue);
       put_one(here + (k * S + slice) * 16, acc[0], lane);
     }
-    if (row_tile + gridDim.x >= row_tiles) pdl_launch();
     __syncthreads();
-    u32 row = row_tile * 16 + lane;
-    // Another warp each time, so that no one falls behind.
-    if (warp == turn % WARPS && lane < 16 && row < a.w.rows) {
-      float sum = a.plus.p ? a.plus.p[row] : 0.f;
-      for (u32 k = 0; k < a.top_k; k++)
-        sum = fmaf(weights[k], finish<F>(a.w, ids[k], row, sum_slices((const float(*)[16])(here + k * S * 16), S, lane)), sum);
+    if (writes) {
+#pragma unroll 4
+      for (u32 k = 0; k < a.top_k; k++) {
+        float y = 0.f;
+#pragma unroll
+        for (u32 s = 0; s < WARPS; s++) y += s < S ? here[(k * S + s) * 16 + lane] : 0.f;
+        sum = fmaf(weights[k], finish<F>(a.w, ids[k], row, y), sum);
+      }
       store(a.out, 0, row, sum);
-      if (a.residual.p) a.residual.p[row] += sum;
+      if (a.residual.p) a.residual.p[row] = old + sum;
     }
   }
 }
 
 #define KERNELS(NAME, F) \
-  KERNEL __launch_bounds__(256, 3) line_##NAME(const __grid_constant__ LineArgs a) { line<F>(a); } \
+  KERNEL __launch_bounds__(256, 3) line_##NAME(const __grid_constant__ LineArgs a) { line<F>(a, blockIdx.x, gridDim.x); } \
   KERNEL __launch_bounds__(256, 3) heads_##NAME(const __grid_constant__ HeadsArgs a) { heads<F>(a); } \
+  KERNEL __launch_bounds__(256, 2) pair_##NAME(const __grid_constant__ PairArgs a) { router_pair<F>(a); } \
   KERNEL __launch_bounds__(256, 3) up_##NAME##_##NAME(const __grid_constant__ UpArgs a) { experts_up<F, F>(a); } \
   KERNEL __launch_bounds__(256, 3) experts_down_##NAME(const __grid_constant__ DownArgs a) { experts_down<F>(a); }
 KERNELS(affine2, AFFINE2)

@@ -112,8 +112,9 @@ template <int F, int R, int TILES = 0, int SLOTS = 0> struct Pipe {
     if constexpr (Is<F>::affine) {
       // Column 0 of the product is the high digits, column 1 the low ones; nobody reads the others.
       b0 = *(const uint4*)(x + 16 * t + (g & 1) * 64);
-      scale = *(const float*)(x + 128);
-      sum = *(const float*)(x + 140);
+      float4 about = *(const float4*)(x + 128);
+      scale = about.x;
+      sum = about.w;
     } else {
       b0 = b1 = make_uint4(0, 0, 0, 0);
       if (column + 8 * t < cols) b0 = *(const uint4*)(x + 16 * t);

@@ -39,37 +39,53 @@ DEVICE void store8(u16* row, const float v[8], u32 c, u32 cols) {
   }
 }
 
-// Eight lanes have 64 columns, eight each: writes them as digits (packed.cuh) at `tile`, unless it is null. All lanes of the warp take part.
-DEVICE void digits8(const float v[8], u8* tile) {
-  u32 q = threadIdx.x % 8;
+// A lane's eight of 64 columns as digits (packed.cuh), and what stands behind all of them.
+struct Digits8 {
+  u32 high[2], low[2];
+  float4 about;
+  METHOD void store(u8* tile) const {
+    u32 q = threadIdx.x % 8, at = 16 * (q % 4) + 8 * (q / 4);
+    *(uint2*)(tile + at) = make_uint2(high[0], high[1]);
+    *(uint2*)(tile + 64 + at) = make_uint2(low[0], low[1]);
+    if (q == 0) *(float4*)(tile + 128) = about;
+  }
+};
+// Eight lanes have 64 columns, eight each. All lanes of the warp take part.
+DEVICE Digits8 digits_of(const float v[8]) {
+  Digits8 d;
   float largest = 0.f;
 #pragma unroll
   for (int k = 0; k < 8; k++) largest = fmaxf(largest, fabsf(v[k]));
 #pragma unroll
-  for (int d = 1; d < 8; d <<= 1) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, d));
+  for (int s = 1; s < 8; s <<= 1) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, s));
   // Below this 1 / scale would not be a number any more; such columns are zeros.
   bool some = largest > 1e-30f;
   float scale = some ? largest * (1.f / 16256.f) : 0.f, inverse = some ? __fdividef(16256.f, largest) : 0.f;
+  // Added to 3 * 2^22 + 64 a number becomes the nearest integer, whose bits are x + 64: the digits are seven and eight of them.
+  u32 y[8];
   int sum = 0;
-  u32 high[2] = {0, 0}, low[2] = {0, 0};
 #pragma unroll
   for (int k = 0; k < 8; k++) {
-    int x = __float2int_rn(v[k] * inverse);
-    x = max(-16256, min(16256, x));
-    int h = (x + 64) >> 7, l = x - 128 * h;
-    high[k / 4] |= (u32)(h & 255) << (8 * (k % 4));
-    low[k / 4] |= (u32)(l & 255) << (8 * (k % 4));
-    sum += x;
+    y[k] = __float_as_uint(__fadd_rn(__fmul_rn(v[k], inverse), 12582976.f));
+    sum += (int)y[k];
+  }
+  sum -= (int)(8u * (0x4b400000u + 64));
+#pragma unroll
+  for (int k = 0; k < 2; k++) {
+    u32 a = __byte_perm(y[4 * k], y[4 * k + 1], 0x5410), b = __byte_perm(y[4 * k + 2], y[4 * k + 3], 0x5410);
+    d.high[k] = __byte_perm(a >> 7, b >> 7, 0x6420);
+    d.low[k] = __byte_perm((a & 0x007f007fu) + 0x00c000c0u, (b & 0x007f007fu) + 0x00c000c0u, 0x6420);
   }
   sum += __shfl_xor_sync(0xffffffffu, sum, 1);
   sum += __shfl_xor_sync(0xffffffffu, sum, 2);
   int other = __shfl_xor_sync(0xffffffffu, sum, 4);
-  if (tile) {
-    u32 at = 16 * (q % 4) + 8 * (q / 4);
-    *(uint2*)(tile + at) = make_uint2(high[0], high[1]);
-    *(uint2*)(tile + 64 + at) = make_uint2(low[0], low[1]);
-    if (q == 0) *(float4*)(tile + 128) = make_float4(scale, scale * (float)sum, scale * (float)other, scale * (float)(sum + other));
-  }
+  d.about = make_float4(scale, scale * (float)sum, scale * (float)other, scale * (float)(sum + other));
+  return d;
+}
+// Writes them at `tile`, unless it is null.
+DEVICE void digits8(const float v[8], u8* tile) {
+  Digits8 d = digits_of(v);
+  if (tile) d.store(tile);
 }
 
 // 1 / rms of a row in registers.

@@ -461,7 +461,7 @@ pub(crate) struct Heads {
 }
 
 /// `RouterArgs` of `decode.cu`.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct Router {
     pub(crate) weights: DevicePtr,
@@ -482,20 +482,30 @@ pub(crate) struct UpPair {
     pub(crate) x: DevicePtr,
 }
 
+/// `PairArgs` of `decode.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Pair {
+    pub(crate) router: Router,
+    pub(crate) pair: UpPair,
+    pub(crate) input: RowInput,
+    pub(crate) router_kind: u32,
+    pub(crate) slices: u32,
+    pub(crate) activation: Activation,
+}
+
 /// `UpArgs` of `decode.cu`.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct Up {
     pub(crate) routed: UpPair,
-    pub(crate) shared: UpPair,
     pub(crate) shared_blocks: u32,
     pub(crate) slices: u32,
-    pub(crate) chooses: u32,
-    pub(crate) pad: u32,
     pub(crate) route: Route,
     pub(crate) activation: Activation,
     pub(crate) h_digits: DevicePtr,
     pub(crate) arrived: DevicePtr,
+    pub(crate) shared: Line,
 }
 
 /// `DownArgs` of `decode.cu`.

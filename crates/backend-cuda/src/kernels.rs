@@ -30,7 +30,7 @@ macro_rules! files {
     };
 }
 
-const FILES: [File; 7] = files!["rows" "pack" "matmul" "attention" "decode" "few" "sample"];
+static FILES: [File; 7] = files!["rows" "pack" "matmul" "attention" "decode" "few" "sample"];
 
 macro_rules! headers {
     ($($name:literal)*) => { [$(($name, include_str!(concat!("../kernels/", $name)))),*] };
@@ -47,11 +47,6 @@ const OLDEST: (i32, i32) = (8, 0);
 pub(crate) const ATTENTION_SHARED: u32 = 226 * 1024;
 /// The same for products: the ring of tiles and the results of 128 choices of experts.
 const PRODUCT_SHARED: u32 = 160 * 1024;
-
-/// Dynamic shared memory of a kernel for one row.
-fn decode_shared(name: &str) -> u32 {
-    if name.starts_with("router") { 0 } else { PRODUCT_SHARED }
-}
 
 /// The same for a few rows.
 fn few_shared(name: &str) -> u32 {
@@ -205,12 +200,12 @@ impl Kernels {
     }
 
     pub(crate) fn decode(&mut self, name: &str) -> Result<Kernel> {
-        self.kernel("decode", name, decode_shared(name))
+        self.kernel("decode", name, PRODUCT_SHARED)
     }
 
     /// Whether there is such a kernel for one row.
     pub(crate) fn has_decode(&mut self, name: &str) -> Result<bool> {
-        let shared = decode_shared(name).min(self.most_shared);
+        let shared = PRODUCT_SHARED.min(self.most_shared);
         Ok(self.module("decode").find(name, shared)?.is_some())
     }
 

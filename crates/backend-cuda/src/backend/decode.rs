@@ -7,11 +7,12 @@
 //! | operations | kernels |
 //! |---|---|
 //! | `rms_norm`, `linear` | `line` (the norm is made by every block for itself) |
-//! | `rms_norm`, `linear` of the router | `router` |
+//! | `rms_norm`, `linear` of the router | `pair` without a pair |
+//! | `gate_up` | `pair` without a router |
 //! | `linear` whose output the next `rms_norm` adds | `line` with a residual |
 //! | `rms_norm` of the latent, two `rope`, `kv_store`, `linear_heads` | `heads` with a latent |
 //! | `attend_mla`, `linear_heads` | `attend`, `heads` that joins |
-//! | `route`, `gate_up` and `linear` of the shared expert, `moe_gate_up`, `moe_down` | `up`, `line`, `experts_down` |
+//! | `rms_norm`, `linear` of the router, `route`, `gate_up` and `linear` of the shared expert, `moe_gate_up`, `moe_down` | `pair`: the router and the shared expert's first half; `up`: the chosen experts' first half and the shared expert's second; `experts_down` |
 
 use super::few::{few_format, is_few};
 use super::products::{Input, activation_args, plain_warps, slices};
@@ -36,7 +37,9 @@ const HEAD_COLUMNS: usize = 2048;
 const BLOCKS: usize = 3;
 /// Shared memory of a multiprocessor, and what a block has of it that is not asked for: static arrays, and a reserved kilobyte.
 const SHARED: usize = 228 << 10;
-const STATIC_SHARED: u32 = 6 << 10;
+const STATIC_SHARED: u32 = 7 << 10;
+/// The same of a block of `pair`, whose norm needs more registers.
+const PAIR_BLOCKS: usize = 2;
 /// Most experts that a router may choose from where every block chooses for itself.
 const CHOSEN_FROM: usize = 256;
 
@@ -65,14 +68,6 @@ impl<'a> Cursor<'a> {
 impl CudaBackend {
     /// Launches a step.
     pub(super) fn run_program(&mut self, ops: &[Op]) -> Result<()> {
-        let one_row = ops.iter().any(|op| matches!(op, Op::RmsNorm(norm) if norm.x.rows == 1));
-        self.device.overlaps = !one_row;
-        let launched = self.launch_program(ops);
-        self.device.overlaps = true;
-        launched
-    }
-
-    fn launch_program(&mut self, ops: &[Op]) -> Result<()> {
         let mut cursor = Cursor { ops, at: 0, added: false };
         while cursor.at < ops.len() {
             if self.fused(&mut cursor)? {
@@ -90,6 +85,9 @@ impl CudaBackend {
 
     /// Launches what starts at the cursor as a kernel of its own, if there is one, and moves past it.
     fn fused(&mut self, cursor: &mut Cursor<'_>) -> Result<bool> {
+        if self.router_and_experts(cursor)? {
+            return Ok(true);
+        }
         let rest = cursor.rest();
         match rest {
             [Op::RmsNorm(latent), Op::Rope(q), Op::Rope(k), Op::KvStore { parts, slots, cache }, ..]
@@ -192,7 +190,7 @@ impl CudaBackend {
                 if *x != shared.out || parts.len() != 1 || down.plus != Some(parts[0].1) {
                     return Ok(false);
                 }
-                if !self.experts(route, Some((shared, parts)), up, down, residual)? {
+                if !self.experts(None, route, Some((shared, parts)), up, down, residual)? {
                     return Ok(false);
                 }
                 cursor.at += 5;
@@ -201,7 +199,7 @@ impl CudaBackend {
             }
             [Op::Route(route), Op::MoeGateUp(up), Op::MoeDown(down), ..] => {
                 let residual = cursor.residual_after(3, down.out);
-                if !self.experts(route, None, up, down, residual)? {
+                if !self.experts(None, route, None, up, down, residual)? {
                     return Ok(false);
                 }
                 cursor.at += 3;
@@ -215,21 +213,9 @@ impl CudaBackend {
                 cursor.at += 1;
             }
             [Op::GateUp(op), ..] => {
-                let Some(pair) = self.dense_pair(op)? else { return Ok(false) };
-                let format = op.gate.format;
-                let name = fast_format(format).expect("a pair has one");
-                let shared = pipe_bytes(format, 2);
-                let slices = slices(op.gate.cols);
-                let blocks = even(op.gate.rows.div_ceil(16).div_ceil(WARPS / slices), self.resident(shared)) as u32;
-                let args = args::Up {
-                    shared: pair,
-                    shared_blocks: blocks,
-                    slices: slices as u32,
-                    activation: activation_args(op.activation),
-                    ..args::Up::default()
-                };
-                let kernel = self.kernels.decode(&format!("up_{name}_{name}"))?;
-                self.device.launch(&kernel, [blocks, 1, 1], 256, shared, &args)?;
+                if !self.pair(None, op)? {
+                    return Ok(false);
+                }
                 cursor.at += 1;
             }
             _ => return Ok(false),
@@ -242,6 +228,39 @@ impl CudaBackend {
     fn resident(&self, shared: u32) -> usize {
         let fit = SHARED / (shared + STATIC_SHARED) as usize;
         self.device.multiprocessors as usize * fit.clamp(1, BLOCKS)
+    }
+
+    /// The router beside the shared expert's first half, and what follows it up to the chosen experts' second, from the cursor on.
+    fn router_and_experts(&mut self, cursor: &mut Cursor<'_>) -> Result<bool> {
+        let [
+            Op::RmsNorm(norm),
+            Op::Linear { x: normed, parts: router },
+            Op::Route(route),
+            Op::GateUp(shared),
+            Op::Linear { x, parts },
+            Op::MoeGateUp(up),
+            Op::MoeDown(down),
+            ..,
+        ] = cursor.rest()
+        else {
+            return Ok(false);
+        };
+        let [(weight, logits)] = router[..] else { return Ok(false) };
+        let added = norm.delta.is_none() || cursor.added;
+        let chained = norm.out == *normed && route.logits == logits && shared.x == norm.out && up.x == norm.out;
+        let plus = *x == shared.out && parts.len() == 1 && down.plus == Some(parts[0].1);
+        let beside = shared.gate.cols == weight.cols && self.pair_format(shared).is_some();
+        if !(added && chained && plus && beside) || router_kind(norm, weight).is_none() {
+            return Ok(false);
+        }
+        let residual = cursor.residual_after(7, down.out);
+        let router = Some((norm, weight, logits));
+        if !self.experts(router, route, Some((shared, parts)), up, down, residual)? {
+            return Ok(false);
+        }
+        cursor.at += 7;
+        cursor.added = residual.is_some();
+        Ok(true)
     }
 
     /// Whether one of the next operations, as long as `x` holds what it holds, reads it as floats.
@@ -275,7 +294,8 @@ impl CudaBackend {
 
     /// The norm of a row as the input of products with `weight`.
     fn norm_input(&mut self, norm: &RmsNorm, weight: Weight) -> Result<Option<RowInput>> {
-        if fast_format(weight.format).is_none() {
+        let offsets = [norm.x.offset, norm.out.offset, norm.weight.offset];
+        if fast_format(weight.format).is_none() || !is_wide(norm.x.cols, &offsets) {
             return Ok(None);
         }
         let x = self.input(norm.x)?;
@@ -295,11 +315,33 @@ impl CudaBackend {
         let whole = Parts { count: 1, stride: x.cols, cols: x.cols };
         let ready = takes_digits(weight.format) && self.buffer(x)?.has_digits(x, whole);
         // Beyond this many columns the conversion costs more than a kernel of its own.
-        if ready || x.cols > HEAD_COLUMNS || !takes_digits(weight.format) {
+        if ready || x.cols > HEAD_COLUMNS || !takes_digits(weight.format) || !is_wide(x.cols, &[x.offset]) {
             let input = self.whole_input(x, weight.format)?;
             return Ok(Some(direct(&input)));
         }
         Ok(Some(RowInput { x: self.input(x)?, kind: 1, ..RowInput::default() }))
+    }
+
+    /// The arguments of a product of one row with up to four weights of one format; and its row tiles.
+    fn line_args(
+        &mut self,
+        input: RowInput,
+        parts: &[(Weight, Tensor)],
+        residual: Option<Tensor>,
+    ) -> Result<(args::Line, usize)> {
+        let slices = slices(parts[0].0.cols) as u32;
+        let mut args = args::Line { num_parts: parts.len() as u32, slices, input, ..args::Line::default() };
+        let mut units = 0;
+        for (i, (weight, out)) in parts.iter().enumerate() {
+            args.part[i] = Part { w: self.weights[weight.id as usize].packed, out: self.output(*out)? };
+            args.first_unit[i] = units;
+            units += weight.rows.div_ceil(16) as u32;
+            args.first_unit[i + 1] = units;
+        }
+        if let Some(residual) = residual {
+            args.residual = self.residual(residual)?;
+        }
+        Ok((args, units as usize))
     }
 
     /// Products of one row with weights; those of another format than the first follow one by one.
@@ -310,24 +352,9 @@ impl CudaBackend {
         let name = fast_format(format).expect("checked by who made the input");
         let mut input = input;
         for group in same.chunks(4) {
-            let mut args = args::Line {
-                num_parts: group.len() as u32,
-                slices: slices(cols) as u32,
-                input,
-                ..args::Line::default()
-            };
-            let mut units = 0;
-            for (i, (weight, out)) in group.iter().enumerate() {
-                args.part[i] = Part { w: self.weights[weight.id as usize].packed, out: self.output(*out)? };
-                args.first_unit[i] = units;
-                units += weight.rows.div_ceil(16) as u32;
-                args.first_unit[i + 1] = units;
-            }
-            if let Some(residual) = residual {
-                args.residual = self.residual(residual)?;
-            }
+            let (args, units) = self.line_args(input, group, residual)?;
             let shared = pipe_bytes(format, 1) + row_bytes(&input, format, cols);
-            let blocks = even((units as usize).div_ceil(WARPS / slices(cols)), self.resident(shared)) as u32;
+            let blocks = even(units.div_ceil(WARPS / slices(cols)), self.resident(shared)) as u32;
             let kernel = self.kernels.decode(&format!("line_{name}"))?;
             self.device.launch(&kernel, [blocks, 1, 1], 256, shared, &args)?;
             // Written once.
@@ -348,32 +375,29 @@ impl CudaBackend {
 
     /// The norm and the router's product, if the weight is a plain one of a width that the kernel has.
     fn router(&mut self, norm: &RmsNorm, weight: Weight, out: Tensor) -> Result<bool> {
-        let kernel = match weight.format {
-            WeightFormat::F32 => "router_f32",
-            WeightFormat::F16 => "router_f16",
-            WeightFormat::Bf16 => "router_bf16",
-            _ => return Ok(false),
-        };
-        let aligned = [norm.x, norm.out, norm.weight].iter().all(|t| t.offset.is_multiple_of(4));
-        if norm.x == norm.out || plain_warps(weight.cols) != WARPS || !weight.cols.is_multiple_of(8) || !aligned {
-            return Ok(false);
-        }
+        let Some(kind) = router_kind(norm, weight) else { return Ok(false) };
+        let router = self.router_args(norm, weight, out)?;
+        let args = args::Pair { router, router_kind: kind, ..args::Pair::default() };
+        // Any of them: there is no pair.
+        let kernel = self.kernels.decode("pair_affine4")?;
+        self.device.launch(&kernel, [weight.rows as u32, 1, 1], 256, 0, &args)?;
+        Ok(true)
+    }
+
+    fn router_args(&mut self, norm: &RmsNorm, weight: Weight, out: Tensor) -> Result<args::Router> {
         let x = self.input(norm.x)?;
         let norm_weight = self.address(norm.weight)?;
         let (normed, out_digits) = self.written_forms(norm.out)?;
         let device_weight = &self.weights[weight.id as usize];
         let (weights, bias) = (device_weight.plain, device_weight.bias());
-        let args = args::Router {
+        Ok(args::Router {
             weights,
             bias,
             out: self.output(out)?,
             input: RowInput { x, digits: 0, kind: 2, eps: norm.eps, weight: norm_weight, out: normed, out_digits },
             rows: weight.rows as u32,
             cols: weight.cols as u32,
-        };
-        let kernel = self.kernels.decode(kernel)?;
-        self.device.launch(&kernel, [weight.rows as u32, 1, 1], 256, 0, &args)?;
-        Ok(true)
+        })
     }
 
     /// The arguments of a product a head, if there is a kernel.
@@ -478,23 +502,50 @@ impl CudaBackend {
         Ok(true)
     }
 
-    /// Gate and up of a dense feed-forward or of a shared expert.
-    fn dense_pair(&mut self, op: &GateUp) -> Result<Option<UpPair>> {
-        if op.gate.format != op.up.format || fast_format(op.gate.format).is_none() || op.x.rows != 1 {
-            return Ok(None);
+    /// The format of gate and up of a dense feed-forward or of a shared expert of one row, if there is a kernel.
+    fn pair_format(&self, op: &GateUp) -> Option<&'static str> {
+        fast_format(op.gate.format).filter(|_| op.gate.format == op.up.format && op.x.rows == 1)
+    }
+
+    /// Gate and up of a dense feed-forward or of a shared expert, beside the router if there is one: each block of the pair then makes its norm
+    /// for itself. False without a kernel.
+    fn pair(&mut self, router: Option<(&RmsNorm, Weight, Tensor)>, op: &GateUp) -> Result<bool> {
+        let Some(name) = self.pair_format(op) else { return Ok(false) };
+        let format = op.gate.format;
+        let mut args = args::Pair {
+            slices: slices(op.gate.cols) as u32,
+            activation: activation_args(op.activation),
+            ..args::Pair::default()
+        };
+        if let Some((norm, weight, logits)) = router {
+            args.router_kind = router_kind(norm, weight).expect("checked by who names the router");
+            args.router = self.router_args(norm, weight, logits)?;
+            args.input = RowInput { out: Mat::default(), out_digits: 0, ..args.router.input };
+        } else {
+            args.input = direct(&self.whole_input(op.x, format)?);
         }
-        let x = direct(&self.whole_input(op.x, op.gate.format)?);
-        Ok(Some(UpPair {
+        args.pair = UpPair {
             gate: self.weights[op.gate.id as usize].packed,
             up: self.weights[op.up.id as usize].packed,
             out: self.output(op.out)?,
-            x: if takes_digits(op.gate.format) { x.digits } else { x.x.twin },
-        }))
+            x: 0,
+        };
+        let rows = args.router.rows;
+        let shared = pipe_bytes(format, 2) + row_bytes(&args.input, format, op.gate.cols);
+        // Blocks of the router are short.
+        let resident = self.resident(shared).min(self.device.multiprocessors as usize * PAIR_BLOCKS);
+        let most = resident.saturating_sub(rows as usize).max(resident / 2);
+        let units = op.gate.rows.div_ceil(16).div_ceil(WARPS / slices(op.gate.cols));
+        let kernel = self.kernels.decode(&format!("pair_{name}"))?;
+        self.device.launch(&kernel, [rows + even(units, most) as u32, 1, 1], 256, shared, &args)?;
+        Ok(true)
     }
 
-    /// The router's choice, the chosen experts and the shared one.
+    /// The router's choice, the chosen experts and the shared one, after the router itself where it is given. False, with nothing launched,
+    /// without kernels.
     fn experts(
         &mut self,
+        router: Option<(&RmsNorm, Weight, Tensor)>,
         route: &Route,
         shared: Option<(&GateUp, &[(Weight, Tensor)])>,
         up: &MoeGateUp,
@@ -502,7 +553,7 @@ impl CudaBackend {
         residual: Option<Tensor>,
     ) -> Result<bool> {
         let experts = up.experts;
-        let (hidden, width, top_k) = (experts.hidden_size, experts.intermediate_size, up.ids.cols);
+        let (width, top_k) = (experts.intermediate_size, up.ids.cols);
         let same = down.h == up.out && down.ids == up.ids && up.ids == route.ids && down.weights == route.weights;
         let formats = (fast_format(experts.gate_format), fast_format(experts.down_format));
         if same && is_few(up.x.rows) {
@@ -517,70 +568,23 @@ impl CudaBackend {
         if !same || !fits || up.x.rows != 1 || experts.gate_format != experts.up_format {
             return Ok(false);
         }
-        let mut args = args::Up { slices: slices(hidden) as u32, chooses: 1, ..args::Up::default() };
-        let mut other = name;
-        if let Some((op, _)) = shared {
-            let kernel_name = fast_format(op.gate.format);
-            let known = match kernel_name {
-                Some(other) => other == name || self.kernels.has_decode(&format!("up_{name}_{other}"))?,
-                None => false,
-            };
-            let alike = op.x == up.x && op.activation == up.activation && op.gate.cols == hidden;
-            if !known || !alike {
-                return Ok(false);
-            }
-            let Some(pair) = self.dense_pair(op)? else { return Ok(false) };
-            (args.shared, other) = (pair, kernel_name.unwrap_or(name));
-        }
-        let x = direct(&self.whole_input(up.x, experts.gate_format)?);
-        args.route = self.route_args(route)?;
-        args.activation = activation_args(up.activation);
-        let out = self.output(up.out)?;
-        let packed = {
-            let e = &self.experts[experts.id as usize];
-            (e.gate.packed, e.up.packed, e.down.packed)
-        };
-        let from = if takes_digits(experts.gate_format) { x.digits } else { x.x.twin };
-        args.routed = UpPair { gate: packed.0, up: packed.1, out, x: from };
-        // The hidden values in the form that `down` reads.
-        let parts = Parts { count: top_k, stride: width, cols: width };
-        let mut h = DevicePtr::default();
-        if takes_digits(experts.down_format) {
-            let buffer = self.buffers.get_mut(&up.out.buffer.id).expect("output found it");
-            (h, _) = buffer.digits(up.out, parts, &mut self.device)?;
-            args.h_digits = h;
-            args.arrived = self.counters(COUNTERS)?;
-        }
-        let side = WARPS / slices(hidden);
-        let units = |rows: usize| rows.div_ceil(16).div_ceil(side);
-        let routed = units(top_k * width);
-        let mut ring = pipe_bytes(experts.gate_format, 2);
-        let mut blocks = even(routed, self.resident(ring));
-        if let Some((op, _)) = shared {
-            ring = ring.max(pipe_bytes(op.gate.format, 2));
-            let own = (units(op.gate.rows), tile_bytes(op.gate.format));
-            let (first, rest) = shares(own, (routed, tile_bytes(experts.gate_format)), self.resident(ring));
-            args.shared_blocks = first as u32;
-            blocks = first + rest;
-        }
-        let total = blocks as u32;
-        let scores = 4 * (2 * experts.num_experts + 2) as u32;
-        let kernel = self.kernels.decode(&format!("up_{name}_{other}"))?;
-        self.device.launch(&kernel, [total, 1, 1], 256, ring.max(scores), &args)?;
-        if let Some((op, linear)) = shared
-            && let Some(input) = self.plain_input(op.out, linear[0].0)?
+        if let Some((op, _)) = shared
+            && !self.pair(router, op)?
         {
-            self.line(input, linear, op.out, None)?;
-        } else if let Some((op, linear)) = shared {
-            self.linear_now(&Linear { x: op.out, parts: linear })?;
+            self.gate_up_now(op)?;
         }
+        self.experts_up(name, route, shared, up)?;
+        let hidden = experts.hidden_size;
         let (x, part_bytes) = if takes_digits(experts.down_format) {
-            (h, (width.div_ceil(64) * crate::buffers::DIGITS_BYTES) as u64)
+            let parts = Parts { count: top_k, stride: width, cols: width };
+            let buffer = self.buffers.get_mut(&up.out.buffer.id).expect("output found it");
+            let (digits, _) = buffer.digits(up.out, parts, &mut self.device)?;
+            (digits, (width.div_ceil(64) * crate::buffers::DIGITS_BYTES) as u64)
         } else {
             (self.twin(up.out)?.twin, 2 * width as u64)
         };
         let args = args::Down {
-            w: packed.2,
+            w: self.experts[experts.id as usize].down.packed,
             weights: self.input(down.weights)?,
             plus: self.optional(down.plus)?,
             out: self.output(down.out)?,
@@ -599,9 +603,98 @@ impl CudaBackend {
         Ok(true)
     }
 
+    /// The chosen experts' gate and up, which choose them; beside the shared expert's second product, or after it where there is no kernel for
+    /// both formats.
+    fn experts_up(
+        &mut self,
+        name: &str,
+        route: &Route,
+        shared: Option<(&GateUp, &[(Weight, Tensor)])>,
+        up: &MoeGateUp,
+    ) -> Result<()> {
+        let experts = up.experts;
+        let (hidden, width, top_k) = (experts.hidden_size, experts.intermediate_size, up.ids.cols);
+        let x = direct(&self.whole_input(up.x, experts.gate_format)?);
+        let mut args = args::Up {
+            slices: slices(hidden) as u32,
+            route: self.route_args(route)?,
+            activation: activation_args(up.activation),
+            ..args::Up::default()
+        };
+        let out = self.output(up.out)?;
+        let packed = {
+            let e = &self.experts[experts.id as usize];
+            (e.gate.packed, e.up.packed)
+        };
+        let from = if takes_digits(experts.gate_format) { x.digits } else { x.x.twin };
+        args.routed = UpPair { gate: packed.0, up: packed.1, out, x: from };
+        // The hidden values in the form that `down` reads.
+        if takes_digits(experts.down_format) {
+            let parts = Parts { count: top_k, stride: width, cols: width };
+            let buffer = self.buffers.get_mut(&up.out.buffer.id).expect("output found it");
+            (args.h_digits, _) = buffer.digits(up.out, parts, &mut self.device)?;
+            args.arrived = self.counters(COUNTERS)?;
+        }
+        let routed = (top_k * width).div_ceil(16).div_ceil(WARPS / slices(hidden));
+        let mut ring = pipe_bytes(experts.gate_format, 2);
+        let mut blocks = even(routed, self.resident(ring));
+        let mut other = name;
+        if let Some((op, parts)) = shared {
+            let weight = parts[0].0;
+            let input = self.plain_input(op.out, weight)?;
+            let beside = fast_format(weight.format);
+            let known = match beside {
+                Some(other) => other == name || self.kernels.has_decode(&format!("up_{name}_{other}"))?,
+                None => false,
+            };
+            match input {
+                Some(input) if known => {
+                    other = beside.unwrap_or(name);
+                    ring = ring.max(pipe_bytes(weight.format, 1) + row_bytes(&input, weight.format, weight.cols));
+                    let (line, units) = self.line_args(input, parts, None)?;
+                    args.shared = line;
+                    let tiles = |cols: usize, format| cols.div_ceil(64) as u32 * tile_bytes(format);
+                    let side = WARPS / slices(weight.cols);
+                    // Bytes of what a block does at a time: row tiles side by side of the one, both matrices of the other.
+                    let own = (units.div_ceil(side), side as u32 * tiles(weight.cols, weight.format));
+                    let pairs = 2 * (WARPS / slices(hidden)) as u32 * tiles(hidden, experts.gate_format);
+                    let (first, rest) = shares(own, (routed, pairs), self.resident(ring));
+                    args.shared_blocks = first as u32;
+                    blocks = first + rest;
+                }
+                Some(input) => self.line(input, parts, op.out, None)?,
+                None => self.linear_now(&Linear { x: op.out, parts })?,
+            }
+        }
+        let kernel = self.kernels.decode(&format!("up_{name}_{other}"))?;
+        self.device.launch(&kernel, [blocks as u32, 1, 1], 256, ring, &args)
+    }
+
     fn cache_address(&self, cache: Cache) -> DevicePtr {
         self.caches[cache.id as usize].memory.pointer()
     }
+}
+
+/// Whether rows of `cols` elements that start at `offsets` of their buffers are read and written as whole vectors.
+fn is_wide(cols: usize, offsets: &[usize]) -> bool {
+    cols.is_multiple_of(8) && offsets.iter().all(|offset| offset.is_multiple_of(8))
+}
+
+/// How the kernels call the type of a router's weight, if it and its norm are ones that they know.
+fn router_kind(norm: &RmsNorm, weight: Weight) -> Option<u32> {
+    let kind = match weight.format {
+        WeightFormat::F32 => 0,
+        WeightFormat::F16 => 1,
+        WeightFormat::Bf16 => 2,
+        _ => return None,
+    };
+    let offsets = [norm.x.offset, norm.out.offset, norm.weight.offset];
+    let known = norm.x != norm.out
+        && norm.x.rows == 1
+        && plain_warps(weight.cols) == WARPS
+        && weight.cols <= ROW_COLUMNS
+        && is_wide(weight.cols, &offsets);
+    known.then_some(kind)
 }
 
 /// A row that is read in the form that it has.
@@ -628,4 +721,29 @@ fn row_bytes(input: &RowInput, format: WeightFormat, cols: usize) -> u32 {
     }
     let tile = if takes_digits(format) { crate::buffers::DIGITS_BYTES } else { 128 };
     (cols.div_ceil(64) * tile) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_have_as_many_units() {
+        assert_eq!([even(512, 396), even(384, 396), even(1, 396), even(0, 396)], [256, 384, 1, 1]);
+    }
+
+    #[test]
+    fn two_kinds_of_blocks_end_early() {
+        // The shared expert's second product beside the chosen experts' first: bytes of what a block does at a time.
+        let (first, second) = shares((192, 36_864), (1024, 86_016), 396);
+        assert!(first + second <= 396, "{first} and {second} blocks");
+        let longest = (192_usize.div_ceil(first) * 36_864).max(1024_usize.div_ceil(second) * 86_016);
+        assert_eq!(longest, 3 * 86_016, "{first} and {second} blocks");
+    }
+
+    #[test]
+    fn rows_are_wide_where_vectors_fit() {
+        assert!(is_wide(6144, &[0, 64]));
+        assert!(!is_wide(6148, &[0]) && !is_wide(6144, &[4]));
+    }
 }

@@ -2,7 +2,7 @@
 //! `kernels/few.cu`, the router's choice, the chosen experts and the shared one together; the rest operation by operation. The results are the
 //! bits of the single operations, which `tests/recorded.rs` checks.
 
-use super::decode::shares;
+use super::decode::{even, shares};
 use super::products::{Input, activation_args, slices};
 use super::{COUNTERS, CudaBackend, GEMV_ROWS, WARPS};
 use crate::args;
@@ -73,6 +73,12 @@ fn slice_shares(groups: usize, slices: usize, tiles: usize, rows: usize, multipr
     };
     let choices = [1, 2, 4, 8].into_iter().filter(|n| *n <= slices);
     choices.min_by(|a, b| time(*a).total_cmp(&time(*b))).unwrap_or(1)
+}
+
+/// Blocks for so many units where `most` are resident. Where some would have two units and others one, all have two: the second units
+/// would have the device to themselves (36 us for GLM-5.2's queries with 32 rows, 27 with fewer blocks; H200, cuda-decode-layer).
+fn line_blocks(units: usize, most: usize) -> usize {
+    if units <= 2 * most { even(units, most) } else { most }
 }
 
 /// Distinct experts that `rows` rows choose, if every choice is as likely as any other.
@@ -173,7 +179,7 @@ impl CudaBackend {
         args.shares = shares as u32;
         let shared = few_line_bytes(format, rows_of_kernel as u32);
         let kernel = self.kernels.few(&format!("few_{variant}_{name}"))?;
-        let blocks = (groups * shares).min(self.device.resident_blocks(&kernel, LINE_THREADS, shared)?) as u32;
+        let blocks = line_blocks(groups * shares, self.device.resident_blocks(&kernel, LINE_THREADS, shared)?) as u32;
         self.device.launch(&kernel, [blocks, 1, 1], LINE_THREADS, shared, &args)
     }
 
@@ -388,6 +394,12 @@ mod tests {
         for slices in [2, 4, 8] {
             assert_eq!(slice_shares(1, slices, 256, 2, H200), slices);
         }
+    }
+
+    #[test]
+    fn blocks_of_two_units_have_two_each() {
+        // GLM-5.2's queries and output projection for 32 rows, and its head, whose blocks have three or four units.
+        assert_eq!([line_blocks(512, 396), line_blocks(384, 396), line_blocks(1210, 396)], [256, 384, 396]);
     }
 
     /// As many blocks as registers allow (`__launch_bounds__`) also fit into shared memory.
