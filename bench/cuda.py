@@ -4,6 +4,7 @@
     python3 bench/cuda.py ladder [FORMAT ..]    # hot operations one by one: reference, plain, best; checked and timed
     python3 bench/cuda.py sampling [REQUESTS ..] # draws on the device against draws on the host, over HTTP: the same texts, and their speed
     python3 bench/cuda.py context [SHAPE/FORMAT/BATCHES ..]  # decode at 8192 positions against 128
+    python3 bench/cuda.py prompts [SHAPE/FORMAT ..]  # prompts of 512 to 4096 tokens, each in one step, stage by stage
     python3 bench/cuda.py golden                # worst difference from transformers; texts of the bundled model against the CPU's
     python3 bench/cuda.py formats TEST          # golden models in every format, from the test golden_cuda (its binary, on a machine that compiles nothing)
     python3 bench/cuda.py load DIRECTORY        # loading a large checkpoint (bench/large_checkpoint.py) against the bus (needs torch, which measures it)
@@ -146,6 +147,29 @@ def context(stolen, chosen):
                     "share of measured bandwidth": f"{100 * result['bandwidth_share']:.0f} %",
                 })
     write("cuda-context", commands, reports, {"cuda-context": rows}, stolen)
+
+
+def prompts(stolen, chosen):
+    reports, rows, stages, commands = [], [], [], []
+    lengths = (512, 1024, 2048, 4096)
+    for plan in chosen or (f"{SLICE}/affine-4", f"{SLICE}/nvfp4", f"{SHAPE}/q3a4"):
+        shape, form = plan.split("/")
+        command = ["bench", "--backend", "cuda", "--synthetic", shape, "--format", form, "--batch", "1", "--prompt", ",".join(map(str, lengths)), "--chunk", str(lengths[-1]), "--windows", "3", "--steps", "5", "--json"]
+        report = json.loads(run(*command)[0])
+        reports.append(report)
+        commands.append(f"{NAME} {' '.join(command)}")
+        for prefill in report["prefill"]:
+            rows.append({
+                "shape": shape, "format": form, "tokens": prefill["tokens"], "tok/s": f"{prefill['tok_s']:.0f}",
+                "quartiles": "-".join(f"{x:.0f}" for x in prefill["tok_s_quartiles"]), "ms": f"{1e3 * prefill['tokens'] / prefill['tok_s']:.1f}",
+            })
+            total = sum(stage["microseconds"] for stage in prefill["stages"])
+            for stage in prefill["stages"]:
+                stages.append({
+                    "shape": shape, "format": form, "tokens": prefill["tokens"], "stage": stage["stage"], "ms": f"{stage['microseconds'] / 1e3:.2f}",
+                    "share": f"{100 * stage['microseconds'] / total:.0f} %",
+                })
+    write("cuda-prompts", commands, reports, {"cuda-prompts": rows, "cuda-prompt-stages": stages}, stolen)
 
 
 def golden(stolen):
@@ -292,6 +316,8 @@ def main():
             sampling(stolen, list(map(int, counts)))
         case ["context", *plans]:
             context(stolen, plans)
+        case ["prompts", *plans]:
+            prompts(stolen, plans)
         case ["golden"]:
             golden(stolen)
         case ["load", directory]:

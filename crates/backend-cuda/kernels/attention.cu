@@ -302,6 +302,240 @@ KERNEL __launch_bounds__(256, 2) attend_mla(const __grid_constant__ AttendArgs a
   }
 }
 
+// ---- the same for the rows of a prompt ----
+//
+// A block has a row and 64 heads, so that a cached row is read for all of them, and keeps what it adds up in registers: no parts in memory. It goes
+// through the keys twice: for scores, largest scores and weights of all parts (which lie in memory in between, in the second-level cache), then
+// for values. Every number is made as `attend_mla` and `attend_join` make it. Up to 2048 keys (a part is one tile or two).
+#define PROMPT_HEADS 64
+#define PROMPT_KEY 576   // columns of a key
+#define PROMPT_VALUE 512
+#define PROMPT_STRIDE (PROMPT_KEY + 8)
+#define PROMPT_VALUE_STRIDE (PROMPT_VALUE + 8)
+#define PROMPT_PARTS 32
+#define PROMPT_STEPS (PROMPT_KEY / 16 / 2)  // products of a half of the columns
+#define WEIGHTS_STRIDE (TILE + 8)
+
+struct PromptArgs {
+  AttendArgs attend;
+  u16* weights;          // [tokens][heads / 64][tiles][high, low][64][TILE]
+  u32 num_tokens, max_tiles;  // at most so many tiles a row
+};
+
+// PAIR: a part is two tiles. `slots`: of the row's keys; `largest`, `sums`, `olds`: [parts][heads].
+template <bool PAIR> DEVICE void prompt_row(const PromptArgs& args, u32 t, u32 count, u32 first, u8* shared) {
+  const AttendArgs& a = args.attend;
+  constexpr u32 T = PAIR ? 2 : 1, S = TILE + 1;
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, pair = lane % 4, head = blockIdx.y * PROMPT_HEADS;
+  u32 tiles = (count + TILE - 1) / TILE, parts = (tiles + T - 1) / T;
+  u16* keys = (u16*)shared;                                          // three tiles of keys; later four of values
+  u16* weights = keys + 4 * TILE * PROMPT_VALUE_STRIDE;              // four tiles [high, low][heads][WEIGHTS_STRIDE]
+  float* scores = (float*)weights;                                   // before: [halves of the columns][heads][S]
+  float* largest = (float*)(weights + 4 * 2 * PROMPT_HEADS * WEIGHTS_STRIDE);
+  float* sums = largest + PROMPT_PARTS * PROMPT_HEADS;
+  float* olds = sums + PROMPT_PARTS * PROMPT_HEADS;
+  u32* slots = (u32*)(olds + PROMPT_PARTS * PROMPT_HEADS);
+  u32 keys_at = (u32)__cvta_generic_to_shared(keys), weights_at = (u32)__cvta_generic_to_shared(weights);
+  const u32* table = a.paging.block_table + (u64)a.paging.sequences[t] * a.paging.max_blocks;
+  for (u32 i = threadIdx.x; i < count; i += blockDim.x) {
+    u32 p = a.index_ids ? a.index_ids[(u64)t * a.index_stride + i] : first + i;
+    slots[i] = table[p / a.paging.block_size] * a.paging.block_size + p % a.paging.block_size;
+  }
+  __syncthreads();
+  // Others than the row's keys are zeros: their weight is zero, and zero times what lies there may be no number.
+  auto copy_rows = [&](u32 tile, u32 slot, u32 stride, u32 columns) {
+    if (tile < tiles) {
+      for (u32 k = warp; k < TILE; k += 8) {
+        bool valid = tile * TILE + k < count;
+        const u16* from = (const u16*)a.cache + (valid ? (u64)slots[tile * TILE + k] * a.cache_width + a.key_first : 0);
+        for (u32 c = lane * 8; c < columns; c += 256)
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(keys_at + ((slot * TILE + k) * stride + c) * 2), "l"(from + c), "r"(valid ? 16 : 0));
+      }
+    }
+  };
+  auto copy_keys = [&](u32 tile) {
+    copy_rows(tile, tile % 3, PROMPT_STRIDE, PROMPT_KEY);
+    asm volatile("cp.async.commit_group;");
+  };
+  u16* memory = args.weights + ((u64)(t * gridDim.y + blockIdx.y) * args.max_tiles) * (2 * PROMPT_HEADS * TILE);
+  {
+    copy_keys(0);
+    copy_keys(1);
+    // A warp has the queries of 16 heads and half of the columns.
+    u32 rows = warp % 4 * 16, half = warp / 4;
+    u32 q[PROMPT_STEPS][2][4];
+#pragma unroll
+    for (int s = 0; s < PROMPT_STEPS; s++)
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        u32 h = head + rows + g + 8 * (k & 1), c = (half * PROMPT_STEPS + s) * 16 + 8 * (k >> 1) + 2 * pair;
+        float2 x = *(const float2*)(c < PROMPT_VALUE ? a.q.p + (u64)t * a.q.stride + h * PROMPT_VALUE + c : a.q_rope.p + (u64)t * a.q_rope.stride + h * a.q_rope_stride + (c - PROMPT_VALUE));
+        q[s][0][k] = pack_bf16(x.x, x.y);
+        q[s][1][k] = pack_bf16(x.x - __uint_as_float(q[s][0][k] << 16), x.y - __uint_as_float(q[s][0][k] & 0xffff0000u));
+      }
+    float m[8], l[8], top[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) { m[i] = top[i] = -INFINITY; l[i] = 0.f; }
+    for (u32 tile = 0; tile < tiles; tile++) {
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      __syncthreads();
+      copy_keys(tile + 2);
+      u32 at = keys_at + ((tile % 3 * TILE + lane / 16 * 8 + lane % 8) * PROMPT_STRIDE + half * PROMPT_STEPS * 16 + lane / 8 % 2 * 8) * 2;
+      float high[4][4] = {}, low[4][4] = {};
+#pragma unroll
+      for (int s = 0; s < PROMPT_STEPS; s++) {
+        u32 b[2][4];
+        ldmatrix4(b[0], at + s * 32);
+        ldmatrix4(b[1], at + 16 * PROMPT_STRIDE * 2 + s * 32);
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+          mma_bf16(high[n], q[s][0], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+          mma_bf16(low[n], q[s][1], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+        }
+      }
+      float* to = scores + (half * PROMPT_HEADS + rows + g) * S + 2 * pair;
+#pragma unroll
+      for (int n = 0; n < 4; n++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) to[8 * (k >> 1) * S + n * 8 + (k & 1)] = high[n][k] + low[n][k];
+      __syncthreads();
+      // A warp has eight heads, a lane a key.
+      u16* w = memory + (u64)tile * (2 * PROMPT_HEADS * TILE) + lane;
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        u32 h = 8 * warp + i;
+        float s = (scores[h * S + lane] + scores[(PROMPT_HEADS + h) * S + lane]) * a.scale;
+        s = tile * TILE + lane < count ? s : -INFINITY;
+        if (tile % T == 0) { m[i] = -INFINITY; l[i] = 0.f; }
+        float m_new = fmaxf(m[i], warp_max(s)), p = expf(s - m_new), old = expf(m[i] - m_new);
+        m[i] = m_new;
+        l[i] = l[i] * old + warp_sum(p);
+        u16 high_part, low_part;
+        split_bf16(p, high_part, low_part);
+        w[h * TILE] = high_part;
+        w[(PROMPT_HEADS + h) * TILE] = low_part;
+        if (lane == 0) {
+          largest[tile / T * PROMPT_HEADS + h] = m_new;
+          sums[tile / T * PROMPT_HEADS + h] = l[i];
+          if (PAIR) olds[tile / T * PROMPT_HEADS + h] = old;
+        }
+        if (tile % T == T - 1 || tile == tiles - 1) top[i] = fmaxf(top[i], m_new);
+      }
+    }
+    // What each part counts: exp(its largest score - that of all).
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      for (u32 s = lane; s < parts; s += 32) largest[s * PROMPT_HEADS + 8 * warp + i] = expf(largest[s * PROMPT_HEADS + 8 * warp + i] - top[i]);
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x < PROMPT_HEADS) {
+      float l = 0.f;
+#pragma unroll 4
+      for (u32 s = 0; s < parts; s++) l = fmaf(sums[s * PROMPT_HEADS + threadIdx.x], largest[s * PROMPT_HEADS + threadIdx.x], l);
+      sums[threadIdx.x] = l;
+    }
+  }
+  // Values: a warp has 64 columns of all heads.
+  float out[4][8][4] = {};
+  auto copy_part = [&](u32 part) {
+    if (part < parts) {
+#pragma unroll
+      for (u32 i = 0; i < T; i++) {
+        u32 tile = part * T + i;
+        copy_rows(tile, tile % 4, PROMPT_VALUE_STRIDE, PROMPT_VALUE);
+        if (tile < tiles) {
+          const u16* from = memory + (u64)tile * (2 * PROMPT_HEADS * TILE);
+          for (u32 piece = threadIdx.x; piece < 2 * PROMPT_HEADS * TILE / 8; piece += 256)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(weights_at + ((tile % 4 * 2 * PROMPT_HEADS + piece / 4) * WEIGHTS_STRIDE + piece % 4 * 8) * 2), "l"(from + piece * 8));
+        }
+      }
+    }
+    asm volatile("cp.async.commit_group;");
+  };
+  // A part is multiplied while the next is on its way.
+  copy_part(0);
+  for (u32 part = 0; part < parts; part++) {
+    copy_part(part + 1);
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    __syncthreads();
+    bool both = PAIR && part * 2 + 1 < tiles;
+#pragma unroll
+    for (int two = 0; two < 2; two++) {
+      u32 w[T][2][2][2][4];  // [tile][high, low][16 heads][16 keys]
+#pragma unroll
+      for (u32 i = 0; i < T; i++)
+#pragma unroll
+        for (int x = 0; x < 2; x++)
+#pragma unroll
+          for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int s = 0; s < 2; s++)
+              ldmatrix4(w[i][x][r][s], weights_at + (((((part * T + i) % 4) * 2 + x) * PROMPT_HEADS + two * 32 + r * 16 + lane % 16) * WEIGHTS_STRIDE + s * 16 + lane / 16 * 8) * 2);
+      float weight[2][2], old[2][2];
+#pragma unroll
+      for (int r = 0; r < 2; r++)
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          u32 h = part * PROMPT_HEADS + two * 32 + r * 16 + g + 8 * k;
+          weight[r][k] = largest[h];
+          old[r][k] = PAIR ? olds[h] : 0.f;
+        }
+#pragma unroll
+      for (int n = 0; n < 8; n++) {
+        float sum[2][4] = {};
+#pragma unroll
+        for (u32 i = 0; i < T; i++) {
+          if (i == 1 && !both) break;
+          u32 b[4];
+          ldmatrix4_transposed(b, keys_at + (((part * T + i) % 4 * TILE + lane) * PROMPT_VALUE_STRIDE + warp * 64 + n * 8) * 2);
+#pragma unroll
+          for (int r = 0; r < 2; r++) {
+            if (i == 1)
+#pragma unroll
+              for (int k = 0; k < 4; k++) sum[r][k] *= old[r][k >> 1];
+#pragma unroll
+            for (int s = 0; s < 2; s++) {
+              mma_bf16(sum[r], w[i][0][r][s], b[2 * s], b[2 * s + 1]);
+              mma_bf16(sum[r], w[i][1][r][s], b[2 * s], b[2 * s + 1]);
+            }
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+          for (int k = 0; k < 4; k++) out[two * 2 + r][n][k] = fmaf(sum[r][k], weight[r][k >> 1], out[two * 2 + r][n][k]);
+      }
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int r = 0; r < 4; r++)
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      u32 h = r * 16 + g + 8 * k;
+      float l = sums[h];
+      u64 row = (u64)t * a.out.stride + (head + h) * PROMPT_VALUE + warp * 64 + 2 * pair;
+#pragma unroll
+      for (int n = 0; n < 8; n++) {
+        float2 x = make_float2(out[r][n][2 * k] / l, out[r][n][2 * k + 1] / l);
+        *(float2*)(a.out.p + row + n * 8) = x;
+        if (a.out.twin) *(u32*)(a.out.twin + row + n * 8) = pack_bf16(x.x, x.y);
+      }
+    }
+}
+// Grid: (tokens, the longest rows first; heads / 64).
+KERNEL __launch_bounds__(256, 1) attend_prompt(const __grid_constant__ PromptArgs args) {
+  extern __shared__ __align__(16) u8 prompt_shared[];
+  pdl_launch();
+  pdl_wait();
+  u32 t = args.num_tokens - 1 - blockIdx.x, first, count;
+  keys_of(args.attend, t, first, count);
+  if (split_of(count) == TILE) prompt_row<false>(args, t, count, first, prompt_shared);
+  else prompt_row<true>(args, t, count, first, prompt_shared);
+}
+
 // Joins the parts of a head, which has at most 512 columns. Grid (heads, tokens), 64 threads.
 struct JoinArgs {
   AttendArgs attend;

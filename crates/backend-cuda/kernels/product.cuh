@@ -20,7 +20,8 @@ struct MatmulArgs {
   u32 x_head_stride;      // columns between the inputs of two matrices of a weight (heads)
   Mat x;                  // with a twin, for formats that are multiplied as bfloat16
   const u8* digits;       // x as digits, for affine formats: a part of a row (head, slot of an expert) after another
-  u32 digits_parts, pad;  // parts of a row
+  u32 digits_parts;       // parts of a row
+  u32 num_experts;        // prompt.cu: of `part`'s matrices
   Routing routing;
   Activation activation;
   Mat weights, plus;      // of the weighted sum over experts

@@ -88,11 +88,24 @@ pub(crate) struct Matmul {
     pub(crate) x: Mat,
     pub(crate) digits: DevicePtr,
     pub(crate) digits_parts: u32,
-    pub(crate) pad: u32,
+    pub(crate) num_experts: u32,
     pub(crate) routing: Routing,
     pub(crate) activation: Activation,
     pub(crate) weights: Mat,
     pub(crate) plus: Mat,
+}
+
+/// `BlockArgs` of `prompt.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Block {
+    pub(crate) routing: Routing,
+    pub(crate) digits: DevicePtr,
+    pub(crate) out: DevicePtr,
+    pub(crate) rows: u32,
+    pub(crate) tiles: u32,
+    pub(crate) parts: u32,
+    pub(crate) experts: u32,
 }
 
 /// `PlainArgs` of `matmul.cu`.
@@ -352,6 +365,16 @@ pub(crate) struct Attend {
 pub(crate) struct Join {
     pub(crate) attend: Attend,
     pub(crate) digits: DevicePtr,
+}
+
+/// `PromptArgs` of `attention.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct AttendPrompt {
+    pub(crate) attend: Attend,
+    pub(crate) weights: DevicePtr,
+    pub(crate) num_tokens: u32,
+    pub(crate) max_tiles: u32,
 }
 
 /// `IndexScoreArgs` of `attention.cu`.

@@ -92,6 +92,8 @@ pub struct CudaBackend {
     scratch: [Scratch; 2],
     partial: Scratch,
     sorted: Scratch,
+    /// Digits of a product of many rows, in the order of its tiles.
+    blocked: Scratch,
     /// Counters of `up` in decode.cu and `few_line` in few.cu: zero between two steps.
     arrived: Scratch,
     /// The choice of experts of a step of a few rows: `Plan` of few.cu.
@@ -156,6 +158,7 @@ impl CudaBackend {
             scratch: Default::default(),
             partial: Scratch::default(),
             sorted: Scratch::default(),
+            blocked: Scratch::default(),
             arrived: Scratch::default(),
             plan: Scratch::default(),
             results: Scratch::default(),

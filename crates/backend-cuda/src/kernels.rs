@@ -30,7 +30,7 @@ macro_rules! files {
     };
 }
 
-static FILES: [File; 7] = files!["rows" "pack" "matmul" "attention" "decode" "few" "sample"];
+static FILES: [File; 8] = files!["rows" "pack" "matmul" "prompt" "attention" "decode" "few" "sample"];
 
 macro_rules! headers {
     ($($name:literal)*) => { [$(($name, include_str!(concat!("../kernels/", $name)))),*] };
@@ -133,7 +133,7 @@ fn no_kernels(name: &str, (major, minor): (i32, i32), why: &str) -> moellon_ops:
 pub(crate) struct Kernels {
     modules: HashMap<&'static str, Module>,
     /// Dynamic shared memory that a block may have.
-    most_shared: u32,
+    pub(crate) most_shared: u32,
 }
 
 impl Kernels {
@@ -197,6 +197,11 @@ impl Kernels {
     pub(crate) fn matmul(&mut self, name: &str) -> Result<Kernel> {
         let streams = ["linear", "gate_up", "down"].iter().any(|start| name.starts_with(start));
         self.kernel("matmul", name, if streams { PRODUCT_SHARED } else { 0 })
+    }
+
+    /// A kernel for the products of a prompt; on GPUs without wgmma there is none.
+    pub(crate) fn prompt(&mut self, name: &str) -> Result<Kernel> {
+        self.kernel("prompt", name, if name.starts_with("prompt_") { ATTENTION_SHARED } else { 0 })
     }
 
     pub(crate) fn decode(&mut self, name: &str) -> Result<Kernel> {

@@ -96,6 +96,19 @@ pub(crate) fn few_group_bytes(format: WeightFormat) -> u32 {
     few_bytes(format, 8, fitting(format, (4, 2, 3), (2, 2, 3)), 8)
 }
 
+/// Rows of weights of a block of `prompt_*` (`64 * CONSUMERS`), and of activations (`TOKENS`).
+pub(crate) const PROMPT_ROWS: usize = 192;
+pub(crate) const PROMPT_TOKENS: usize = 64;
+/// Bytes of 64 columns of so many rows of activations (`BLOCKED_BYTES`).
+pub(crate) const BLOCKED_BYTES: usize = PROMPT_TOKENS * 136;
+
+/// Shared memory of `prompt_*`: its stages, a kilobyte of ones and the totals of its threads.
+pub(crate) fn prompt_bytes(format: WeightFormat) -> u32 {
+    let stage = BLOCKED_BYTES as u32 + PROMPT_ROWS as u32 / 16 * tile_bytes(format);
+    let stages = if lane_words(format) == 8 { 4 } else { 8 };
+    stages * stage.next_multiple_of(1024) + 1024 + (PROMPT_ROWS * PROMPT_TOKENS * 4) as u32
+}
+
 /// Bytes of a tile with its scales behind it.
 pub(crate) fn tile_bytes(format: WeightFormat) -> u32 {
     let scales = if matches!(format, WeightFormat::Mxfp4 | WeightFormat::Mxfp8) { 32 } else { 64 };

@@ -130,6 +130,35 @@ fn assert_rows_same(name: &str, config: &ModelConfig, format: &str, counts: &[us
     }
 }
 
+/// A prompt as a whole and in pieces of up to 32 rows, which other kernels compute: the same bits for every row.
+fn assert_prompt_same(name: &str, config: &ModelConfig, format: &str, rows: usize, backend: &mut CudaBackend) {
+    const PIECE: usize = 32;
+    let plan = FormatPlan::parse(format).expect("format is known");
+    let weights = Weights::load(config, &Synthetic::new(config, plan, 7), backend, &mut |_| {}).expect("weights load");
+    let options = DecoderOptions::single_sequence(rows, rows, CacheDtype::Bf16);
+    let mut decoder = Decoder::new(config.clone(), weights, options, backend).expect("decoder fits");
+    let table: Vec<u32> = (0..options.num_blocks as u32).collect();
+    let tokens = tokens_of(9, rows, config.vocab_size);
+    let mut logits_of = |first: usize, last: usize, backend: &mut CudaBackend| {
+        let mut batch = Batch::default();
+        batch.push_sequence(&tokens[first..last], first, &table, options.block_size, LogitRows::All);
+        let logits = decoder.forward_tapped(&batch, backend, None).expect("prompt runs");
+        bits(&read_logits(logits, backend).expect("logits come back"))
+    };
+    let whole = logits_of(0, rows, backend);
+    for first in (0..rows).step_by(PIECE) {
+        let last = rows.min(first + PIECE);
+        let piece = logits_of(first, last, backend);
+        let expected = &whole[first * config.vocab_size..last * config.vocab_size];
+        let wrong = piece.iter().zip(expected).position(|(a, b)| a != b);
+        assert!(
+            wrong.is_none(),
+            "{name} {format}, a prompt of {rows}: row {:?} differs from the same row among few",
+            wrong.map(|w| first + w / config.vocab_size)
+        );
+    }
+}
+
 /// The bundled model's shape, three layers of it.
 fn bundled_config() -> ModelConfig {
     let json = include_bytes!("../../../models/moellon-tiny/config.json");
@@ -229,5 +258,24 @@ fn published_shapes() {
         for format in formats {
             assert_same(shape, &config, format, &[3, 150], &mut backend);
         }
+    }
+}
+
+/// Products of many rows and attention of a prompt's rows have kernels of their own.
+#[test]
+fn prompts_have_the_bits_of_few_rows() {
+    let Some(mut backend) = open() else { return };
+    let bundled = bundled_config();
+    for format in chosen("MOELLON_TEST_FORMATS", &FORMATS) {
+        assert_prompt_same("bundled", &bundled, format, 133, &mut backend);
+    }
+    // Latent attention whose parts are one tile of keys, then two (beyond 1024), then chosen keys (beyond 2048).
+    for (shape, format, rows) in [
+        ("glm-5.2-77:layers=1,vocab=512", "affine-4", 200),
+        ("glm-5.2-77:layers=1,vocab=512", "q3a4", 2130),
+        ("deepseek-v3:layers=1,vocab=512", "affine-4", 100),
+        ("qwen3-30b-a3b:layers=1,vocab=512", "affine-4", 200),
+    ] {
+        assert_prompt_same(shape, &preset(shape).expect("preset is known"), format, rows, &mut backend);
     }
 }

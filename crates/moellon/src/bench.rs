@@ -24,6 +24,7 @@ pub fn run(options: &BenchOptions) -> Result<()> {
 
 fn measure(options: &BenchOptions) -> Result<()> {
     anyhow::ensure!(!options.batch.contains(&0), "--batch has 0, expected positive numbers");
+    anyhow::ensure!(options.chunk > 0, "--chunk is 0, expected a positive number");
     let mut backend = backend::create(&options.device, options.activations)?;
     if let (true, Some(synthetic)) = (options.kernels, &options.synthetic) {
         return ladder::run(options, synthetic, backend.as_mut());
@@ -213,7 +214,7 @@ pub fn open(options: &BenchOptions, backend: &mut dyn Backend) -> Result<(Decode
     let max_context = (options.context + 1).max(longest_prompt);
     let blocks = (largest_batch * (options.context + 1).div_ceil(block_size)).max(longest_prompt.div_ceil(block_size));
     let sizes = DecoderOptions {
-        max_batch_tokens: largest_batch.max(longest_prompt.min(load::PREFILL_CHUNK)),
+        max_batch_tokens: largest_batch.max(longest_prompt.min(options.chunk)),
         max_sequences: largest_batch,
         max_logit_rows: largest_batch,
         max_context,

@@ -442,6 +442,9 @@ pub struct BenchOptions {
     /// Lengths of prompts to prefill.
     #[arg(long, value_delimiter = ',', default_value = "512", value_name = "N,..")]
     pub prompt: Vec<usize>,
+    /// Rows of a prompt that are computed in one step.
+    #[arg(long, default_value_t = 512, value_name = "N")]
+    pub chunk: usize,
     /// Steps of a window.
     #[arg(long, default_value_t = 8, value_name = "N")]
     pub steps: usize,

@@ -52,6 +52,18 @@ fn partial_row_bytes(args: &args::Attend, max_keys: usize) -> usize {
     args.num_heads as usize * max_splits(max_keys) * (HEADER + args.value_dim as usize) * 4
 }
 
+/// Heads of a block of `attend_prompt`, the most keys of a row, and shared memory: values and weights of four tiles, three numbers for
+/// each part and head, the keys' places.
+const PROMPT_HEADS: u32 = 64;
+const PROMPT_KEYS: usize = 2048;
+const PROMPT_SHARED: u32 =
+    4 * TILE * 520 * 2 + 4 * 2 * PROMPT_HEADS * (TILE + 8) * 2 + 3 * 32 * PROMPT_HEADS * 4 + 4 * 2048;
+
+/// Bytes of the weights of one row's keys between the two passes of `attend_prompt`.
+fn prompt_row_bytes(args: &args::Attend, max_keys: usize) -> usize {
+    args.num_heads as usize * max_keys.div_ceil(TILE as usize) * TILE as usize * 4
+}
+
 /// Threads for a kernel that works on a row of `cols` elements with one block: a function of `cols` alone, for the same reason.
 fn row_threads(cols: usize) -> u32 {
     (cols.div_ceil(8).next_multiple_of(32)).clamp(32, 1024) as u32
@@ -88,7 +100,8 @@ impl CudaBackend {
         index_rows: Option<usize>,
         digits: DevicePtr,
     ) -> Result<()> {
-        let row_bytes = partial_row_bytes(&whole, max_keys);
+        let by_rows = num_tokens > GEMV_ROWS && digits == 0 && self.attends_by_rows(&whole, max_keys);
+        let row_bytes = if by_rows { prompt_row_bytes(&whole, max_keys) } else { partial_row_bytes(&whole, max_keys) };
         let chunk = (PARTIAL_BYTES / row_bytes).clamp(1, num_tokens.max(1));
         let join = self.kernels.attention("attend_join")?;
         for first in (0..num_tokens).step_by(chunk) {
@@ -106,6 +119,10 @@ impl CudaBackend {
                 part.index_ids += 4 * (first * stride) as u64;
                 part.index_counts += 4 * first as u64;
             }
+            if by_rows {
+                self.attend_prompt(part, rows, max_keys)?;
+                continue;
+            }
             self.attend_parts(&mut part, rows, max_keys)?;
             let digits = match digits {
                 0 => 0,
@@ -115,6 +132,25 @@ impl CudaBackend {
             self.device.launch(&join, [whole.num_heads, rows as u32, 1], 64, 0, &args)?;
         }
         Ok(())
+    }
+
+    /// Whether the rows of a prompt have a block each (`attend_prompt`).
+    fn attends_by_rows(&self, args: &args::Attend, max_keys: usize) -> bool {
+        mla_by_tensor_cores(args)
+            && (args.q_dim, args.q_rope_dim, args.value_dim) == (512, 64, 512)
+            && args.num_heads.is_multiple_of(PROMPT_HEADS)
+            && max_keys <= PROMPT_KEYS
+            && self.kernels.most_shared >= PROMPT_SHARED
+    }
+
+    /// Attention for `rows` rows of a prompt, a block each.
+    fn attend_prompt(&mut self, attend: args::Attend, rows: usize, max_keys: usize) -> Result<()> {
+        let bytes = (rows * prompt_row_bytes(&attend, max_keys)) as u64;
+        let weights = self.partial.pointer("weights of attention", bytes, &mut self.device)?;
+        let max_tiles = max_keys.div_ceil(TILE as usize) as u32;
+        let args = args::AttendPrompt { attend, weights, num_tokens: rows as u32, max_tiles };
+        let kernel = self.kernels.attention("attend_prompt")?;
+        self.device.launch(&kernel, [rows as u32, attend.num_heads / PROMPT_HEADS, 1], 256, PROMPT_SHARED, &args)
     }
 
     /// The parts of attention for `rows` rows, not joined; fills in where they lie.
@@ -237,6 +273,14 @@ impl CudaBackend {
                 rest.into_iter().partition(|(w, _)| self.weights[w.id as usize].format == format);
             rest = others;
             let x = self.whole_input(op.x, format)?;
+            if op.x.rows > GEMV_ROWS && self.takes_wgmma(format) {
+                for group in same.chunks(4) {
+                    let outputs: Result<Vec<_>> =
+                        group.iter().map(|(w, out)| Ok((WeightRef::Linear(*w), self.output(*out)?))).collect();
+                    self.prompt_product(&outputs?, x, Routing::default())?;
+                }
+                continue;
+            }
             let fused = product_suffix(format).filter(|_| op.x.rows <= GEMV_ROWS && same.len() > 1);
             let Some(name) = fused else {
                 for (weight, out) in same {
@@ -494,8 +538,13 @@ impl CudaBackend {
         let up_x = self.whole_input(op.x, op.experts.up_format)?;
         let gate = self.scratch(0, tokens * top_k, width)?;
         let up = self.scratch(1, tokens * top_k, width)?;
-        self.product(WeightRef::Gate(op.experts), x, gate, routing)?;
-        self.product(WeightRef::Up(op.experts), up_x, up, routing)?;
+        let parts = [(WeightRef::Gate(op.experts), gate), (WeightRef::Up(op.experts), up)];
+        if op.experts.gate_format == op.experts.up_format && self.takes_wgmma(op.experts.gate_format) {
+            self.prompt_product(&parts, x, routing)?;
+        } else {
+            self.product(parts[0].0, x, gate, routing)?;
+            self.product(parts[1].0, up_x, up, routing)?;
+        }
         let out = self.output(op.out)?;
         let out = Mat { rows: (tokens * top_k) as u32, cols: width as u32, stride: width as u32, ..out };
         self.activate(gate, up, out, op.activation)
@@ -551,8 +600,13 @@ impl CudaBackend {
         let up_x = self.whole_input(op.x, op.up.format)?;
         let gate = self.scratch(0, op.x.rows, op.gate.rows)?;
         let up = self.scratch(1, op.x.rows, op.gate.rows)?;
-        self.product(WeightRef::Linear(op.gate), x, gate, Routing::default())?;
-        self.product(WeightRef::Linear(op.up), up_x, up, Routing::default())?;
+        let parts = [(WeightRef::Linear(op.gate), gate), (WeightRef::Linear(op.up), up)];
+        if op.x.rows > GEMV_ROWS && op.gate.format == op.up.format && self.takes_wgmma(op.gate.format) {
+            self.prompt_product(&parts, x, Routing::default())?;
+        } else {
+            self.product(parts[0].0, x, gate, Routing::default())?;
+            self.product(parts[1].0, up_x, up, Routing::default())?;
+        }
         let out = self.output(op.out)?;
         self.activate(gate, up, out, op.activation)
     }

@@ -5,7 +5,10 @@ use crate::args;
 use crate::args::{Mat, Matmul, Part, Routing};
 use crate::buffers::Parts;
 use crate::driver::{DevicePtr, device_error};
-use crate::weights::{DeviceWeight, format_name, product_suffix, ring_bytes, takes_digits};
+use crate::weights::{
+    BLOCKED_BYTES, DeviceWeight, PROMPT_ROWS, PROMPT_TOKENS, fast_format, format_name, product_suffix, prompt_bytes,
+    ring_bytes, takes_digits,
+};
 use moellon_ops::{Activation, Experts, Result, Tensor, Weight};
 use moellon_tensor::WeightFormat;
 
@@ -103,6 +106,14 @@ impl WeightRef {
     }
 }
 
+/// The compute capability with wgmma.
+const WGMMA: (i32, i32) = (9, 0);
+
+/// Whether `prompt_*` multiplies such weights, where the GPU can.
+fn takes_wgmma(format: WeightFormat) -> bool {
+    takes_digits(format) && fast_format(format).is_some()
+}
+
 impl CudaBackend {
     /// The view with a current bfloat16 twin.
     pub(super) fn twin(&mut self, tensor: Tensor) -> Result<Mat> {
@@ -172,10 +183,57 @@ impl CudaBackend {
             let kernel = kernels.matmul(&format!("linear{}_{name}", gemv_variant(rows)))?;
             return device.launch(&kernel, [blocks, count, 1], 256, ring_bytes(w.format, 1), &args);
         }
+        if device.capability == WGMMA && takes_wgmma(w.format) {
+            return self.prompt_product(&[(weight, out)], x, routing);
+        }
         let rows = if routing.ids == 0 { rows } else { routing.num_tokens as usize };
         let grid = [w.rows.div_ceil(GEMM_ROWS) as u32, count, rows.div_ceil(GEMM_TOKENS) as u32];
         let kernel = kernels.matmul(&format!("gemm_{name}"))?;
         device.launch(&kernel, grid, 256, 0, &args)
+    }
+
+    /// Whether products of many rows with weights of this format are `prompt_*`: affine formats, where the GPU has wgmma.
+    pub(super) fn takes_wgmma(&self, format: WeightFormat) -> bool {
+        self.device.capability == WGMMA && takes_wgmma(format)
+    }
+
+    /// Products of more than [`GEMV_ROWS`] rows with weights of one format and as many columns that share `x`; at most four.
+    pub(super) fn prompt_product(&mut self, parts: &[(WeightRef, Mat)], x: Input, routing: Routing) -> Result<()> {
+        let (kernels, device) = (&mut self.kernels, &mut self.device);
+        let of = |weight: &WeightRef| weight.of(&self.weights, &self.experts);
+        let (first, count) = (of(&parts[0].0), parts[0].0.count());
+        let (format, col_tiles) = (first.format, first.cols.div_ceil(64) as u32);
+        let name = fast_format(format).ok_or_else(|| device_error(format!("{format:?} has no product by wgmma")))?;
+        let mut args = x.args(first.cols, routing);
+        args.num_parts = parts.len() as u32;
+        for (i, (weight, out)) in parts.iter().enumerate() {
+            args.part[i] = Part { w: of(weight).packed, out: *out };
+            args.first_block[i + 1] = args.first_block[i] + of(weight).rows.div_ceil(PROMPT_ROWS) as u32;
+        }
+        let blocks = args.first_block[parts.len()];
+        // Tiles of rows: experts have at most one each that is not full.
+        let tokens = PROMPT_TOKENS as u32;
+        let (row_tiles, heads) = match routing.ids {
+            0 => (x.x.rows.div_ceil(tokens), count),
+            _ => (routing.num_tokens * routing.top_k / tokens + count, 1),
+        };
+        args.num_experts = if routing.ids == 0 { 0 } else { count };
+        let bytes = u64::from(heads) * u64::from(row_tiles) * u64::from(col_tiles) * BLOCKED_BYTES as u64;
+        let blocked = self.blocked.pointer("activations of a prompt as digits", bytes, device)?;
+        let block = args::Block {
+            routing,
+            digits: args.digits,
+            out: blocked,
+            rows: x.x.rows,
+            tiles: col_tiles,
+            parts: args.digits_parts,
+            experts: args.num_experts,
+        };
+        let kernel = kernels.prompt("block_digits")?;
+        device.launch(&kernel, [col_tiles.div_ceil(8), row_tiles, heads], 256, 0, &block)?;
+        args.digits = blocked;
+        let kernel = kernels.prompt(&format!("prompt_{name}"))?;
+        device.launch(&kernel, [blocks, row_tiles, heads], 512, prompt_bytes(format), &args)
     }
 
     /// A product of a few rows with a plain weight that has few rows itself: a router.

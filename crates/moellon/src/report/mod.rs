@@ -166,6 +166,7 @@ fn bench_options(options: &ReportOptions) -> BenchOptions {
         context: 128,
         block_size: 64,
         prompt: vec![512],
+        chunk: 512,
         steps: 16,
         windows: 7,
         identical: false,
