@@ -1,4 +1,4 @@
-// The column of the largest value of 4096 columns of a row: argmax.wgsl joins them.
+// The column of the largest value of 1024 columns of a row: argmax.wgsl joins them.
 struct Args { logits_offset: u32, logits_stride: u32, cols: u32, num_parts: u32 }
 var<immediate> args: Args;
 @group(0) @binding(1) var<storage, read> logits: array<f32>;
@@ -17,8 +17,8 @@ fn rank(x: f32) -> u32 {
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
   var key = 0u;
   var at = 0xffffffffu;
-  let end = min(4096u * (group.x + 1u), args.cols);
-  for (var c = 4096u * group.x + local; c < end; c += 256u) {
+  let end = min(1024u * (group.x + 1u), args.cols);
+  for (var c = 1024u * group.x + local; c < end; c += 256u) {
     let other = rank(logits[args.logits_offset + group.y * args.logits_stride + c]);
     if (other > key) {
       key = other;

@@ -27,25 +27,27 @@ fn finished(sum: f32, row: u32, matrix: u32) -> f32 {
   if ((args.has & 1u) != 0u) { bias = extra[args.bias_offset + matrix * args.rows + row]; }
   return fma(sum, global, bias);
 }
-{{FINISHED2}}
-fn side(slot: u32, matrix: u32, group: u32, local: u32) {
-  let lane = local % args.lanes;
-  let team = group * (256u / args.lanes) + local / args.lanes;
+
+fn side(matrix: u32, group: u32, local: u32) {
+  let chunks = args.chunks;
+  let lanes = args.lanes;
+  let lane = local % lanes;
+  let team = group * (256u / lanes) + local / lanes;
   let local_matrix = matrix;
   let x_row0 = {{X_ROW}};
 {{START}}
-  for (var chunk = lane; chunk < args.chunks; chunk += args.lanes) {
+  for (var chunk = lane; chunk < chunks; chunk += lanes) {
 {{BODY}}
   }
 {{FINISH}}
-  let group_rows = 256u / args.lanes * ROWS;
-  let here = local / args.lanes * ROWS;
-  // Choices of experts, and heads, lie side by side in a row of out.
-  let column = slot * args.rows + group * group_rows;
-  for (var r = lane; r < ROWS; r += args.lanes) {
+  let group_rows = 256u / lanes * ROWS;
+  let here = local / lanes * ROWS;
+  // Heads lie side by side in a row of out.
+  let column = matrix * args.rows + group * group_rows;
+  for (var r = lane; r < ROWS; r += lanes) {
     let row = group * group_rows + here + r;
     if (row < args.rows) {
-      let value = {{VALUE}};
+      let value = finished(sum0_0[r], row, matrix);
       put(column + here + r, value);
       if ((args.forms & 4u) != 0u) { finals[here + r] = value; }
     }

@@ -37,7 +37,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {{KEEP}}
   }
   workgroupBarrier();
-  side(head, head, group.x % args.groups, local);
+  side(head, group.x % args.groups, local);
 }
 
 {{JOIN}}

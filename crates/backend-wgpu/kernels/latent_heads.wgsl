@@ -34,7 +34,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     store_latent(group.x, 0u, local);
   } else {
     let matrix = (group.x - first_groups) / args.groups;
-    side(matrix, matrix, (group.x - first_groups) % args.groups, local);
+    side(matrix, (group.x - first_groups) % args.groups, local);
   }
 }
 

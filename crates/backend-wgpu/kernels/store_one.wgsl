@@ -5,8 +5,7 @@ fn store(sums: {{VECTOR}}, token: u32, out_row: u32, group: u32, local: u32, lan
   if (token >= count) { return; }
   let group_rows = 256u / args.lanes * ROWS;
   let here = local / args.lanes * ROWS;
-  var column = args.first_row + group * group_rows;
-  if (args.mode == 0u) { column += matrix * args.out_matrix_step; }
+  let column = args.first_row + group * group_rows + matrix * args.out_matrix_step;
   for (var r = lane; r < ROWS; r += args.lanes) {
     let row = group * group_rows + here + r;
     if (row < args.rows) {

@@ -2,6 +2,7 @@
 
 mod attention;
 mod beside;
+mod experts;
 mod forms;
 mod fused;
 mod operations;
@@ -125,6 +126,8 @@ pub struct WgpuBackend {
     parts: Scratch,
     list: Scratch,
     tiles: Scratch,
+    /// Activations of experts and of the shared expert, as products read them.
+    gated: Scratch,
     /// What `tiles` holds.
     tiled: Option<TiledKey>,
     /// Rows from which products go by tiles.
@@ -189,6 +192,7 @@ impl WgpuBackend {
             parts: Scratch::default(),
             list: Scratch::default(),
             tiles: Scratch::default(),
+            gated: Scratch::default(),
             tiled: None,
             fewest_rows: if options.few_rows_by_tiles { FewestRows::ALWAYS } else { FewestRows::MEASURED },
             recording: None,

@@ -6,13 +6,15 @@
 
 mod attention;
 mod code;
+mod experts;
 mod product;
 mod tiles;
 
 pub(crate) use self::attention::{PAIRS, PAIRS_HEADS, Pairs};
 use self::attention::{attend_holes, attend_pairs_holes};
 pub(crate) use self::code::{Code, ScaleKind};
-pub(crate) use self::product::{JOINED_COLUMNS, SHARED_LANES, Weights, team_rows};
+pub(crate) use self::experts::{MOST_RESULTS, SHARED_WORKERS, chosen_passes};
+pub(crate) use self::product::{JOINED_COLUMNS, Weights, team_rows};
 use self::product::{Shape, code_name, embed_holes};
 pub(crate) use self::tiles::{DIGITS, Matrices, TILE_MEMORY, TILE_TOKENS, block_quads, digits, half_word_codes};
 use self::tiles::{matrix_test_holes, tiles_holes};
@@ -66,8 +68,10 @@ pub(crate) enum Kernel {
     AttendJoin,
     /// Where subgroups are as they should be, with so many heads a workgroup.
     AttendPairs(Pairs, usize),
-    /// Two weights, or two pairs, side by side.
-    Beside(Code, Weights),
+    /// Two weights side by side.
+    Beside(Code),
+    /// With the matrices that rows chose, for so many rows of activations at a time; whether with the shared expert's too.
+    Chosen(Code, Weights, usize, bool),
     Combine,
     Embed(Code),
     /// Whether the shared expert's product is part of it.
@@ -176,33 +180,41 @@ impl Kernel {
     /// The kernels of one weight format, for so many rows of activations: those that `company` may meet.
     pub(crate) fn of_code(code: Code, company: Company, tokens: &[usize]) -> Vec<Kernel> {
         let product = |weights| tokens.iter().map(move |tokens| Kernel::Product(code, weights, *tokens));
-        let one = product(Weights::One);
         match company {
-            Company::Heads => one.chain([Kernel::LatentHeads(code), Kernel::JoinHeads(code)]).collect(),
+            Company::Heads => product(Weights::One).chain([Kernel::LatentHeads(code), Kernel::JoinHeads(code)]).collect(),
             Company::Alone => {
-                let more = [Kernel::Embed(code), Kernel::Beside(code, Weights::One)];
-                one.chain(product(Weights::Pair)).chain(more).collect()
+                let more = [Kernel::Embed(code), Kernel::Beside(code)];
+                product(Weights::One).chain(product(Weights::Pair)).chain(more).collect()
             }
             Company::Experts => {
-                let down = [false, true].map(|shared| Kernel::ExpertsDown(code, shared));
-                one.chain(product(Weights::Pair)).chain(down).chain([Kernel::Beside(code, Weights::Pair)]).collect()
+                let mut kernels = Vec::new();
+                for shared in [false, true] {
+                    for weights in [Weights::One, Weights::Pair] {
+                        kernels.extend(tokens.iter().map(|tokens| Kernel::Chosen(code, weights, *tokens, shared)));
+                    }
+                    kernels.push(Kernel::ExpertsDown(code, shared));
+                }
+                kernels
             }
         }
     }
 
     /// Whether it has more bindings than every adapter allows.
     pub(crate) fn binds_many(self) -> bool {
-        matches!(self, Kernel::Beside(..) | Kernel::LatentHeads(_) | Kernel::ExpertsDown(_, true))
+        matches!(
+            self,
+            Kernel::Beside(_) | Kernel::Chosen(.., true) | Kernel::LatentHeads(_) | Kernel::ExpertsDown(_, true)
+        )
     }
 
     fn reads_weights(self) -> bool {
         use Kernel::*;
-        matches!(self, Product(..) | Embed(_) | ExpertsDown(..)) || self.has_side()
+        matches!(self, Product(..) | Chosen(..) | Embed(_) | ExpertsDown(..)) || self.has_side()
     }
 
     /// Whether `beside_side.wgsl` is part of it.
     fn has_side(self) -> bool {
-        matches!(self, Kernel::Beside(..) | Kernel::LatentHeads(_) | Kernel::JoinHeads(_))
+        matches!(self, Kernel::Beside(_) | Kernel::LatentHeads(_) | Kernel::JoinHeads(_))
     }
 
     /// Whether cooperative matrices multiply in it where there are any.
@@ -228,7 +240,10 @@ impl Kernel {
             let more = if cooperative { "enable wgpu_cooperative_matrix;\n" } else { "" };
             wgsl = format!("enable f16;\n{more}{wgsl}");
         }
-        let writes_forms = matches!(self, Kernel::Product(..) | Kernel::RmsNorm | Kernel::AttendJoin);
+        let writes_forms = matches!(
+            self,
+            Kernel::Product(..) | Kernel::Chosen(_, Weights::Pair, ..) | Kernel::RmsNorm | Kernel::AttendJoin
+        );
         if writes_forms || self.has_side() || matches!(self, Kernel::WriteDigits | Kernel::WriteTiles(_)) {
             let lanes = match target.subgroups {
                 true => include_str!("../kernels/lanes_in_subgroups.wgsl"),
@@ -244,7 +259,7 @@ impl Kernel {
         }
         let meets = matches!(
             self,
-            Kernel::Product(_, Weights::Pair, _) | Kernel::Beside(_, Weights::Pair) | Kernel::Tiles(_, Weights::Pair)
+            Kernel::Product(_, Weights::Pair, _) | Kernel::Chosen(_, Weights::Pair, ..) | Kernel::Tiles(_, Weights::Pair)
         );
         if meets || self == Kernel::Activate {
             wgsl.push_str(include_str!("../kernels/activation.wgsl"));
@@ -267,10 +282,15 @@ impl Kernel {
                 label = format!("{name}_{pair}{}_{tokens}", code_name(code));
                 holes = target.shape(code, weights, tokens).product_holes();
             }
-            Kernel::Beside(code, weights) => {
+            Kernel::Beside(code) => {
+                label = format!("{name}_{}", code_name(code));
+                holes = target.shape(code, Weights::One, 1).beside_holes();
+            }
+            Kernel::Chosen(code, weights, tokens, with_shared) => {
                 let pair = if weights == Weights::Pair { "pair_" } else { "" };
-                label = format!("{name}_{pair}{}", code_name(code));
-                holes = target.shape(code, weights, 1).beside_holes();
+                let shared = if with_shared { "shared_" } else { "" };
+                label = format!("{name}_{shared}{pair}{}_{tokens}", code_name(code));
+                holes = target.shape(code, weights, tokens).chosen_holes(with_shared);
             }
             Kernel::JoinHeads(code) => {
                 label = format!("{name}_{}", code_name(code));
@@ -326,12 +346,15 @@ impl Kernel {
             Kernel::Attend(_) => with(file!("attend"), 9, 0),
             Kernel::AttendPairs(..) => with(file!("attend_pairs"), 9, 0),
             Kernel::AttendJoin => with(file!("attend_join"), 6, 0),
-            Kernel::Beside(_, Weights::One) => with(file!("beside"), 4, 8),
-            Kernel::Beside(_, Weights::Pair) => with(file!("beside"), 4, 14),
+            Kernel::Beside(_) => with(file!("beside"), 4, 7),
+            Kernel::Chosen(_, weights, _, with_shared) => {
+                let sides = if with_shared { 2 } else { 1 } * if weights == Weights::Pair { 2 } else { 1 };
+                with(file!("chosen"), 2, 2 + 3 * sides)
+            }
             Kernel::Combine => with(file!("combine"), 4, 0),
             Kernel::Embed(_) => with(file!("embed"), 2, 3),
             Kernel::ExpertsDown(_, false) => with(file!("experts_down"), 2, 6),
-            Kernel::ExpertsDown(_, true) => with(file!("experts_down"), 2, 10),
+            Kernel::ExpertsDown(_, true) => with(file!("experts_down"), 2, 9),
             Kernel::GatherRows => with(file!("gather_rows"), 3, 0),
             Kernel::IndexScore => with(file!("index_score"), 7, 0),
             Kernel::IndexTopk => with(file!("index_topk"), 4, 0),
@@ -341,8 +364,8 @@ impl Kernel {
             Kernel::LatentHeads(_) => with(file!("latent_heads"), 6, 7),
             Kernel::MatrixTest(_) => with(file!("matrix_test"), 2, 0),
             Kernel::LayerNorm => with(file!("layer_norm"), 4, 0),
-            Kernel::Product(_, Weights::One, _) => with(file!("product"), 2, 5),
-            Kernel::Product(_, Weights::Pair, _) => with(file!("product"), 2, 8),
+            Kernel::Product(_, Weights::One, _) => with(file!("product"), 2, 4),
+            Kernel::Product(_, Weights::Pair, _) => with(file!("product"), 2, 7),
             Kernel::ReadAll => with(file!("read_all"), 1, 1),
             Kernel::RmsNorm => with(file!("rms_norm"), 5, 1),
             Kernel::Rope => with(file!("rope"), 2, 0),
@@ -393,8 +416,8 @@ fn all_kernels() -> Vec<Kernel> {
     }
     for code in &codes {
         kernels.extend(Kernel::of_code(*code, Company::Alone, &TOKENS));
-        kernels.extend([false, true].map(|shared| Kernel::ExpertsDown(*code, shared)));
-        kernels.extend([Kernel::Beside(*code, Weights::Pair), Kernel::LatentHeads(*code), Kernel::JoinHeads(*code)]);
+        kernels.extend(Kernel::of_code(*code, Company::Experts, &TOKENS));
+        kernels.extend([Kernel::LatentHeads(*code), Kernel::JoinHeads(*code)]);
         kernels.extend(Kernel::tiles_of(*code, Company::Alone));
     }
     kernels
@@ -408,7 +431,7 @@ pub fn kernel_sources() -> Vec<(String, String)> {
     for kernel in all_kernels() {
         let best = kernel.source(target);
         let is_fixed = !kernel.reads_weights();
-        let one_row = !is_fixed && !matches!(kernel, Kernel::Product(_, _, 2..));
+        let one_row = !is_fixed && !matches!(kernel, Kernel::Product(_, _, 2..) | Kernel::Chosen(_, _, 2.., _));
         let variants = [
             ("no_subgroups", Target { subgroups: false, ..target }),
             ("no_subnormals", Target { half_subnormals: false, ..target }),

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `linear` or `moe_down`, then the `rms_norm` that adds their output | the product adds it |
 //! | `linear` with two weights, one row | `beside.wgsl` |
-//! | one row's shared expert and chosen experts, all six products | `beside.wgsl`, `experts_down.wgsl` |
+//! | the shared expert and chosen experts, all six products | `chosen.wgsl`; then for one row `experts_down.wgsl`, else `chosen.wgsl` and `combine.wgsl` |
 //! | `rms_norm` of the latent, `rope` of queries and key, `kv_store` | `latent.wgsl`; one row: with the heads' product, `latent_heads.wgsl` |
 //! | `attend_mla` of one row and a short context, `linear_heads` | `join_heads.wgsl` instead of `attend_join.wgsl` |
 //! | any that writes a view, then any that reads it as the input of a product | `forms.wgsl` instead of `spread.wgsl` |
@@ -160,6 +160,8 @@ impl WgpuBackend {
                 (_, Op::MoeDown(down)),
                 after @ ..,
             ] if *x == shared.out
+                && !is_read_again(after, shared.out)
+                && !is_read_again(after, experts.out)
                 && matches!(parts[..], [(weight, out)] if down.plus == Some(out)
                     && self.has_shared_beside(shared, weight, experts, down)) =>
             {
@@ -248,10 +250,15 @@ impl WgpuBackend {
     }
 }
 
-/// Whether operations read the rows `x` before attention writes them anew.
+/// Whether operations read the rows `x` before an operation of the kind that wrote them does so again.
 fn is_read_again(ops: &[(Stage, Op)], x: Tensor) -> bool {
     let same = |y: &Tensor| y.buffer.id == x.buffer.id;
-    let writes = |op: &Op| matches!(op, Op::AttendMla(op) if same(&op.out));
+    let writes = |op: &Op| match op {
+        Op::AttendMla(op) => same(&op.out),
+        Op::GateUp(op) => same(&op.out) && !same(&op.x),
+        Op::MoeGateUp(op) => same(&op.out) && !same(&op.x),
+        _ => false,
+    };
     ops.iter().take_while(|(_, op)| !writes(op)).any(|(_, op)| op.reads().iter().any(same))
 }
 
