@@ -19,7 +19,6 @@ mod buffers;
 mod driver;
 mod kernels;
 mod nvrtc;
-mod program;
 mod weights;
 
 pub use backend::{CudaBackend, CudaOptions};

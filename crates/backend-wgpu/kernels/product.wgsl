@@ -7,18 +7,10 @@
 // alone, and the kernels for one and for many rows of x, alone and in pairs, perform the same operations on a row in the same order: same
 // bits.
 struct Args {
+{{SHARD_ARGS}}
   x_token_step: u32,     // 16-byte elements between the rows of x
   x_part_step: u32,      // and between the parts of a row (heads)
-  chunks: u32, rows: u32, lanes: u32,
-  out_offset: u32, out_stride: u32, out_matrix_step: u32,
-  num_tokens: u32,
-  first_row: u32, first_matrix: u32, matrix_rows: u32,
-  bias_offset: u32, bias_offset2: u32,
-  has: u32,              // bits: bias, global scale, those of the second weight of a pair, out is added to
-  block_columns: u32,    // columns that share a scale, where they are more than a chunk
-  scale_words: u32,      // words of scales a row
   forms: u32, part_count: u32, part_stride: u32, part_cols: u32, part_chunks: u32, per_byte: u32,   // of out: forms.wgsl
-  activation: u32, alpha: f32, limit: f32,
 }
 var<immediate> args: Args;
 @group(0) @binding(0) var<storage, read_write> out: array<f32>;
@@ -31,6 +23,7 @@ var<immediate> args: Args;
 
 const TOKENS: u32 = {{TOKENS}}u;
 const ROWS: u32 = {{ROWS}}u;
+var<workgroup> finals: array<f32, {{FINALS}}>;
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
@@ -52,14 +45,15 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {{BODY}}
   }
 {{FINISH}}
+  let group_rows = 256u / lanes * ROWS;
+  let first_row = group.x * group_rows;
+  let here = local / lanes * ROWS;
+{{KEEP}}
+  if ((args.forms & 4u) != 0u) {
+    workgroupBarrier();
+    let column = args.first_row + first_row + matrix * args.out_matrix_step;
+    for (var t = 0u; t < count; t++) {
+      put_integers(first + t, column, min(group_rows, args.rows - first_row), finals[256u * t + local], local);
+    }
+  }
 }
-
-fn finished(sum: f32, row: u32, matrix: u32) -> f32 {
-  var global = 1.0;
-  if ((args.has & 2u) != 0u) { global = extra[matrix]; }
-  var bias = 0.0;
-  if ((args.has & 1u) != 0u) { bias = extra[args.bias_offset + matrix * args.matrix_rows + args.first_row + row]; }
-  return fma(sum, global, bias);
-}
-
-{{STORE}}

@@ -11,10 +11,10 @@ mod tiles;
 
 use crate::device::{AdapterChoice, Device, Memory, NAME, SelfTest, device_error};
 use crate::kernels::{Company, Kernel, Matrices};
-use crate::program::Op;
 use crate::stream::Stream;
 use crate::weights::DeviceWeight;
 use moellon_ops::backend::WeightFormatSet;
+use moellon_ops::program::Op;
 use moellon_ops::{
     ActivationPrecision, Add, Argmax, AttendGqa, AttendMla, Backend, Buffer, Cache, CacheDtype, Caps, ElementType,
     Embed, Error, Experts, ExpertsSource, GateUp, GatherRows, IndexScore, IndexTopk, KvStore, LayerNorm, Linear,

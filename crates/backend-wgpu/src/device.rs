@@ -383,6 +383,18 @@ impl Device {
         if self.inputs.get_mut().buffer.is_none() {
             let all = self.alloc("numbers", Inputs::BYTES)?;
             self.inputs.get_mut().buffer = Some(all.buffer);
+            let upload = || {
+                self.scoped("numbers on their way", |device| {
+                    device.create_buffer(&wgpu::BufferDescriptor {
+                        label: None,
+                        size: Inputs::BYTES,
+                        usage: wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC,
+                        mapped_at_creation: true,
+                    })
+                })
+            };
+            let uploads = [upload()?, upload()?];
+            self.inputs.get_mut().upload_through(uploads);
         }
         self.next_memory += 1;
         let id = self.next_memory;

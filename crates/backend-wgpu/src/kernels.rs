@@ -68,8 +68,8 @@ pub(crate) enum Kernel {
     AttendJoin,
     /// Where subgroups are as they should be, with so many heads a workgroup.
     AttendPairs(Pairs, usize),
-    /// Two weights side by side.
-    Beside(Code),
+    /// Two weights side by side, for so many rows of activations.
+    Beside(Code, usize),
     /// With the matrices that rows chose, for so many rows of activations at a time; whether with the shared expert's too.
     Chosen(Code, Weights, usize, bool),
     Combine,
@@ -181,10 +181,12 @@ impl Kernel {
     pub(crate) fn of_code(code: Code, company: Company, tokens: &[usize]) -> Vec<Kernel> {
         let product = |weights| tokens.iter().map(move |tokens| Kernel::Product(code, weights, *tokens));
         match company {
-            Company::Heads => product(Weights::One).chain([Kernel::LatentHeads(code), Kernel::JoinHeads(code)]).collect(),
+            Company::Heads => {
+                product(Weights::One).chain([Kernel::LatentHeads(code), Kernel::JoinHeads(code)]).collect()
+            }
             Company::Alone => {
-                let more = [Kernel::Embed(code), Kernel::Beside(code)];
-                product(Weights::One).chain(product(Weights::Pair)).chain(more).collect()
+                let beside = tokens.iter().map(|tokens| Kernel::Beside(code, *tokens));
+                product(Weights::One).chain(product(Weights::Pair)).chain(beside).chain([Kernel::Embed(code)]).collect()
             }
             Company::Experts => {
                 let mut kernels = Vec::new();
@@ -203,7 +205,7 @@ impl Kernel {
     pub(crate) fn binds_many(self) -> bool {
         matches!(
             self,
-            Kernel::Beside(_) | Kernel::Chosen(.., true) | Kernel::LatentHeads(_) | Kernel::ExpertsDown(_, true)
+            Kernel::Beside(..) | Kernel::Chosen(.., true) | Kernel::LatentHeads(_) | Kernel::ExpertsDown(_, true)
         )
     }
 
@@ -214,7 +216,7 @@ impl Kernel {
 
     /// Whether `beside_side.wgsl` is part of it.
     fn has_side(self) -> bool {
-        matches!(self, Kernel::Beside(_) | Kernel::LatentHeads(_) | Kernel::JoinHeads(_))
+        matches!(self, Kernel::Beside(..) | Kernel::LatentHeads(_) | Kernel::JoinHeads(_))
     }
 
     /// Whether cooperative matrices multiply in it where there are any.
@@ -259,10 +261,18 @@ impl Kernel {
         }
         let meets = matches!(
             self,
-            Kernel::Product(_, Weights::Pair, _) | Kernel::Chosen(_, Weights::Pair, ..) | Kernel::Tiles(_, Weights::Pair)
+            Kernel::Product(_, Weights::Pair, _)
+                | Kernel::Chosen(_, Weights::Pair, ..)
+                | Kernel::Tiles(_, Weights::Pair)
         );
         if meets || self == Kernel::Activate {
             wgsl.push_str(include_str!("../kernels/activation.wgsl"));
+        }
+        if matches!(self, Kernel::Product(..) | Kernel::Tiles(..)) {
+            wgsl.push_str(include_str!("../kernels/finished.wgsl"));
+        }
+        if matches!(self, Kernel::Product(_, Weights::Pair, _) | Kernel::Tiles(_, Weights::Pair)) {
+            wgsl.push_str(include_str!("../kernels/finished_second.wgsl"));
         }
         if self == Kernel::AttendJoin {
             wgsl.push_str(include_str!("../kernels/join_parts.wgsl"));
@@ -282,9 +292,9 @@ impl Kernel {
                 label = format!("{name}_{pair}{}_{tokens}", code_name(code));
                 holes = target.shape(code, weights, tokens).product_holes();
             }
-            Kernel::Beside(code) => {
-                label = format!("{name}_{}", code_name(code));
-                holes = target.shape(code, Weights::One, 1).beside_holes();
+            Kernel::Beside(code, tokens) => {
+                label = format!("{name}_{}_{tokens}", code_name(code));
+                holes = target.shape(code, Weights::One, tokens).beside_holes();
             }
             Kernel::Chosen(code, weights, tokens, with_shared) => {
                 let pair = if weights == Weights::Pair { "pair_" } else { "" };
@@ -346,7 +356,7 @@ impl Kernel {
             Kernel::Attend(_) => with(file!("attend"), 9, 0),
             Kernel::AttendPairs(..) => with(file!("attend_pairs"), 9, 0),
             Kernel::AttendJoin => with(file!("attend_join"), 6, 0),
-            Kernel::Beside(_) => with(file!("beside"), 4, 7),
+            Kernel::Beside(..) => with(file!("beside"), 4, 7),
             Kernel::Chosen(_, weights, _, with_shared) => {
                 let sides = if with_shared { 2 } else { 1 } * if weights == Weights::Pair { 2 } else { 1 };
                 with(file!("chosen"), 2, 2 + 3 * sides)
@@ -388,7 +398,7 @@ impl Kernel {
             holes.push(("E4M3_FACTOR", if target.half_subnormals { "256.0" } else { "1.0" }.to_owned()));
             holes.push(("E2M1_FACTOR", if target.half_subnormals { "16384.0" } else { "1.0" }.to_owned()));
         }
-        wgsl.push_str(text);
+        wgsl.push_str(&text.replace("{{SHARD_ARGS}}\n", include_str!("../kernels/shard_args.wgsl")));
         for (hole, filling) in holes {
             wgsl = wgsl.replace(&format!("{{{{{hole}}}}}"), &filling);
         }
@@ -431,7 +441,8 @@ pub fn kernel_sources() -> Vec<(String, String)> {
     for kernel in all_kernels() {
         let best = kernel.source(target);
         let is_fixed = !kernel.reads_weights();
-        let one_row = !is_fixed && !matches!(kernel, Kernel::Product(_, _, 2..) | Kernel::Chosen(_, _, 2.., _));
+        let one_row = !is_fixed
+            && !matches!(kernel, Kernel::Product(_, _, 2..) | Kernel::Chosen(_, _, 2.., _) | Kernel::Beside(_, 2..));
         let variants = [
             ("no_subgroups", Target { subgroups: false, ..target }),
             ("no_subnormals", Target { half_subnormals: false, ..target }),

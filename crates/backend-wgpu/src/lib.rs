@@ -23,7 +23,6 @@ mod backend;
 mod device;
 mod inputs;
 mod kernels;
-mod program;
 mod stream;
 mod translate;
 mod weights;

@@ -1,5 +1,5 @@
-//! Products of one row side by side: two weights that read the same row are one dispatch (`kernels/beside.wgsl`). Alone each would wait for
-//! the other, and few of them have work for a whole adapter.
+//! Products side by side: two weights that read the same rows are one dispatch (`kernels/beside.wgsl`). Alone each would wait for the other,
+//! and few of them have work for a whole adapter.
 
 use super::WgpuBackend;
 use super::forms::{OutputForms, Parts};
@@ -12,8 +12,8 @@ use moellon_ops::{LinearHeads, Result, Tensor, Weight};
 /// One of the two.
 struct Side {
     weight: WeightRef,
-    out: OutputForms,
-    offset: usize,
+    forms: OutputForms,
+    out: Tensor,
 }
 
 impl WgpuBackend {
@@ -24,32 +24,34 @@ impl WgpuBackend {
         shape(first) == shape(second) && first.shards.len() == 1 && second.shards.len() == 1
     }
 
-    /// Two products of the row `x`.
+    /// Two products of the rows `x`.
     fn beside(&mut self, x: Tensor, sides: [Side; 2]) -> Result<()> {
         let code = self.weight(sides[0].weight).code;
-        let x = self.spread(x, Parts::whole(x), code)?;
+        let tokens = self.tokens_for(&[0, 1].map(|i| self.weight(sides[i].weight)), x.rows);
+        let input = self.spread(x, Parts::whole(x), code)?;
         let w = self.weight(sides[0].weight);
-        let mut arguments = [w.chunks, w.block_columns, w.scale_words].map(|n| n as u32).to_vec();
+        let head = [w.chunks, w.block_columns, w.scale_words, input.token_step, x.rows];
+        let mut arguments = head.map(|n| n as u32).to_vec();
         let (mut groups, mut of_weights) = (0, Vec::new());
-        for side in &sides {
-            let w = self.weight(side.weight);
+        for Side { weight, forms, out } in &sides {
+            let w = self.weight(*weight);
             let lanes = lanes_of(w, Weights::One);
-            let here = w.rows.div_ceil(team_rows(Weights::One, 1)).div_ceil(256 / lanes);
+            let here = w.rows.div_ceil(team_rows(Weights::One, tokens)).div_ceil(256 / lanes);
             groups += here;
-            arguments.extend([w.rows, lanes, here, side.offset, w.has(), w.bias_offset()].map(|n| n as u32));
-            let [forms, _, stride, cols, chunks, per_byte] = side.out.arguments;
-            arguments.extend([forms, stride, cols, chunks, per_byte]);
+            let words = [w.rows, lanes, here, out.offset, out.stride, w.has(), w.bias_offset()];
+            arguments.extend(words.map(|n| n as u32));
+            arguments.extend(forms.arguments);
             of_weights.extend([&w.shards[0].codes, &w.shards[0].scales, &w.extra].map(Memory::clone));
         }
-        let [first, second] = &sides;
-        let mut memories = vec![&first.out.memory, first.out.form(), &second.out.memory, second.out.form(), &x.memory];
+        let [first, second] = sides.map(|side| side.forms);
+        let mut memories = vec![&first.memory, first.form(), &second.memory, second.form(), &input.memory];
         memories.extend(&of_weights);
-        self.run(Kernel::Beside(code), &memories, &arguments, [groups, 1, 1])
+        self.run(Kernel::Beside(code, tokens), &memories, &arguments, [groups, 1, x.rows.div_ceil(tokens)])
     }
 
     fn side(&mut self, weight: WeightRef, out: Tensor) -> Result<Side> {
-        let writes = self.writes(weight, Weights::One, &Jobs::All { num_tokens: 1 });
-        Ok(Side { weight, out: self.output_forms(out, writes)?, offset: out.offset })
+        let writes = self.writes(weight, Weights::One, &Jobs::All { num_tokens: out.rows });
+        Ok(Side { weight, forms: self.output_forms(out, writes)?, out })
     }
 
     /// What `latent_heads.wgsl` and `join_heads.wgsl` take about the heads' product behind their other arguments: format, outputs, arguments,
@@ -63,15 +65,15 @@ impl WgpuBackend {
         let w = self.weight(WeightRef::Linear(op.weight));
         let lanes = lanes_of(w, Weights::One);
         let groups = w.rows.div_ceil(team_rows(Weights::One, 1)).div_ceil(256 / lanes);
-        let [forms, _, stride, cols, chunks, per_byte] = side.out.arguments;
+        let [forms, _, stride, cols, chunks, per_byte] = side.forms.arguments;
         let words =
-            [w.chunks, w.block_columns, w.scale_words, x_part_step, w.rows, lanes, groups, side.offset, w.has()];
+            [w.chunks, w.block_columns, w.scale_words, x_part_step, w.rows, lanes, groups, op.out.offset, w.has()];
         let mut arguments = [0; 15];
         for (to, word) in arguments.iter_mut().zip(words.into_iter().chain([w.bias_offset()])) {
             *to = word as u32;
         }
         arguments[10..].copy_from_slice(&[forms, stride, cols, chunks, per_byte]);
-        Ok((w.code, side.out, arguments, groups * op.weight.count))
+        Ok((w.code, side.forms, arguments, groups * op.weight.count))
     }
 
     /// Codes, scales and the rest of a weight that is one shard.
@@ -80,7 +82,7 @@ impl WgpuBackend {
         [&w.shards[0].codes, &w.shards[0].scales, &w.extra].map(Memory::clone)
     }
 
-    /// Weights that read one row `x`, two at a time where they can be.
+    /// Weights that read the rows `x`, two at a time where they can be.
     pub(super) fn linear_beside(&mut self, x: Tensor, parts: &[(Weight, Tensor)]) -> Result<()> {
         let mut rest = parts;
         while let [(first, first_out), more @ ..] = rest {

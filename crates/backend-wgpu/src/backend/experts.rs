@@ -12,7 +12,7 @@ use moellon_ops::{GateUp, MoeDown, MoeGateUp, Result, Tensor, Weight};
 /// About how many workgroups one token's experts are shared out to, which have the others' rows in passes: two on each of 128 multiprocessors,
 /// where every pass asks for the words of the next. An adapter with more has less to do on each.
 const DOWN_WORKGROUPS: usize = 256;
-const MOST_PASSES: usize = 8;
+const MOST_PASSES: usize = 1;
 
 impl WgpuBackend {
     /// The distinct experts of a batch, as work for products, by tiles or not.
@@ -62,9 +62,9 @@ impl WgpuBackend {
         out: &Output,
         jobs: &Jobs,
     ) -> Result<()> {
-        let tokens = self.tokens_of(jobs);
         let weights = which.weights();
         let w = self.weight(which.first());
+        let tokens = self.tokens_of(w, jobs);
         let second = which.second().map(|(second, _)| self.weight(second));
         let (is_list, slots_in_x, top_k, list, list_offset, sorted_offset, num_tokens, items) = match jobs {
             Jobs::OneToken { ids, offset, top_k, slots_in_x } => {
@@ -295,7 +295,8 @@ impl WgpuBackend {
             w.scale_words,
             passes,
         ];
-        arguments.extend(shared_weight.map_or([0; 5], |w| [w.chunks, w.lanes, w.bias_offset(), w.has(), w.scale_words]));
+        arguments
+            .extend(shared_weight.map_or([0; 5], |w| [w.chunks, w.lanes, w.bias_offset(), w.has(), w.scale_words]));
         let code = w.code;
         let mut of_weights = self.shard_memories(Factors::One(WeightRef::Down(op.experts)), 0);
         if let Some(weight) = shared {

@@ -3,7 +3,7 @@
 //! | operations | kernel |
 //! |---|---|
 //! | `linear` or `moe_down`, then the `rms_norm` that adds their output | the product adds it |
-//! | `linear` with two weights, one row | `beside.wgsl` |
+//! | `linear` with two weights | `beside.wgsl` |
 //! | the shared expert and chosen experts, all six products | `chosen.wgsl`; then for one row `experts_down.wgsl`, else `chosen.wgsl` and `combine.wgsl` |
 //! | `rms_norm` of the latent, `rope` of queries and key, `kv_store` | `latent.wgsl`; one row: with the heads' product, `latent_heads.wgsl` |
 //! | `attend_mla` of one row and a short context, `linear_heads` | `join_heads.wgsl` instead of `attend_join.wgsl` |
@@ -13,7 +13,7 @@ use super::forms::Parts;
 use super::products::WeightRef;
 use super::{WgpuBackend, place};
 use crate::kernels::Kernel;
-use crate::program::Op;
+use moellon_ops::program::Op;
 use moellon_ops::{
     Cache, CacheDtype, GateUp, KvStore, LinearHeads, MoeDown, MoeGateUp, Result, RmsNorm, Rope, RopePairs, Stage,
     Tensor, Weight,
@@ -180,7 +180,7 @@ impl WgpuBackend {
                 self.attend_and_heads(attend, heads, *stage)?;
                 Ok(Some((2, false)))
             }
-            [(_, Op::Linear { x, parts }), ..] if parts.len() > 1 && x.rows == 1 => {
+            [(_, op @ Op::Linear { x, parts }), ..] if parts.len() > 1 && x.rows > 0 && !self.op_takes_tiles(op) => {
                 self.linear_beside(*x, parts)?;
                 Ok(Some((1, false)))
             }

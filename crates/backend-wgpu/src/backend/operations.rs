@@ -4,7 +4,7 @@ use super::forms::Writes;
 use super::{DeviceCache, WgpuBackend, place};
 use crate::device::device_error;
 use crate::kernels::Kernel;
-use crate::program::Op;
+use moellon_ops::program::Op;
 use moellon_ops::{
     Add, Argmax, CacheDtype, Embed, GatherRows, IndexTopk, KvStore, LayerNorm, Linear, Result, RmsNorm, Rope,
     RopePairs, RopeTable, Route, Scoring,
@@ -33,6 +33,8 @@ impl WgpuBackend {
             Op::Add(op) => self.add_now(op),
             Op::GatherRows(op) => self.gather_rows_now(op),
             Op::Argmax(op) => self.argmax_now(op),
+            // `Caps::samples` says so.
+            Op::Sample(_) => Err(device_error("this back end draws no tokens")),
         }
     }
 

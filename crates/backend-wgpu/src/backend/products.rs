@@ -3,8 +3,8 @@
 use super::forms::{Input, OutputForms, Parts, Writes};
 use super::{WgpuBackend, place};
 use crate::device::Memory;
-use crate::kernels::{Kernel, Weights, team_rows};
-use crate::weights::DeviceWeight;
+use crate::kernels::{Kernel, ROWS, Weights, team_rows};
+use crate::weights::{DeviceWeight, Shard};
 use moellon_ops::{Activation, Experts, GateUp, Linear, LinearHeads, MoeDown, MoeGateUp, Result, Tensor, Weight};
 
 /// What a work list was made of.
@@ -23,7 +23,15 @@ pub(super) enum Jobs {
     /// The choices of one token: its ids are the work list.
     OneToken { ids: Memory, offset: usize, top_k: usize, slots_in_x: bool },
     /// Items of a work list.
-    List { list: Memory, num_tokens: usize, max_items: usize, item_rows: usize, sorted_offset: usize, top_k: usize, slots_in_x: bool },
+    List {
+        list: Memory,
+        num_tokens: usize,
+        max_items: usize,
+        item_rows: usize,
+        sorted_offset: usize,
+        top_k: usize,
+        slots_in_x: bool,
+    },
 }
 
 /// Where sums go: offset, elements between rows and between matrices.
@@ -85,6 +93,14 @@ impl Factors {
     }
 }
 
+/// What a kernel of products takes about one shard of its weights, in front of its own arguments and behind its own bindings.
+pub(super) struct ShardLaunch {
+    pub(super) arguments: Vec<u32>,
+    pub(super) memories: Vec<Memory>,
+    pub(super) num_rows: usize,
+    pub(super) num_matrices: usize,
+}
+
 impl WgpuBackend {
     pub(super) fn weight(&self, which: WeightRef) -> &DeviceWeight {
         match which {
@@ -118,26 +134,38 @@ impl WgpuBackend {
 
     /// All matrices times `num_tokens` rows.
     fn product_of_all(&mut self, which: Factors, x: &Input, out: &Output, num_tokens: usize) -> Result<()> {
-        let tokens = self.tokens_at_once(num_tokens);
+        let weights = which.weights();
+        let w = self.weight(which.first());
+        let tokens = self.tokens_for(&[w], num_tokens);
+        let (code, lanes) = (w.code, lanes_of(w, weights));
+        for mut shard in self.shards(which, out, num_tokens) {
+            let groups = shard.num_rows.div_ceil(team_rows(weights, tokens)).div_ceil(256 / lanes);
+            shard.arguments.extend([x.token_step, x.part_step].map(|n| n as u32));
+            shard.arguments.extend(out.forms.arguments);
+            let mut memories = vec![&out.forms.memory, out.forms.form(), &x.memory];
+            memories.extend(&shard.memories);
+            let grid = [groups, shard.num_matrices, num_tokens.div_ceil(tokens)];
+            self.run(Kernel::Product(code, weights, tokens), &memories, &shard.arguments, grid)?;
+        }
+        Ok(())
+    }
+
+    /// The shards of one weight, or of two that meet in an activation, with what `kernels/shard_args.wgsl` says of each.
+    pub(super) fn shards(&self, which: Factors, out: &Output, num_tokens: usize) -> Vec<ShardLaunch> {
         let w = self.weight(which.first());
         let second = which.second().map(|(second, _)| self.weight(second));
-        let weights = which.weights();
-        let (code, lanes) = (w.code, lanes_of(w, weights));
-        let mut launches = Vec::with_capacity(w.shards.len());
-        for (i, shard) in w.shards.iter().enumerate() {
-            let groups = shard.num_rows.div_ceil(team_rows(weights, tokens)).div_ceil(256 / lanes);
+        let launch = |(i, shard): (usize, &Shard)| {
             let mut arguments = [
-                x.token_step,
-                x.part_step,
                 w.chunks,
                 shard.num_rows,
-                lanes,
+                lanes_of(w, which.weights()),
                 out.offset,
                 out.stride,
                 out.matrix_step,
                 num_tokens,
                 shard.first_row,
                 shard.first_matrix,
+                shard.num_matrices,
                 w.rows,
                 w.bias_offset(),
                 second.map_or(0, DeviceWeight::bias_offset),
@@ -147,17 +175,11 @@ impl WgpuBackend {
             ]
             .map(|n| n as u32)
             .to_vec();
-            arguments.extend(out.forms.arguments);
             arguments.extend(which.activation_words());
-            let grid = [groups, shard.num_matrices, num_tokens.div_ceil(tokens)];
-            launches.push((self.shard_memories(which, i), arguments, grid));
-        }
-        for (weights_memory, arguments, grid) in launches {
-            let mut memories = vec![&out.forms.memory, out.forms.form(), &x.memory];
-            memories.extend(&weights_memory);
-            self.run(Kernel::Product(code, weights, tokens), &memories, &arguments, grid)?;
-        }
-        Ok(())
+            let (num_rows, num_matrices) = (shard.num_rows, shard.num_matrices);
+            ShardLaunch { arguments, memories: self.shard_memories(which, i), num_rows, num_matrices }
+        };
+        w.shards.iter().enumerate().map(launch).collect()
     }
 
     pub(super) fn linear_parts(&mut self, op: &Linear<'_>) -> Result<()> {
@@ -191,7 +213,7 @@ impl WgpuBackend {
     /// What a product with `weight` can write beside rows: integers where workgroups have whole chunks.
     pub(super) fn writes(&self, weight: WeightRef, weights: Weights, jobs: &Jobs) -> Writes {
         let w = self.weight(weight);
-        let tokens = self.tokens_of(jobs);
+        let tokens = self.tokens_of(w, jobs);
         let group_rows = match jobs {
             Jobs::All { .. } => 256 / lanes_of(w, weights) * team_rows(weights, tokens),
             _ => self.passes_of_chosen(w, weights, tokens).1,
@@ -202,10 +224,22 @@ impl WgpuBackend {
         Writes::One { whole_columns: if possible { group_rows } else { 1 } }
     }
 
-    /// Rows of x of the kernel that does some jobs.
-    pub(super) fn tokens_of(&self, jobs: &Jobs) -> usize {
+    /// Rows of x that weights of so many rows are read once for where every row meets them: fewer where workgroups would be so few that
+    /// most of an adapter had nothing to do. Each of eight rows took a router's 20 workgroups 2 us.
+    pub(super) fn tokens_for(&self, weights: &[&DeviceWeight], num_tokens: usize) -> usize {
+        const FEW_WORKGROUPS: usize = 128;
+        let groups = |w: &&DeviceWeight| w.count * w.rows.div_ceil(ROWS).div_ceil(256 / w.lanes);
+        let groups: usize = weights.iter().map(groups).sum();
+        let most = self.tokens_at_once(num_tokens);
+        let fill = |tokens: &usize| groups * num_tokens.div_ceil(*tokens) >= FEW_WORKGROUPS;
+        let fewer = self.device.tokens().iter().copied().filter(|tokens| *tokens <= most).rev();
+        fewer.clone().find(fill).or(fewer.last()).unwrap_or(most)
+    }
+
+    /// Rows of x of the kernel that does some jobs with a weight.
+    pub(super) fn tokens_of(&self, w: &DeviceWeight, jobs: &Jobs) -> usize {
         match jobs {
-            Jobs::All { num_tokens } => self.tokens_at_once(*num_tokens),
+            Jobs::All { num_tokens } => self.tokens_for(&[w], *num_tokens),
             Jobs::OneToken { .. } => 1,
             Jobs::List { item_rows, .. } => *item_rows,
         }

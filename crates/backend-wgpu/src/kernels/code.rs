@@ -254,7 +254,9 @@ impl Code {
         }
         let first = format!("next_scale{row}_0");
         let (s, o) = match scale {
-            ScaleKind::Bf16 => (format!("bitcast<f32>({first} << 16u)"), format!("bitcast<f32>({first} & 0xffff0000u)")),
+            ScaleKind::Bf16 => {
+                (format!("bitcast<f32>({first} << 16u)"), format!("bitcast<f32>({first} & 0xffff0000u)"))
+            }
             ScaleKind::F16 => (format!("unpack2x16float({first}).x"), format!("unpack2x16float({first}).y")),
             ScaleKind::F32 => (format!("bitcast<f32>({first})"), format!("bitcast<f32>(next_scale{row}_1)")),
         };

@@ -56,9 +56,8 @@ impl Shape {
                 (include_str!("../../kernels/chosen_pair.wgsl"), include_str!("../../kernels/chosen_pair_end.wgsl"))
             }
         };
-        let keep: String = (0..self.tokens).map(|token| store.replace("{{TOKEN}}", &token.to_string())).collect();
-        let x_rows: String =
-            (0..self.tokens).map(|token| format!("  let x_row{token} = x_rows[{token}];\n")).collect();
+        let keep = self.keep(store);
+        let x_rows: String = (0..self.tokens).map(|token| format!("  let x_row{token} = x_rows[{token}];\n")).collect();
         let (mut rounds, start, body);
         if self.integers() {
             let [places, place] = self.places("args.scale_words");
@@ -70,12 +69,7 @@ impl Shape {
             rounds = include_str!("../../kernels/rounds_plain.wgsl").to_owned();
             (start, body) = (self.start(), either(&self.chunk()));
         }
-        for (hole, filling) in [
-            ("START", &start),
-            ("BODY", &body),
-            ("FINISH", &finish),
-            ("KEEP", &keep),
-        ] {
+        for (hole, filling) in [("START", &start), ("BODY", &body), ("FINISH", &finish), ("KEEP", &keep)] {
             rounds = rounds.replace(&format!("{{{{{hole}}}}}"), filling);
         }
         let mut holes = vec![
@@ -199,7 +193,10 @@ fn shard_holes(weights: Weights, with_shared: bool) -> [(&'static str, &'static 
             ("SHARD", "  let local_matrix = matrix;"),
             ("SHARD_ROW", ""),
             ("MATRIX_ROWS", "args.rows"),
-            ("LANES_HERE", if weights == Weights::One { "select(args.lanes, args.lanes_b, is_shared)" } else { "args.lanes" }),
+            (
+                "LANES_HERE",
+                if weights == Weights::One { "select(args.lanes, args.lanes_b, is_shared)" } else { "args.lanes" },
+            ),
         ],
         false => [
             ("MORE_ARGS", "  first_row: u32, first_matrix: u32, num_matrices: u32, matrix_rows: u32,"),

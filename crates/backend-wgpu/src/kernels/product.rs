@@ -321,46 +321,77 @@ impl Shape {
         ]
     }
 
+    /// Lines that put away the sums of a team's rows: `put` is what happens to row `row` of token `t`, whose sum is `sums0[r]`, and with a
+    /// second weight `sums1[r]`.
+    pub(super) fn keep(&self, put: &str) -> String {
+        let mut pick = String::new();
+        for weight in 0..self.weights.count() {
+            let _ = writeln!(pick, "      var sums{weight} = sum0_{weight};");
+            for token in 1..self.tokens {
+                let _ = writeln!(pick, "      if (t == {token}u) {{ sums{weight} = sum{token}_{weight}; }}");
+            }
+        }
+        include_str!("../../kernels/keep.wgsl").replace("{{PICK}}", &pick).replace("{{PUT}}", put)
+    }
+
     pub(super) fn product_holes(&self) -> Vec<(&'static str, String)> {
-        let (second, store) = match self.weights {
-            Weights::One => (String::new(), include_str!("../../kernels/store_one.wgsl")),
+        let (second, value) = match self.weights {
+            Weights::One => (String::new(), "finished(sums0[r], row, matrix)"),
             Weights::Pair => {
-                (weight_bindings(6, &["2"], &word_type(self.code)), include_str!("../../kernels/store_pair.wgsl"))
+                let value = "activated(finished(sums0[r], row, matrix), finished_second(sums1[r], row, matrix))";
+                (weight_bindings(6, &["2"], &word_type(self.code)), value)
             }
         };
-        let (partial, mut finish) = self.finish();
+        let (partial, finish) = self.finish();
         let mut start = self.start();
         for token in 0..self.tokens {
             let _ = writeln!(start, "  let x_row{token} = x_rows[{token}];");
-            let sums: Vec<String> = (0..self.weights.count()).map(|w| format!("sum{token}_{w}")).collect();
-            let place = format!("{token}u, first + {token}u, group.x, local, lane, count, matrix");
-            let _ = writeln!(finish, "  store({}, {place});", sums.join(", "));
         }
+        let put = include_str!("../../kernels/product_put.wgsl").replace("{{VALUE}}", value);
         let mut holes = self.holes();
         holes.extend([
             ("SECOND", second + &partial),
-            ("STORE", store.to_owned()),
-            ("VECTOR", format!("vec{}<f32>", self.team_rows())),
             ("START", start),
             ("FINISH", finish),
+            ("KEEP", self.keep(&put)),
+            ("FINALS", (256 * self.tokens).to_string()),
         ]);
         holes
     }
 
-    /// A weight's part of a kernel for one row, which starts at `x_row`, and its workgroup memory.
-    fn side(&self, x_row: &str) -> (String, String) {
+    /// A weight's part of a kernel, and its workgroup memory. `x_row`: where the one row of x starts; else rows lie side by side.
+    fn side(&self, x_row: Option<&str>) -> (String, String) {
         let (partial, finish) = self.finish();
+        let keep = self.keep(include_str!("../../kernels/side_put.wgsl"));
+        let row_of = |token: usize| match x_row {
+            Some(x_row) => format!("  let x_row0 = {x_row};\n"),
+            // A row too many repeats the first.
+            None => {
+                format!("  let x_row{token} = (first + select(0u, {token}u, {token}u < count)) * args.x_token_step;\n")
+            }
+        };
+        let x_rows: String = (0..self.tokens).map(row_of).collect();
+        let [out_row, part_row] = match x_row {
+            Some(_) => ["", ""],
+            None => ["row * args.out_stride + ", "row * args.part_count + "],
+        };
         let mut side = include_str!("../../kernels/beside_side.wgsl").to_owned();
-        for (hole, filling) in
-            [("X_ROW", x_row), ("START", &self.start()), ("BODY", &self.chunk()), ("FINISH", &finish)]
-        {
+        for (hole, filling) in [
+            ("OUT_ROW", out_row),
+            ("PART_ROW", part_row),
+            ("X_ROWS", &x_rows),
+            ("START", &self.start()),
+            ("BODY", &self.chunk()),
+            ("FINISH", &finish),
+            ("KEEP", &keep),
+        ] {
             side = side.replace(&format!("{{{{{hole}}}}}"), filling);
         }
         (partial, side)
     }
 
     pub(super) fn latent_heads_holes(&self) -> Vec<(&'static str, String)> {
-        let (partial, side) = self.side("matrix * args.x_part_step");
+        let (partial, side) = self.side(Some("matrix * args.x_part_step"));
         let latent = include_str!("../../kernels/store_latent.wgsl").to_owned();
         let mut holes = self.holes();
         holes.extend([("LATENT", latent), ("PARTIAL", partial), ("SIDE", side)]);
@@ -368,7 +399,7 @@ impl Shape {
     }
 
     pub(super) fn join_heads_holes(&self) -> Vec<(&'static str, String)> {
-        let (partial, side) = self.side("0u");
+        let (partial, side) = self.side(Some("0u"));
         // x is in workgroup memory.
         let here = |line: &str| match line.contains("= x[") {
             true => line.replacen("= x[", "= x_at(", 1).replacen("];", ");", 1) + "\n",
@@ -396,11 +427,11 @@ impl Shape {
     pub(super) fn beside_holes(&self) -> Vec<(&'static str, String)> {
         let word = word_type(self.code);
         let weights = weight_bindings(5, &["", "_b"], &word);
-        let (partial, side) = self.side("0u");
+        let (partial, side) = self.side(None);
         let bindings = ["codes[", "scales[", "extra[", " out[", " form["];
         let functions = [" put(", " put_integers(", " finished(", " side("];
-        let fields = ["rows", "lanes", "groups", "out_offset", "has", "bias_offset", "forms"];
-        let form_fields = ["part_stride", "part_cols", "part_chunks", "per_byte"];
+        let fields = ["rows", "lanes", "groups", "out_offset", "out_stride", "has", "bias_offset", "forms"];
+        let form_fields = ["part_count", "part_stride", "part_cols", "part_chunks", "per_byte"];
         let fields =
             [&fields[..], &form_fields].concat().into_iter().map(|field| format!("args.{field}")).collect::<Vec<_>>();
         let fields = fields.iter().map(String::as_str);
@@ -408,6 +439,7 @@ impl Shape {
         let second_side = second_side(&side, &names);
         let mut holes = self.holes();
         holes.extend([("WEIGHTS", weights), ("PARTIAL", partial), ("FIRST", side), ("SECOND", second_side)]);
+        holes.push(("FINALS", (256 * self.tokens).to_string()));
         holes
     }
 }
