@@ -140,6 +140,8 @@ pub struct WgpuBackend {
     listed: Option<WorkListKey>,
     /// Bound where a kernel's optional argument is not given.
     nothing: Memory,
+    /// How many workgroups of a dispatch whose last one goes on are done: zero between dispatches.
+    arrivals: Memory,
     staging: Option<wgpu::Buffer>,
     progress: Option<Arc<dyn Fn(usize) + Send + Sync>>,
 }
@@ -161,6 +163,7 @@ impl WgpuBackend {
         }
         device.shares_memory &= !options.without_shared_memory;
         device.binds_many &= !options.without_many_bindings;
+        device.orders_memory &= !options.without_many_bindings;
         if options.without_integer_products {
             device.self_test.integer_products = false;
         }
@@ -170,6 +173,7 @@ impl WgpuBackend {
             device.matrices.get_or_insert(Matrices::Plain);
         }
         let nothing = device.alloc("an argument that is not given", 16)?;
+        let arrivals = device.alloc("workgroups that are done", 16)?;
         let report = &device.report;
         let caps = Caps {
             name: NAME,
@@ -199,6 +203,7 @@ impl WgpuBackend {
             stage: Stage::Embed,
             listed: None,
             nothing,
+            arrivals,
             staging: None,
             progress: options.progress.clone(),
         };
@@ -327,7 +332,9 @@ impl WgpuBackend {
         if self.device.matrices.is_some() && self.fewest_rows.are_for(company) {
             kernels.extend(Kernel::tiles_of(weight.code, company));
         }
-        self.compile(kernels.into_iter().filter(|kernel| binds_many || !kernel.binds_many()))?;
+        let orders = self.device.orders_memory;
+        let fits = |k: &Kernel| (binds_many || !k.binds_many()) && (orders || !k.meets_itself());
+        self.compile(kernels.into_iter().filter(fits))?;
         Ok(weight)
     }
 

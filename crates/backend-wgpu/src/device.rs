@@ -223,6 +223,9 @@ pub(crate) struct Device {
     pub(crate) matrices: Option<Matrices>,
     /// Kernels may have as many bindings as those have that do several operations at once.
     pub(crate) binds_many: bool,
+    /// A workgroup that counted others as done sees what they wrote: barriers of storage reach the whole device, and there is memory that no
+    /// cache hides. Metal's barriers reach one workgroup.
+    pub(crate) orders_memory: bool,
     arena: Option<Arena>,
     /// Bytes of all arenas.
     arena_bytes: u64,
@@ -281,6 +284,7 @@ impl Device {
             | wgpu::Features::SUBGROUP
             | wgpu::Features::MAPPABLE_PRIMARY_BUFFERS
             | wgpu::Features::SHADER_F16
+            | wgpu::Features::MEMORY_DECORATION_COHERENT
             | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
         let required_features = wgpu::Features::IMMEDIATES | (features & wanted);
         // SAFETY: the only experimental feature that is asked for is cooperative matrices, where the adapter has them. What may go wrong with
@@ -328,6 +332,8 @@ impl Device {
             matrices: None,
             binds_many: adapter.limits().max_storage_buffers_per_shader_stage >= MOST_STORAGE_BUFFERS
                 && adapter.limits().max_compute_invocations_per_workgroup >= MOST_INVOCATIONS,
+            orders_memory: info.backend == wgpu::Backend::Vulkan
+                && features.contains(wgpu::Features::MEMORY_DECORATION_COHERENT),
             arena: None,
             arena_bytes: 0,
             next_memory: 0,

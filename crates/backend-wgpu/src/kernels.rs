@@ -95,6 +95,8 @@ pub(crate) enum Kernel {
     Rope,
     RopeTable,
     Route,
+    /// One row's router with its choice.
+    Router(Code),
     SelfTest,
     Spread,
     SubgroupTest,
@@ -186,7 +188,8 @@ impl Kernel {
             }
             Company::Alone => {
                 let beside = tokens.iter().map(|tokens| Kernel::Beside(code, *tokens));
-                product(Weights::One).chain(product(Weights::Pair)).chain(beside).chain([Kernel::Embed(code)]).collect()
+                let more = [Kernel::Embed(code), Kernel::Router(code)];
+                product(Weights::One).chain(product(Weights::Pair)).chain(beside).chain(more).collect()
             }
             Company::Experts => {
                 let mut kernels = Vec::new();
@@ -209,9 +212,14 @@ impl Kernel {
         )
     }
 
+    /// Whether workgroups of one dispatch read what others of it wrote.
+    pub(crate) fn meets_itself(self) -> bool {
+        matches!(self, Kernel::Router(_))
+    }
+
     fn reads_weights(self) -> bool {
         use Kernel::*;
-        matches!(self, Product(..) | Chosen(..) | Embed(_) | ExpertsDown(..)) || self.has_side()
+        matches!(self, Product(..) | Chosen(..) | Router(_) | Embed(_) | ExpertsDown(..)) || self.has_side()
     }
 
     /// Whether `beside_side.wgsl` is part of it.
@@ -315,6 +323,11 @@ impl Kernel {
                 label = format!("{name}_{shared}{}", code_name(code));
                 holes = target.shape(code, Weights::One, 1).experts_down_holes(with_shared);
             }
+            Kernel::Route => holes = vec![("ROUTE", include_str!("../kernels/route_row.wgsl").to_owned())],
+            Kernel::Router(code) => {
+                label = format!("{name}_{}", code_name(code));
+                holes = target.shape(code, Weights::One, 1).router_holes();
+            }
             Kernel::Embed(code) => {
                 label = format!("{name}_{}", code_name(code));
                 holes = embed_holes(code);
@@ -381,6 +394,7 @@ impl Kernel {
             Kernel::Rope => with(file!("rope"), 2, 0),
             Kernel::RopeTable => with(file!("rope_table"), 3, 0),
             Kernel::Route => with(file!("route"), 4, 0),
+            Kernel::Router(_) => with(file!("router"), 5, 4),
             Kernel::SelfTest => with(file!("self_test"), 1, 0),
             Kernel::Spread => with(file!("spread"), 2, 0),
             Kernel::SubgroupTest => with(file!("subgroup_test"), 1, 0),
@@ -434,11 +448,11 @@ fn all_kernels() -> Vec<Kernel> {
 }
 
 /// Names and WGSL of all kernels, and of what they are on adapters that lack something: for checks and translations. Those with cooperative
-/// matrices are not among them: see [`cooperative_sources`].
+/// matrices and those whose workgroups meet are not among them: see [`cooperative_sources`].
 pub fn kernel_sources() -> Vec<(String, String)> {
     let mut sources: Vec<(String, String)> = Vec::new();
     let target = Target { half_subnormals: true, subgroups: true, integers: true, matrices: Some(Matrices::Plain) };
-    for kernel in all_kernels() {
+    for kernel in all_kernels().into_iter().filter(|kernel| !kernel.meets_itself()) {
         let best = kernel.source(target);
         let is_fixed = !kernel.reads_weights();
         let one_row = !is_fixed
@@ -459,10 +473,11 @@ pub fn kernel_sources() -> Vec<(String, String)> {
     sources
 }
 
-/// Names and WGSL of the kernels that are others where there are cooperative matrices of 16 by 16 numbers, which Metal has not.
+/// Names and WGSL of the kernels that Metal has not: those with cooperative matrices of 16 by 16 numbers, and those in which workgroups read
+/// what others of the same dispatch wrote.
 pub fn cooperative_sources() -> Vec<(String, String)> {
     let matrices = Some(Matrices::Cooperative);
     let target = Target { half_subnormals: true, subgroups: true, integers: true, matrices };
-    let kernels = all_kernels().into_iter().filter(|kernel| kernel.has_matrices());
+    let kernels = all_kernels().into_iter().filter(|kernel| kernel.has_matrices() || kernel.meets_itself());
     kernels.map(|kernel| kernel.source(target)).map(|source| (source.name, source.wgsl)).collect()
 }

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `linear` or `moe_down`, then the `rms_norm` that adds their output | the product adds it |
 //! | `linear` with two weights | `beside.wgsl` |
+//! | one row's `linear` and the `route` that reads it | `router.wgsl` |
 //! | the shared expert and chosen experts, all six products | `chosen.wgsl`; then for one row `experts_down.wgsl`, else `chosen.wgsl` and `combine.wgsl` |
 //! | `rms_norm` of the latent, `rope` of queries and key, `kv_store` | `latent.wgsl`; one row: with the heads' product, `latent_heads.wgsl` |
 //! | `attend_mla` of one row and a short context, `linear_heads` | `join_heads.wgsl` instead of `attend_join.wgsl` |
@@ -178,6 +179,11 @@ impl WgpuBackend {
                 if self.can_join_heads(attend, heads) && !is_read_again(after, attend.out) =>
             {
                 self.attend_and_heads(attend, heads, *stage)?;
+                Ok(Some((2, false)))
+            }
+            [(_, Op::Linear { x, parts }), (_, Op::Route(route)), ..] if matches!(parts[..], [(router, logits)] if self.can_choose_at_once(*x, router, logits, route)) =>
+            {
+                self.router(*x, parts[0].0, route)?;
                 Ok(Some((2, false)))
             }
             [(_, op @ Op::Linear { x, parts }), ..] if parts.len() > 1 && x.rows > 0 && !self.op_takes_tiles(op) => {

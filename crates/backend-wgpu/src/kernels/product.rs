@@ -424,6 +424,20 @@ impl Shape {
         holes
     }
 
+    pub(super) fn router_holes(&self) -> Vec<(&'static str, String)> {
+        let (partial, finish) = self.finish();
+        let put = "        logits[args.logits_offset + row] = finished(sums0[r], row);\n";
+        let mut holes = self.holes();
+        holes.extend([
+            ("PARTIAL", partial),
+            ("START", self.start()),
+            ("FINISH", finish),
+            ("KEEP", self.keep(put)),
+            ("ROUTE", include_str!("../../kernels/route_row.wgsl").to_owned()),
+        ]);
+        holes
+    }
+
     pub(super) fn beside_holes(&self) -> Vec<(&'static str, String)> {
         let word = word_type(self.code);
         let weights = weight_bindings(5, &["", "_b"], &word);
