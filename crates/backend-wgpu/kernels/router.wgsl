@@ -17,7 +17,6 @@ var<immediate> args: Args;
 @group(0) @binding(8) var<storage, read> extra: array<f32>;
 const TOKENS: u32 = 1u;
 const ROWS: u32 = {{ROWS}}u;
-var<workgroup> is_last: bool;
 {{PARTIAL}}
 
 @compute @workgroup_size(256)
@@ -37,14 +36,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let first_row = group.x * (256u / lanes) * ROWS;
   let here = local / lanes * ROWS;
 {{KEEP}}
-  storageBarrier();
-  if (local == 0u) {
-    is_last = atomicAdd(&arrivals[0], 1u) + 1u == args.groups;
-    if (is_last) { atomicStore(&arrivals[0], 0u); }
-  }
-  if (!workgroupUniformLoad(&is_last)) { return; }
-  storageBarrier();
-  route(args.logits_offset, 0u, local);
+  if (is_last_of(args.groups, 0u, local)) { route(args.logits_offset, 0u, local); }
 }
 
 fn finished(sum: f32, row: u32) -> f32 {

@@ -146,6 +146,9 @@ pub struct WgpuBackend {
     progress: Option<Arc<dyn Fn(usize) + Send + Sync>>,
 }
 
+/// Counters of [`WgpuBackend::arrivals`].
+const MOST_ARRIVALS: usize = 1024;
+
 /// Offset and stride of a view, as kernels take them.
 fn place(tensor: Tensor) -> [u32; 2] {
     [tensor.offset as u32, tensor.stride as u32]
@@ -173,7 +176,7 @@ impl WgpuBackend {
             device.matrices.get_or_insert(Matrices::Plain);
         }
         let nothing = device.alloc("an argument that is not given", 16)?;
-        let arrivals = device.alloc("workgroups that are done", 16)?;
+        let arrivals = device.alloc("workgroups that are done", 4 * MOST_ARRIVALS as u64)?;
         let report = &device.report;
         let caps = Caps {
             name: NAME,
@@ -210,6 +213,9 @@ impl WgpuBackend {
         backend.compile(Kernel::fixed())?;
         if backend.device.self_test.subgroups {
             backend.compile(Kernel::of_subgroups())?;
+        }
+        if backend.device.orders_memory {
+            backend.compile([Kernel::ArgmaxAtOnce])?;
         }
         if backend.device.matrices.is_some() {
             backend.compile(Kernel::of_tiles())?;

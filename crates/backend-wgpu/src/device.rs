@@ -8,7 +8,7 @@
 mod matrices;
 
 use crate::inputs::Inputs;
-use crate::kernels::{Kernel, Matrices, SHARED_WORKERS, Source, TOKENS, Target};
+use crate::kernels::{Kernel, Matrices, SHARED_LANES, Source, TOKENS, Target};
 use moellon_ops::{Error, Result};
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -29,7 +29,7 @@ const STORAGE_BUFFERS: u32 = 10;
 const MOST_STORAGE_BUFFERS: u32 = 16;
 
 /// Invocations of the kernel that has most of them.
-const MOST_INVOCATIONS: u32 = 256 + SHARED_WORKERS as u32;
+const MOST_INVOCATIONS: u32 = 256 + SHARED_LANES as u32;
 
 pub(crate) fn device_error(message: impl Into<String>) -> Error {
     Error::Device { backend: NAME, message: message.into() }

@@ -13,7 +13,7 @@ mod tiles;
 pub(crate) use self::attention::{PAIRS, PAIRS_HEADS, Pairs};
 use self::attention::{attend_holes, attend_pairs_holes};
 pub(crate) use self::code::{Code, ScaleKind};
-pub(crate) use self::experts::{MOST_RESULTS, SHARED_WORKERS, chosen_passes};
+pub(crate) use self::experts::{MOST_RESULTS, SHARED_LANES, chosen_passes};
 pub(crate) use self::product::{JOINED_COLUMNS, Weights, team_rows};
 use self::product::{Shape, code_name, embed_holes};
 pub(crate) use self::tiles::{DIGITS, Matrices, TILE_MEMORY, TILE_TOKENS, block_quads, digits, half_word_codes};
@@ -62,6 +62,7 @@ pub(crate) enum Kernel {
     Activate,
     Add,
     Argmax,
+    ArgmaxAtOnce,
     ArgmaxPart,
     /// With so many value columns an invocation.
     Attend(usize),
@@ -90,6 +91,8 @@ pub(crate) enum Kernel {
     MatrixTest(usize),
     /// For so many rows of activations.
     Product(Code, Weights, usize),
+    /// For one row of many chunks a lane, whose words are asked for ahead.
+    ProductAhead(Code),
     ReadAll,
     RmsNorm,
     Rope,
@@ -188,7 +191,8 @@ impl Kernel {
             }
             Company::Alone => {
                 let beside = tokens.iter().map(|tokens| Kernel::Beside(code, *tokens));
-                let more = [Kernel::Embed(code), Kernel::Router(code)];
+                let ahead = code.per_byte().map(|_| Kernel::ProductAhead(code));
+                let more = [Kernel::Embed(code), Kernel::Router(code)].into_iter().chain(ahead);
                 product(Weights::One).chain(product(Weights::Pair)).chain(beside).chain(more).collect()
             }
             Company::Experts => {
@@ -214,12 +218,13 @@ impl Kernel {
 
     /// Whether workgroups of one dispatch read what others of it wrote.
     pub(crate) fn meets_itself(self) -> bool {
-        matches!(self, Kernel::Router(_))
+        matches!(self, Kernel::ArgmaxAtOnce | Kernel::Router(_))
     }
 
     fn reads_weights(self) -> bool {
         use Kernel::*;
-        matches!(self, Product(..) | Chosen(..) | Router(_) | Embed(_) | ExpertsDown(..)) || self.has_side()
+        matches!(self, Product(..) | ProductAhead(_) | Chosen(..) | Router(_) | Embed(_) | ExpertsDown(..))
+            || self.has_side()
     }
 
     /// Whether `beside_side.wgsl` is part of it.
@@ -242,8 +247,11 @@ impl Kernel {
         if matches!(self, Kernel::Attend(_) | Kernel::AttendPairs(..) | Kernel::IndexScore) {
             wgsl.push_str(include_str!("../kernels/paging.wgsl"));
         }
-        if matches!(self, Kernel::Argmax | Kernel::ArgmaxPart) {
+        if matches!(self, Kernel::Argmax | Kernel::ArgmaxAtOnce | Kernel::ArgmaxPart) {
             wgsl.push_str(include_str!("../kernels/best.wgsl"));
+        }
+        if self.meets_itself() {
+            wgsl.push_str(include_str!("../kernels/last.wgsl"));
         }
         if self.has_matrices() {
             let cooperative = target.matrices == Some(Matrices::Cooperative);
@@ -252,7 +260,11 @@ impl Kernel {
         }
         let writes_forms = matches!(
             self,
-            Kernel::Product(..) | Kernel::Chosen(_, Weights::Pair, ..) | Kernel::RmsNorm | Kernel::AttendJoin
+            Kernel::Product(..)
+                | Kernel::ProductAhead(_)
+                | Kernel::Chosen(_, Weights::Pair, ..)
+                | Kernel::RmsNorm
+                | Kernel::AttendJoin
         );
         if writes_forms || self.has_side() || matches!(self, Kernel::WriteDigits | Kernel::WriteTiles(_)) {
             let lanes = match target.subgroups {
@@ -276,7 +288,7 @@ impl Kernel {
         if meets || self == Kernel::Activate {
             wgsl.push_str(include_str!("../kernels/activation.wgsl"));
         }
-        if matches!(self, Kernel::Product(..) | Kernel::Tiles(..)) {
+        if matches!(self, Kernel::Product(..) | Kernel::ProductAhead(_) | Kernel::Tiles(..)) {
             wgsl.push_str(include_str!("../kernels/finished.wgsl"));
         }
         if matches!(self, Kernel::Product(_, Weights::Pair, _) | Kernel::Tiles(_, Weights::Pair)) {
@@ -298,7 +310,11 @@ impl Kernel {
             Kernel::Product(code, weights, tokens) => {
                 let pair = if weights == Weights::Pair { "pair_" } else { "" };
                 label = format!("{name}_{pair}{}_{tokens}", code_name(code));
-                holes = target.shape(code, weights, tokens).product_holes();
+                holes = target.shape(code, weights, tokens).product_holes(false);
+            }
+            Kernel::ProductAhead(code) => {
+                label = format!("{name}_ahead_{}", code_name(code));
+                holes = target.shape(code, Weights::One, 1).product_holes(true);
             }
             Kernel::Beside(code, tokens) => {
                 label = format!("{name}_{}_{tokens}", code_name(code));
@@ -322,6 +338,12 @@ impl Kernel {
                 let shared = if with_shared { "shared_" } else { "" };
                 label = format!("{name}_{shared}{}", code_name(code));
                 holes = target.shape(code, Weights::One, 1).experts_down_holes(with_shared);
+            }
+            Kernel::Argmax | Kernel::ArgmaxAtOnce | Kernel::ArgmaxPart => {
+                holes = vec![
+                    ("PART", include_str!("../kernels/best_of_part.wgsl").to_owned()),
+                    ("PARTS", include_str!("../kernels/best_of_parts.wgsl").to_owned()),
+                ];
             }
             Kernel::Route => holes = vec![("ROUTE", include_str!("../kernels/route_row.wgsl").to_owned())],
             Kernel::Router(code) => {
@@ -365,6 +387,7 @@ impl Kernel {
             Kernel::Activate => with(file!("activate"), 3, 0),
             Kernel::Add => with(file!("add"), 2, 0),
             Kernel::Argmax => with(file!("argmax"), 1, 1),
+            Kernel::ArgmaxAtOnce => with(file!("argmax_at_once"), 3, 1),
             Kernel::ArgmaxPart => with(file!("argmax_part"), 1, 1),
             Kernel::Attend(_) => with(file!("attend"), 9, 0),
             Kernel::AttendPairs(..) => with(file!("attend_pairs"), 9, 0),
@@ -387,7 +410,7 @@ impl Kernel {
             Kernel::LatentHeads(_) => with(file!("latent_heads"), 6, 7),
             Kernel::MatrixTest(_) => with(file!("matrix_test"), 2, 0),
             Kernel::LayerNorm => with(file!("layer_norm"), 4, 0),
-            Kernel::Product(_, Weights::One, _) => with(file!("product"), 2, 4),
+            Kernel::Product(_, Weights::One, _) | Kernel::ProductAhead(_) => with(file!("product"), 2, 4),
             Kernel::Product(_, Weights::Pair, _) => with(file!("product"), 2, 7),
             Kernel::ReadAll => with(file!("read_all"), 1, 1),
             Kernel::RmsNorm => with(file!("rms_norm"), 5, 1),
@@ -427,7 +450,7 @@ fn with((name, text): (&'static str, &'static str), rw: u32, ro: u32) -> (&'stat
 /// Every kernel that there is, of a code of each kind.
 fn all_kernels() -> Vec<Kernel> {
     let mut kernels = Kernel::fixed();
-    kernels.extend([Kernel::SelfTest, Kernel::SubgroupTest]);
+    kernels.extend([Kernel::SelfTest, Kernel::SubgroupTest, Kernel::ArgmaxAtOnce]);
     kernels.extend(Kernel::of_subgroups());
     kernels.extend(Kernel::of_tiles());
     kernels.extend(DIGITS.map(Kernel::MatrixTest));

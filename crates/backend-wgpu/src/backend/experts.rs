@@ -5,14 +5,9 @@ use super::forms::{Form, Input, OutputForms, Parts};
 use super::products::{Factors, Jobs, Output, WeightRef, WorkListKey, lanes_of};
 use super::{WgpuBackend, place};
 use crate::device::{Memory, device_error};
-use crate::kernels::{Kernel, MOST_RESULTS, TILE_TOKENS, Weights, chosen_passes, team_rows};
+use crate::kernels::{Kernel, MOST_RESULTS, SHARED_LANES, TILE_TOKENS, Weights, chosen_passes, team_rows};
 use crate::weights::DeviceWeight;
 use moellon_ops::{GateUp, MoeDown, MoeGateUp, Result, Tensor, Weight};
-
-/// About how many workgroups one token's experts are shared out to, which have the others' rows in passes: two on each of 128 multiprocessors,
-/// where every pass asks for the words of the next. An adapter with more has less to do on each.
-const DOWN_WORKGROUPS: usize = 256;
-const MOST_PASSES: usize = 1;
 
 impl WgpuBackend {
     /// The distinct experts of a batch, as work for products, by tiles or not.
@@ -174,14 +169,12 @@ impl WgpuBackend {
         let tokens = self.tokens_at_once(if experts.x.rows == 1 { 1 } else { 2 });
         let whole = self.passes_of_chosen(self.weight(pair.first()), Weights::Pair, tokens).1.is_multiple_of(32);
         let writes = width.is_multiple_of(32) && (form == Form::Floats || whole);
-        let one_fits = experts.x.rows > 1 || self.is_one_tokens_down(down);
         self.device.binds_many
             && activation == shared_activation
             && same_kernels
             && same_rows
             && same_views
             && writes
-            && one_fits
             && !by_tiles
             && experts.x.rows > 0
     }
@@ -209,7 +202,7 @@ impl WgpuBackend {
         let to = Output { forms, offset: 0, stride: 0, matrix_step: 0, adds: false };
         self.product_of_chosen(pair, Some(Self::pair_of_dense(shared)), &x, &to, &jobs)?;
         let h = Input { memory, token_step: row_quads, part_step: row_quads / parts.count };
-        if rows == 1 {
+        if self.is_one_tokens_down(down) && self.adds_shared_at_once(down, shared_down) {
             return self.one_tokens_experts_down(down, &h, Some(shared_down), adds);
         }
         let jobs = self.jobs(experts.ids, experts.experts.num_experts, true, false)?;
@@ -263,8 +256,13 @@ impl WgpuBackend {
 
     /// Whether products and weighted sum can be one kernel: the sums of all experts have room in a workgroup.
     fn is_one_tokens_down(&self, op: &MoeDown) -> bool {
-        let w = self.weight(WeightRef::Down(op.experts));
-        op.h.rows == 1 && op.ids.cols * (w.lanes / 32).max(1) <= MOST_RESULTS && w.shards.len() == 1
+        op.h.rows == 1 && op.ids.cols <= MOST_RESULTS && self.weight(WeightRef::Down(op.experts)).shards.len() == 1
+    }
+
+    /// Whether one token's second products and the shared expert's can be one kernel: sums of both go through registers alone.
+    fn adds_shared_at_once(&self, op: &MoeDown, shared: Weight) -> bool {
+        let (w, of_shared) = (self.weight(WeightRef::Down(op.experts)), self.weight(WeightRef::Linear(shared)));
+        self.device.self_test.subgroups && w.lanes <= 32 && of_shared.lanes <= SHARED_LANES
     }
 
     /// Products and weighted sum in one kernel; `shared`: the weight whose product with the last part of `x` is added to them instead of
@@ -275,8 +273,7 @@ impl WgpuBackend {
         let (plus, [plus_offset, _]) = self.optional(op.plus.filter(|_| shared.is_none()), &out)?;
         let w = self.weight(WeightRef::Down(op.experts));
         let teams = w.rows.div_ceil(team_rows(Weights::One, 1));
-        let passes = (teams / DOWN_WORKGROUPS).clamp(1, MOST_PASSES);
-        let has_plus = op.plus.is_some() && shared.is_none();
+        let plus_kind = if shared.is_some() { 2 } else { usize::from(op.plus.is_some()) };
         let shared_weight = shared.map(|weight| self.weight(WeightRef::Linear(weight)));
         let mut arguments = vec![
             x.part_step,
@@ -285,7 +282,7 @@ impl WgpuBackend {
             w.lanes,
             op.out.offset,
             plus_offset as usize,
-            usize::from(has_plus),
+            plus_kind,
             op.ids.cols,
             op.ids.offset,
             op.weights.offset,
@@ -293,7 +290,6 @@ impl WgpuBackend {
             w.has() + 16 * usize::from(adds),
             w.block_columns,
             w.scale_words,
-            passes,
         ];
         arguments
             .extend(shared_weight.map_or([0; 5], |w| [w.chunks, w.lanes, w.bias_offset(), w.has(), w.scale_words]));
@@ -305,7 +301,7 @@ impl WgpuBackend {
         let mut memories = vec![&out, &plus, &x.memory, &ids, &weights];
         memories.extend(&of_weights);
         let arguments: Vec<u32> = arguments.into_iter().map(|n| n as u32).collect();
-        let grid = [teams.div_ceil(passes), 1, 1];
+        let grid = [teams, 1, 1];
         self.run(Kernel::ExpertsDown(code, shared.is_some()), &memories, &arguments, grid)
     }
 }

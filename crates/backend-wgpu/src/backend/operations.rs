@@ -2,7 +2,7 @@
 
 use super::forms::{Parts, Writes};
 use super::products::WeightRef;
-use super::{DeviceCache, WgpuBackend, place};
+use super::{DeviceCache, MOST_ARRIVALS, WgpuBackend, place};
 use crate::device::device_error;
 use crate::kernels::{Kernel, Weights, team_rows};
 use moellon_ops::program::Op;
@@ -268,6 +268,11 @@ impl WgpuBackend {
         let parts = self.parts.get("parts of rows", (8 * rows * num_parts) as u64, &mut self.device)?;
         let [offset, stride] = place(op.logits);
         let arguments = [offset, stride, op.logits.cols as u32, num_parts as u32];
+        if self.device.orders_memory && rows <= MOST_ARRIVALS {
+            let arguments = [&arguments[..], &place(op.out)].concat();
+            let memories = [&parts, &out, &self.arrivals.clone(), &logits];
+            return self.run(Kernel::ArgmaxAtOnce, &memories, &arguments, [num_parts, rows, 1]);
+        }
         self.run(Kernel::ArgmaxPart, &[&parts, &logits], &arguments, [num_parts, rows, 1])?;
         let [offset, stride] = place(op.out);
         self.run(Kernel::Argmax, &[&out, &parts], &[offset, stride, num_parts as u32], [rows, 1, 1])

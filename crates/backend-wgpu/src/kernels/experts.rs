@@ -1,16 +1,13 @@
 //! The written-out parts of kernels that multiply with the matrices that rows chose (`kernels/chosen.wgsl`, `kernels/experts_down.wgsl`).
-//! Where codes are integers, the words of the next round of chunks are asked for before those at hand are multiplied.
+//! Where codes are integers, `chosen.wgsl` asks for the words of the next round of chunks before it multiplies those at hand.
 
 use super::product::{Shape, Weights, second_side, weight_bindings, word_type};
 
-/// Invocations that the shared expert's second product has of its own beside those of the chosen experts.
-pub(crate) const SHARED_WORKERS: usize = 32;
+/// Most lanes of a team for the shared expert's second product that have invocations of their own beside those of the chosen experts.
+pub(crate) const SHARED_LANES: usize = 64;
 
-/// Most sums that `experts_down.wgsl` keeps: for each expert one of every 32 lanes or fewer.
+/// Most experts whose results `experts_down.wgsl` keeps.
 pub(crate) const MOST_RESULTS: usize = 64;
-
-/// Sums that the shared expert's team may have.
-const MOST_OF_SHARED: usize = 8;
 
 /// Invocations of a workgroup of `chosen.wgsl`. Pairs need many registers, and a workgroup needs whole chunks of their output: small ones
 /// with much to do are all on the adapter at once, where 256 invocations leave a third, nearly empty round.
@@ -88,61 +85,29 @@ impl Shape {
         holes
     }
 
-    /// `with_shared`: the product that makes `plus` is part of the kernel.
+    /// `with_shared`: the product that makes `plus` is part of the kernel, by invocations of its own.
     pub(super) fn experts_down_holes(&self, with_shared: bool) -> Vec<(&'static str, String)> {
-        let workers = 256 + if with_shared { SHARED_WORKERS } else { 0 };
-        let second = match with_shared {
-            true => weight_bindings(8, &["_b"], &word_type(self.code)),
-            false => String::new(),
-        };
-        let either = |text: &str| if with_shared { either(text) } else { text.to_owned() };
-        let [mut declare, place] = self.places("scale_words");
-        let place = include_str!("../../kernels/experts_down_place.wgsl").replace("{{ROWS_OF_TEAM}}", &place);
-        let (first, rounds);
-        if self.integers() {
-            let [words, ask, take] = self.ahead();
-            declare.push_str(&words);
-            let ask = include_str!("../../kernels/experts_down_ask.wgsl").replace("{{ASK}}", &either(&ask));
-            first = format!("{place}{ask}");
-            rounds = include_str!("../../kernels/experts_down_ahead.wgsl")
-                .replace("{{TAKE}}", &take)
-                .replace("{{PLACE}}", &place)
-                .replace("{{ASK}}", &ask)
-                .replace("{{BODY}}", &self.multiply_integers());
-        } else {
-            first = String::new();
-            rounds = include_str!("../../kernels/experts_down_plain.wgsl")
-                .replace("{{PLACE}}", &place)
-                .replace("{{BODY}}", &either(&self.chunk()));
+        let (mut second, finish) = self.finish();
+        let (mut before, mut shared, mut workers) = ("{", "  }\n".to_owned(), 256);
+        if with_shared {
+            second.push_str(&weight_bindings(8, &["_b"], &word_type(self.code)));
+            (before, workers) = ("if (local < 256u) {", 256 + SHARED_LANES);
+            include_str!("../../kernels/experts_down_beside.wgsl").clone_into(&mut shared);
+            let of_shared = |text: &str| second_side(text, &["codes[", "scales[", "args.scale_words"]);
+            for (hole, filling) in [("START", self.start()), ("BODY", self.chunk()), ("SUMS", self.lane_sums((0, 0)))] {
+                shared = shared.replace(&format!("{{{{{hole}}}}}"), &of_shared(&filling));
+            }
         }
-        let (partial, sum, turns) = match self.subgroups {
-            true => (String::new(), include_str!("../../kernels/sum_of_team_in_subgroups.wgsl"), "turns"),
-            false => (
-                format!("var<workgroup> partial: array<vec4<f32>, {workers}>;"),
-                include_str!("../../kernels/sum_of_team_in_memory.wgsl"),
-                // Everybody takes part in barriers.
-                if with_shared { "max(turns_of_experts, turns_of_shared)" } else { "turns_of_experts" },
-            ),
-        };
-        let mut holes = vec![
+        let mut holes = self.holes();
+        holes.extend([
             ("WORKERS", workers.to_string()),
-            ("SHARED", with_shared.to_string()),
-            ("FINISHED", finished(with_shared, "")),
-            ("MATRIX_ROWS", "args.rows".to_owned()),
-            ("SHARD_ROW", String::new()),
-            ("MOST_OF_SHARED", MOST_OF_SHARED.to_string()),
             ("MOST", MOST_RESULTS.to_string()),
-            ("RESULTS", (2 * (MOST_RESULTS + MOST_OF_SHARED)).to_string()),
             ("SECOND", second),
-            ("DECLARE", declare),
-            ("FIRST", first),
-            ("START", self.zeros()),
-            ("ROUNDS", rounds),
-            ("PARTIAL", partial),
-            ("SUM", sum.replace("{{SUMS}}", &self.lane_sums((0, 0)))),
-            ("TURNS", turns.to_owned()),
-        ];
-        holes.extend(self.holes());
+            ("BEFORE", before.to_owned()),
+            ("SHARED", shared),
+            ("START", self.start()),
+            ("FINISH", finish),
+        ]);
         holes
     }
 }

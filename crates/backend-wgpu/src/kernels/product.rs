@@ -334,7 +334,8 @@ impl Shape {
         include_str!("../../kernels/keep.wgsl").replace("{{PICK}}", &pick).replace("{{PUT}}", put)
     }
 
-    pub(super) fn product_holes(&self) -> Vec<(&'static str, String)> {
+    /// `ahead`: a chunk's words are asked for while those of the one before are multiplied, for one row of integers.
+    pub(super) fn product_holes(&self, ahead: bool) -> Vec<(&'static str, String)> {
         let (second, value) = match self.weights {
             Weights::One => (String::new(), "finished(sums0[r], row, matrix)"),
             Weights::Pair => {
@@ -347,8 +348,16 @@ impl Shape {
         for token in 0..self.tokens {
             let _ = writeln!(start, "  let x_row{token} = x_rows[{token}];");
         }
+        let mut body = self.chunk();
+        if ahead && self.integers() {
+            let [declare, ask, take] = self.ahead();
+            let _ = write!(start, "{declare}  if (lane < chunks) {{\n    let chunk = lane;\n{ask}  }}\n");
+            let next = "    let next = chunk + lanes;\n    if (next < chunks) {\n    let chunk = next;\n";
+            body = format!("{take}{next}{ask}    }}\n{}", self.multiply_integers());
+        }
         let put = include_str!("../../kernels/product_put.wgsl").replace("{{VALUE}}", value);
-        let mut holes = self.holes();
+        let mut holes = vec![("BODY", body)];
+        holes.extend(self.holes());
         holes.extend([
             ("SECOND", second + &partial),
             ("START", start),
