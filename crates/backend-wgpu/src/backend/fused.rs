@@ -26,8 +26,15 @@ const LATENT_WIDTH: usize = 1024;
 impl WgpuBackend {
     /// Launches the operations of a step.
     pub(super) fn launch_step(&mut self, ops: &[(Stage, Op)]) -> Result<()> {
-        for (_, op) in ops {
-            self.expect_inputs(op)?;
+        let mut skipped = [usize::MAX; 2];
+        for (at, (_, op)) in ops.iter().enumerate() {
+            if self.are_experts_and_shared(&ops[at..]) {
+                // Their second products read scratch memory.
+                skipped = [at + 1, at + 3];
+            }
+            if !skipped.contains(&at) {
+                self.expect_inputs(op)?;
+            }
         }
         let mut at = 0;
         // Whether the norm that comes next finds its delta added already.
@@ -131,6 +138,24 @@ impl WgpuBackend {
         self.expect_spread(x, parts, form)
     }
 
+    /// Whether the operations in front are the shared expert's and the chosen experts', which can share kernels.
+    fn are_experts_and_shared(&self, ops: &[(Stage, Op)]) -> bool {
+        let [
+            (_, Op::GateUp(shared)),
+            (_, Op::Linear { x, parts }),
+            (_, Op::MoeGateUp(experts)),
+            (_, Op::MoeDown(down)),
+            after @ ..,
+        ] = ops
+        else {
+            return false;
+        };
+        let is_added = matches!(parts[..], [(weight, out)] if down.plus == Some(out)
+            && self.has_shared_beside(shared, weight, experts, down));
+        let is_read = is_read_again(after, shared.out) || is_read_again(after, experts.out);
+        *x == shared.out && is_added && !is_read
+    }
+
     /// Launches the operations in front together, if there are kernels for that, and says how many they were and whether the norm behind
     /// them finds its delta added.
     fn launch_together(&mut self, ops: &[(Stage, Op)]) -> Result<Option<(usize, bool)>> {
@@ -156,16 +181,11 @@ impl WgpuBackend {
             }
             [
                 (_, Op::GateUp(shared)),
-                (_, Op::Linear { x, parts }),
+                (_, Op::Linear { parts, .. }),
                 (stage, Op::MoeGateUp(experts)),
                 (_, Op::MoeDown(down)),
                 after @ ..,
-            ] if *x == shared.out
-                && !is_read_again(after, shared.out)
-                && !is_read_again(after, experts.out)
-                && matches!(parts[..], [(weight, out)] if down.plus == Some(out)
-                    && self.has_shared_beside(shared, weight, experts, down)) =>
-            {
+            ] if self.are_experts_and_shared(ops) => {
                 self.stage = *stage;
                 let norm = match after.first() {
                     Some((_, Op::RmsNorm(norm))) if norm.delta == Some(down.out) => Some(norm),
