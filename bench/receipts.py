@@ -385,7 +385,9 @@ def wgpu_steps(stolen, path):
         for stage in [] if step.get("again") else step["stages"]:
             stages.append({
                 "kernels": step["kernels_of"], "batch": step["batch"], "stage": stage["stage"], "us": f"{stage['us']:.0f}",
-                "MB": f"{stage['bytes'] / 1e6:.1f}", "GB/s": f"{stage['bytes'] / stage['us'] / 1e3:.0f}",
+                "MB": f"{stage['bytes'] / 1e6:.1f}",
+                # Kernels of another stage do what a stage without time of its own does.
+                "GB/s": f"{stage['bytes'] / stage['us'] / 1e3:.0f}" if stage["us"] else None,
             })
     prompts, prompt_stages = [], []
     for prompt in found.get("prompts", []):

@@ -11,9 +11,9 @@ use crate::buffers::DeviceBuffer;
 use crate::driver::{Device, DevicePtr, Graph, Memory, NAME, device_error};
 use crate::kernels::Kernels;
 use crate::loader::Loader;
-use crate::program::Op;
 use crate::weights::DeviceWeight;
 use moellon_ops::backend::WeightFormatSet;
+use moellon_ops::program::Op;
 use moellon_ops::{
     ActivationPrecision, Add, Argmax, AttendGqa, AttendMla, Backend, Buffer, Cache, CacheDtype, Caps, ElementType,
     Embed, Error, Experts, ExpertsSource, GateUp, GatherRows, IndexScore, IndexTopk, KernelTime, KvStore, LayerNorm,

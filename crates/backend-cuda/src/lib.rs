@@ -21,7 +21,6 @@ mod driver;
 mod kernels;
 mod loader;
 mod nvrtc;
-mod program;
 mod weights;
 
 pub use backend::{CudaBackend, CudaOptions};

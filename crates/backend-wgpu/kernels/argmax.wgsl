@@ -6,12 +6,8 @@ var<immediate> args: Args;
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-  var best = vec2<u32>(0u, 0xffffffffu);
-  // Columns grow with parts: of equal ones the first stays.
-  for (var part = local; part < args.num_parts; part += 256u) {
-    let other = parts[group.x * args.num_parts + part];
-    if (other.x > best.x) { best = other; }
-  }
-  best = best_of_workgroup(best.x, best.y, local);
+  let best = best_of_parts(group.x, local);
   if (local == 0u) { out[args.out_offset + group.x * args.out_stride] = best.y; }
 }
+
+{{PARTS}}

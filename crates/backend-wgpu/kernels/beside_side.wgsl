@@ -1,22 +1,23 @@
-// One of the two weights of beside.wgsl, or that of latent_heads.wgsl: chunks, sums and results as in product.wgsl, for one row: same bits.
-fn put(column: u32, value: f32) {
-  if ((args.forms & 1u) != 0u) { out[args.out_offset + column] = value; }
+// One of the two weights of beside.wgsl, or that of latent_heads.wgsl: chunks, sums and results as in product.wgsl: same bits.
+fn put(row: u32, column: u32, value: f32) {
+  if ((args.forms & 1u) != 0u) { out[args.out_offset + {{OUT_ROW}}column] = value; }
   if ((args.forms & 2u) != 0u) {
     let c = column % args.part_stride;
     if (c < args.part_cols) {
-      let first = 8u * args.part_chunks * (column / args.part_stride);
+      let first = 8u * args.part_chunks * ({{PART_ROW}}column / args.part_stride);
       form[4u * (first + (c % 32u) / 4u * args.part_chunks + c / 32u) + c % 4u] = bitcast<u32>(value);
     }
   }
 }
 
-fn put_integers(first: u32, count: u32, value: f32, local: u32) {
+fn put_integers(row: u32, first: u32, count: u32, value: f32, local: u32) {
   let lane = local % 32u;
   let column = first + local - lane;
   let c = column % args.part_stride;
   let word = digits(value, args.per_byte, local);
   if (local - lane < count && c < args.part_cols && lane < 26u) {
-    form[digit_place(7u * args.part_chunks * (column / args.part_stride), c / 32u, args.part_chunks, lane)] = word;
+    let start = 7u * args.part_chunks * ({{PART_ROW}}column / args.part_stride);
+    form[digit_place(start, c / 32u, args.part_chunks, lane)] = word;
   }
 }
 
@@ -27,31 +28,29 @@ fn finished(sum: f32, row: u32, matrix: u32) -> f32 {
   if ((args.has & 1u) != 0u) { bias = extra[args.bias_offset + matrix * args.rows + row]; }
   return fma(sum, global, bias);
 }
-{{FINISHED2}}
-fn side(slot: u32, matrix: u32, group: u32, local: u32) {
-  let lane = local % args.lanes;
-  let team = group * (256u / args.lanes) + local / args.lanes;
+
+// `count` rows of x and of out from `first` on.
+fn side(matrix: u32, group: u32, first: u32, count: u32, local: u32) {
+  let chunks = args.chunks;
+  let lanes = args.lanes;
+  let lane = local % lanes;
+  let team = group * (256u / lanes) + local / lanes;
   let local_matrix = matrix;
-  let x_row0 = {{X_ROW}};
+{{X_ROWS}}
 {{START}}
-  for (var chunk = lane; chunk < args.chunks; chunk += args.lanes) {
+  for (var chunk = lane; chunk < chunks; chunk += lanes) {
 {{BODY}}
   }
 {{FINISH}}
-  let group_rows = 256u / args.lanes * ROWS;
-  let here = local / args.lanes * ROWS;
-  // Choices of experts, and heads, lie side by side in a row of out.
-  let column = slot * args.rows + group * group_rows;
-  for (var r = lane; r < ROWS; r += args.lanes) {
-    let row = group * group_rows + here + r;
-    if (row < args.rows) {
-      let value = {{VALUE}};
-      put(column + here + r, value);
-      if ((args.forms & 4u) != 0u) { finals[here + r] = value; }
-    }
-  }
+  let group_rows = 256u / lanes * ROWS;
+  let first_row = group * group_rows;
+  let here = local / lanes * ROWS;
+{{KEEP}}
   if ((args.forms & 4u) != 0u) {
     workgroupBarrier();
-    put_integers(column, min(group_rows, args.rows - group * group_rows), finals[local], local);
+    let column = matrix * args.rows + first_row;
+    for (var t = 0u; t < count; t++) {
+      put_integers(first + t, column, min(group_rows, args.rows - first_row), finals[256u * t + local], local);
+    }
   }
 }

@@ -1,7 +1,7 @@
 // The down projections of one token's experts and their weighted sum: out = plus + sum_i weights[i] (x_i W_ids[i]^T), in the order of i.
 // A workgroup has {{ROWS}} rows of every expert, a team an expert at a time. Chunks and sums as in product.wgsl, and the weighted sum as in
-// combine.wgsl: same bits as those two. `plus` is a row, or the product that makes it (the shared expert's: fields and bindings that end
-// in `_b`): where sums go through registers invocations behind the first 256 make it, else the first team does, later.
+// combine.wgsl: same bits as those two. `plus` is a row, or the product that makes it: the shared expert's, whose fields and bindings end in
+// `_b` and whose activations are x's last part. Invocations behind the first 256 make it, where sums go through registers.
 struct Args {
   x_part_step: u32, chunks: u32, rows: u32, lanes: u32, out_offset: u32, plus_offset: u32, has_plus: u32,
   top_k: u32, ids_offset: u32, weights_offset: u32, bias_offset: u32, has: u32, block_columns: u32, scale_words: u32,
@@ -18,23 +18,25 @@ var<immediate> args: Args;
 @group(0) @binding(7) var<storage, read> extra: array<f32>;   // global scales [matrices], then biases [matrices, rows]
 {{SECOND}}
 const ROWS: u32 = {{ROWS}}u;
-var<workgroup> results: array<vec4<f32>, 64>;   // of every expert
+var<workgroup> results: array<vec4<f32>, {{MOST}}>;   // of every expert
 var<workgroup> plus_here: vec4<f32>;
 
 @compute @workgroup_size({{WORKERS}})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
   let team = group.x;
   {{BEFORE}}
-  let lane = local % args.lanes;
-  let teams = 256u / args.lanes;
+  let chunks = args.chunks;
+  let lanes = args.lanes;
+  let lane = local % lanes;
+  let teams = 256u / lanes;
   for (var first = 0u; first < args.top_k; first += teams) {
-    let slot = first + local / args.lanes;
+    let slot = first + local / lanes;
     // A team too many repeats the last.
     let place = min(slot, args.top_k - 1u);
     let local_matrix = ids[args.ids_offset + place];
     let x_row0 = place * args.x_part_step;
 {{START}}
-    for (var chunk = lane; chunk < args.chunks; chunk += args.lanes) {
+    for (var chunk = lane; chunk < chunks; chunk += lanes) {
 {{BODY}}
     }
 {{FINISH}}

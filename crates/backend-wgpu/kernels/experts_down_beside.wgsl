@@ -1,15 +1,17 @@
   } else {
     // The product that makes `plus`, as product.wgsl would: a team of up to 64 lanes.
     let mine = local - 256u;
-    let lane = mine % args.lanes_b;
+    let chunks = args.chunks_b;
+    let lanes = args.lanes_b;
+    let lane = mine % lanes;
     let local_matrix = 0u;
-    let x_row0 = 0u;
+    let x_row0 = args.top_k * args.x_part_step;
 {{START}}
-    for (var chunk = select(args.chunks_b, lane, mine < args.lanes_b); chunk < args.chunks_b; chunk += args.lanes_b) {
+    for (var chunk = select(chunks, lane, mine < lanes); chunk < chunks; chunk += lanes) {
 {{BODY}}
     }
     var sum = {{SUMS}};
-    for (var step = 1u; step < min(args.lanes_b, 32u); step <<= 1u) { sum = sum + subgroupShuffleXor(sum, step); }
+    for (var step = 1u; step < min(lanes, 32u); step <<= 1u) { sum = sum + subgroupShuffleXor(sum, step); }
     if (mine % 32u == 0u) { partial[mine / 32u] = sum; }
   }
   workgroupBarrier();

@@ -18,6 +18,7 @@ var<immediate> args: Args;
 @group(0) @binding(7) var<storage, read> scales: array<u32>;
 @group(0) @binding(8) var<storage, read> extra: array<f32>;
 const ROWS: u32 = {{ROWS}}u;
+const TOKENS: u32 = {{TOKENS}}u;
 var<workgroup> finals: array<f32, 256>;
 var<workgroup> joined: array<u32, {{WORDS}}>;
 {{PARTIAL}}
@@ -37,7 +38,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {{KEEP}}
   }
   workgroupBarrier();
-  side(head, head, group.x % args.groups, local);
+  side(head, group.x % args.groups, 0u, 1u, local);
 }
 
 {{JOIN}}

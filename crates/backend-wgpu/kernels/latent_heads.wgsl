@@ -24,6 +24,7 @@ var<immediate> args: Args;
 @group(0) @binding(11) var<storage, read> scales: array<u32>;
 @group(0) @binding(12) var<storage, read> extra: array<f32>;
 const ROWS: u32 = {{ROWS}}u;
+const TOKENS: u32 = {{TOKENS}}u;
 var<workgroup> finals: array<f32, 256>;
 {{PARTIAL}}
 
@@ -34,7 +35,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     store_latent(group.x, 0u, local);
   } else {
     let matrix = (group.x - first_groups) / args.groups;
-    side(matrix, matrix, (group.x - first_groups) % args.groups, local);
+    side(matrix, (group.x - first_groups) % args.groups, 0u, 1u, local);
   }
 }
 

@@ -8,16 +8,9 @@
 // A workgroup has 64 rows of weights (of a pair: 32 of each) and 32 rows of x. {{STAGE}} chunks of its weights at a time become f16 in
 // workgroup memory.
 struct Args {
-  chunks: u32, rows: u32, lanes: u32,
-  out_offset: u32, out_stride: u32, out_matrix_step: u32,
-  num_tokens: u32,
-  first_row: u32, first_matrix: u32, num_matrices: u32, matrix_rows: u32,
-  is_list: u32,          // 0: matrix from group.z, tokens from group.y; 1: items of a work list
+{{SHARD_ARGS}}
+  is_list: u32,          // items of a work list instead of rows 32 group.y + ..
   top_k: u32, sorted_offset: u32,
-  bias_offset: u32, bias_offset2: u32,
-  has: u32,              // bits: bias, global scale, those of the second weight of a pair, out is added to
-  scale_words: u32,      // words of scales a row
-  activation: u32, alpha: f32, limit: f32,
 }
 var<immediate> args: Args;
 @group(0) @binding(0) var<storage, read_write> out: array<f32>;
@@ -155,11 +148,4 @@ fn halves(first: u32, second: u32) -> vec4<f16> {
   return both - vec4<f16>({{ZERO}}h);
 }
 
-fn finished(sum: f32, row: u32, matrix: u32) -> f32 {
-  var global = 1.0;
-  if ((args.has & 2u) != 0u) { global = extra[matrix]; }
-  var bias = 0.0;
-  if ((args.has & 1u) != 0u) { bias = extra[args.bias_offset + matrix * args.matrix_rows + args.first_row + row]; }
-  return fma(sum, global, bias);
-}
 {{MULTIPLY}}

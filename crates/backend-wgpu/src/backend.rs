@@ -2,6 +2,7 @@
 
 mod attention;
 mod beside;
+mod experts;
 mod forms;
 mod fused;
 mod operations;
@@ -10,10 +11,10 @@ mod tiles;
 
 use crate::device::{AdapterChoice, Device, Memory, NAME, SelfTest, device_error};
 use crate::kernels::{Company, Kernel, Matrices};
-use crate::program::Op;
 use crate::stream::Stream;
 use crate::weights::DeviceWeight;
 use moellon_ops::backend::WeightFormatSet;
+use moellon_ops::program::Op;
 use moellon_ops::{
     ActivationPrecision, Add, Argmax, AttendGqa, AttendMla, Backend, Buffer, Cache, CacheDtype, Caps, ElementType,
     Embed, Error, Experts, ExpertsSource, GateUp, GatherRows, IndexScore, IndexTopk, KvStore, LayerNorm, Linear,
@@ -125,6 +126,8 @@ pub struct WgpuBackend {
     parts: Scratch,
     list: Scratch,
     tiles: Scratch,
+    /// Activations of experts and of the shared expert, as products read them.
+    gated: Scratch,
     /// What `tiles` holds.
     tiled: Option<TiledKey>,
     /// Rows from which products go by tiles.
@@ -137,9 +140,14 @@ pub struct WgpuBackend {
     listed: Option<WorkListKey>,
     /// Bound where a kernel's optional argument is not given.
     nothing: Memory,
+    /// How many workgroups of a dispatch whose last one goes on are done: zero between dispatches.
+    arrivals: Memory,
     staging: Option<wgpu::Buffer>,
     progress: Option<Arc<dyn Fn(usize) + Send + Sync>>,
 }
+
+/// Counters of [`WgpuBackend::arrivals`].
+const MOST_ARRIVALS: usize = 1024;
 
 /// Offset and stride of a view, as kernels take them.
 fn place(tensor: Tensor) -> [u32; 2] {
@@ -158,6 +166,7 @@ impl WgpuBackend {
         }
         device.shares_memory &= !options.without_shared_memory;
         device.binds_many &= !options.without_many_bindings;
+        device.orders_memory &= !options.without_many_bindings;
         if options.without_integer_products {
             device.self_test.integer_products = false;
         }
@@ -167,6 +176,7 @@ impl WgpuBackend {
             device.matrices.get_or_insert(Matrices::Plain);
         }
         let nothing = device.alloc("an argument that is not given", 16)?;
+        let arrivals = device.alloc("workgroups that are done", 4 * MOST_ARRIVALS as u64)?;
         let report = &device.report;
         let caps = Caps {
             name: NAME,
@@ -189,18 +199,23 @@ impl WgpuBackend {
             parts: Scratch::default(),
             list: Scratch::default(),
             tiles: Scratch::default(),
+            gated: Scratch::default(),
             tiled: None,
             fewest_rows: if options.few_rows_by_tiles { FewestRows::ALWAYS } else { FewestRows::MEASURED },
             recording: None,
             stage: Stage::Embed,
             listed: None,
             nothing,
+            arrivals,
             staging: None,
             progress: options.progress.clone(),
         };
         backend.compile(Kernel::fixed())?;
         if backend.device.self_test.subgroups {
             backend.compile(Kernel::of_subgroups())?;
+        }
+        if backend.device.orders_memory {
+            backend.compile([Kernel::ArgmaxAtOnce])?;
         }
         if backend.device.matrices.is_some() {
             backend.compile(Kernel::of_tiles())?;
@@ -323,7 +338,9 @@ impl WgpuBackend {
         if self.device.matrices.is_some() && self.fewest_rows.are_for(company) {
             kernels.extend(Kernel::tiles_of(weight.code, company));
         }
-        self.compile(kernels.into_iter().filter(|kernel| binds_many || !kernel.binds_many()))?;
+        let orders = self.device.orders_memory;
+        let fits = |k: &Kernel| (binds_many || !k.binds_many()) && (orders || !k.meets_itself());
+        self.compile(kernels.into_iter().filter(fits))?;
         Ok(weight)
     }
 

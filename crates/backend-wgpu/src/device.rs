@@ -26,7 +26,7 @@ const SPIN: Duration = Duration::from_millis(1);
 /// Bindings of the kernel that has most, those apart that only some adapters run.
 const STORAGE_BUFFERS: u32 = 10;
 /// Bindings of the kernel that has most of all.
-const MOST_STORAGE_BUFFERS: u32 = 18;
+const MOST_STORAGE_BUFFERS: u32 = 16;
 
 /// Invocations of the kernel that has most of them.
 const MOST_INVOCATIONS: u32 = 256 + SHARED_LANES as u32;
@@ -223,6 +223,9 @@ pub(crate) struct Device {
     pub(crate) matrices: Option<Matrices>,
     /// Kernels may have as many bindings as those have that do several operations at once.
     pub(crate) binds_many: bool,
+    /// A workgroup that counted others as done sees what they wrote: barriers of storage reach the whole device, and there is memory that no
+    /// cache hides. Metal's barriers reach one workgroup.
+    pub(crate) orders_memory: bool,
     arena: Option<Arena>,
     /// Bytes of all arenas.
     arena_bytes: u64,
@@ -281,6 +284,7 @@ impl Device {
             | wgpu::Features::SUBGROUP
             | wgpu::Features::MAPPABLE_PRIMARY_BUFFERS
             | wgpu::Features::SHADER_F16
+            | wgpu::Features::MEMORY_DECORATION_COHERENT
             | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
         let required_features = wgpu::Features::IMMEDIATES | (features & wanted);
         // SAFETY: the only experimental feature that is asked for is cooperative matrices, where the adapter has them. What may go wrong with
@@ -328,6 +332,8 @@ impl Device {
             matrices: None,
             binds_many: adapter.limits().max_storage_buffers_per_shader_stage >= MOST_STORAGE_BUFFERS
                 && adapter.limits().max_compute_invocations_per_workgroup >= MOST_INVOCATIONS,
+            orders_memory: info.backend == wgpu::Backend::Vulkan
+                && features.contains(wgpu::Features::MEMORY_DECORATION_COHERENT),
             arena: None,
             arena_bytes: 0,
             next_memory: 0,
@@ -383,6 +389,18 @@ impl Device {
         if self.inputs.get_mut().buffer.is_none() {
             let all = self.alloc("numbers", Inputs::BYTES)?;
             self.inputs.get_mut().buffer = Some(all.buffer);
+            let upload = || {
+                self.scoped("numbers on their way", |device| {
+                    device.create_buffer(&wgpu::BufferDescriptor {
+                        label: None,
+                        size: Inputs::BYTES,
+                        usage: wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC,
+                        mapped_at_creation: true,
+                    })
+                })
+            };
+            let uploads = [upload()?, upload()?];
+            self.inputs.get_mut().upload_through(uploads);
         }
         self.next_memory += 1;
         let id = self.next_memory;

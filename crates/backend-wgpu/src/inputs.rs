@@ -1,7 +1,13 @@
 //! Small buffers of numbers (token ids, positions, slots, ..) side by side in one buffer. What the host writes to them before a step waits
 //! here until something is submitted, and goes to the adapter as one copy: each copy of wgpu's queue makes a buffer of its own.
+//!
+//! That buffer, and the commands around it, cost about 30 us between one token and the next. A step that is replayed has its copy in its own
+//! commands instead, encoded ahead, out of one of two buffers that the host writes through a mapping. They serve a step that writes what
+//! the step before it wrote; any other goes the first way.
 
 use crate::device::Memory;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Of all starts of bindings, on any adapter.
 const ALIGNMENT: usize = 256;
@@ -27,6 +33,30 @@ pub(crate) struct Inputs {
     parts: Vec<Part>,
     /// Starts and ends of what was written since the last submission.
     written: Vec<(usize, usize)>,
+    /// The same of the submission before.
+    before: Vec<(usize, usize)>,
+    /// How often parts came and went, or became unknown.
+    generation: u64,
+    uploads: Vec<Upload>,
+    /// Of `uploads`: the one that is used next.
+    next_upload: usize,
+}
+
+/// A buffer that the host writes and the adapter copies from.
+#[derive(Debug)]
+struct Upload {
+    buffer: wgpu::Buffer,
+    is_mapped: Arc<AtomicBool>,
+}
+
+/// A copy that stands in encoded commands.
+#[derive(Debug)]
+pub(crate) struct Copies {
+    upload: usize,
+    /// What the host must have written for it to be right, in order.
+    written: Vec<(usize, usize)>,
+    ranges: Vec<(usize, usize)>,
+    generation: u64,
 }
 
 impl Inputs {
@@ -65,6 +95,7 @@ impl Inputs {
         let (start, place) = self.gap(bytes).expect("is_full_for said that there is room");
         let end = start + bytes;
         self.parts.insert(place, Part { id, start, end, is_known: true });
+        self.generation += 1;
         self.shadow.resize(Self::BYTES as usize, 0);
         self.shadow[start..end].fill(0);
         self.written.push((start, end));
@@ -79,12 +110,14 @@ impl Inputs {
     pub(crate) fn give_back(&mut self, memory: &Memory) {
         if let Some(place) = self.part(memory) {
             self.parts.remove(place);
+            self.generation += 1;
         }
     }
 
     /// A kernel writes this memory: what is there is not known here any more.
     pub(crate) fn written_by_device(&mut self, memory: &Memory) {
         if let Some(place) = self.part(memory) {
+            self.generation += u64::from(self.parts[place].is_known);
             self.parts[place].is_known = false;
         }
     }
@@ -100,21 +133,29 @@ impl Inputs {
         true
     }
 
+    /// What was written, in order; nothing is any more.
+    fn take_written(&mut self) -> Vec<(usize, usize)> {
+        let mut written = std::mem::take(&mut self.written);
+        written.sort_unstable();
+        written.dedup();
+        self.before.clone_from(&written);
+        written
+    }
+
     /// What has to be copied: ranges that were written, those together between which everything is known.
-    fn copies(&mut self) -> Vec<(usize, usize)> {
-        self.written.sort_unstable();
-        let mut copies: Vec<(usize, usize)> = Vec::new();
-        for (start, end) in self.written.drain(..) {
+    fn ranges(&self, written: &[(usize, usize)]) -> Vec<(usize, usize)> {
+        let mut ranges: Vec<(usize, usize)> = Vec::new();
+        for &(start, end) in written {
             let reaches = |last: &(usize, usize)| {
                 let unknown = |part: &Part| !part.is_known && part.start < start && part.end > last.1;
                 start <= last.1 + Self::REACH && !self.parts.iter().any(unknown)
             };
-            match copies.last_mut().filter(|last| reaches(last)) {
+            match ranges.last_mut().filter(|last| reaches(last)) {
                 Some(last) => last.1 = last.1.max(end),
-                None => copies.push((start, end)),
+                None => ranges.push((start, end)),
             }
         }
-        copies
+        ranges
     }
 
     /// Hands what was written to the queue.
@@ -122,10 +163,64 @@ impl Inputs {
         if self.written.is_empty() {
             return;
         }
-        for (start, end) in self.copies() {
+        let written = self.take_written();
+        for (start, end) in self.ranges(&written) {
             let buffer = self.buffer.as_ref().expect("made before the first part");
             queue.write_buffer(buffer, start as u64, &self.shadow[start..end]);
         }
+    }
+
+    /// Buffers that the host writes through mappings, mapped.
+    pub(crate) fn upload_through(&mut self, buffers: [wgpu::Buffer; 2]) {
+        let upload = |buffer| Upload { buffer, is_mapped: Arc::new(AtomicBool::new(true)) };
+        self.uploads = buffers.map(upload).into();
+    }
+
+    /// Encodes the copy of what the step before wrote, for the next one; nothing where it would have no use.
+    pub(crate) fn encode_ahead(&mut self, encoder: &mut wgpu::CommandEncoder) -> Option<Copies> {
+        /// Of starts of mapped ranges.
+        const ALIGNMENT: usize = 8;
+        let to = self.buffer.as_ref().filter(|_| !self.uploads.is_empty() && !self.before.is_empty())?;
+        let ranges = self.ranges(&self.before);
+        if !ranges.iter().all(|(start, _)| start.is_multiple_of(ALIGNMENT)) {
+            return None;
+        }
+        for &(start, end) in &ranges {
+            let from = &self.uploads[self.next_upload].buffer;
+            encoder.copy_buffer_to_buffer(from, start as u64, to, start as u64, (end - start) as u64);
+        }
+        let copies =
+            Copies { upload: self.next_upload, written: self.before.clone(), ranges, generation: self.generation };
+        self.next_upload = (self.next_upload + 1) % self.uploads.len();
+        Some(copies)
+    }
+
+    /// Writes what an encoded copy will read; `false` if the copy is not what has to be copied now.
+    pub(crate) fn fill(&mut self, copies: &Copies) -> bool {
+        self.written.sort_unstable();
+        self.written.dedup();
+        let upload = &self.uploads[copies.upload];
+        let fits = self.written == copies.written && self.generation == copies.generation;
+        if !fits || !upload.is_mapped.load(Ordering::Acquire) {
+            return false;
+        }
+        for &(start, end) in &copies.ranges {
+            let Ok(mut view) = upload.buffer.get_mapped_range_mut(start as u64..end as u64) else { return false };
+            view.copy_from_slice(&self.shadow[start..end]);
+        }
+        upload.is_mapped.store(false, Ordering::Release);
+        upload.buffer.unmap();
+        self.take_written();
+        true
+    }
+
+    /// Asks for the mapping of what an encoded copy reads, which was submitted.
+    pub(crate) fn map_again(&self, copies: &Copies) {
+        let upload = &self.uploads[copies.upload];
+        let is_mapped = Arc::clone(&upload.is_mapped);
+        upload
+            .buffer
+            .map_async(wgpu::MapMode::Write, .., move |mapped| is_mapped.store(mapped.is_ok(), Ordering::Release));
     }
 }
 
@@ -143,13 +238,12 @@ mod tests {
             vec![part(1, 0, 16, true), part(2, 256, 272, false), part(3, 512, 528, true), part(4, 768, 784, true)];
         let mut inputs = Inputs { parts, ..Inputs::default() };
         inputs.written = vec![(768, 784), (0, 16), (512, 516)];
-        assert_eq!(inputs.copies(), [(0, 16), (512, 784)]);
+        let written = inputs.take_written();
+        assert_eq!(inputs.ranges(&written), [(0, 16), (512, 784)]);
         assert!(inputs.written.is_empty());
         // What the host itself overwrites in full is known again for this copy.
-        inputs.written = vec![(0, 16), (256, 272), (512, 528)];
-        assert_eq!(inputs.copies(), [(0, 528)]);
-        inputs.written = vec![(0, 16), (256, 260), (512, 528)];
-        assert_eq!(inputs.copies(), [(0, 260), (512, 528)]);
+        assert_eq!(inputs.ranges(&[(0, 16), (256, 272), (512, 528)]), [(0, 528)]);
+        assert_eq!(inputs.ranges(&[(0, 16), (256, 260), (512, 528)]), [(0, 260), (512, 528)]);
     }
 
     #[test]

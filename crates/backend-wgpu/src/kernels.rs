@@ -6,13 +6,15 @@
 
 mod attention;
 mod code;
+mod experts;
 mod product;
 mod tiles;
 
 pub(crate) use self::attention::{PAIRS, PAIRS_HEADS, Pairs};
 use self::attention::{attend_holes, attend_pairs_holes};
 pub(crate) use self::code::{Code, ScaleKind};
-pub(crate) use self::product::{JOINED_COLUMNS, SHARED_LANES, Weights, team_rows};
+pub(crate) use self::experts::{MOST_RESULTS, SHARED_LANES, chosen_passes};
+pub(crate) use self::product::{JOINED_COLUMNS, Weights, team_rows};
 use self::product::{Shape, code_name, embed_holes};
 pub(crate) use self::tiles::{DIGITS, Matrices, TILE_MEMORY, TILE_TOKENS, block_quads, digits, half_word_codes};
 use self::tiles::{matrix_test_holes, tiles_holes};
@@ -60,14 +62,17 @@ pub(crate) enum Kernel {
     Activate,
     Add,
     Argmax,
+    ArgmaxAtOnce,
     ArgmaxPart,
     /// With so many value columns an invocation.
     Attend(usize),
     AttendJoin,
     /// Where subgroups are as they should be, with so many heads a workgroup.
     AttendPairs(Pairs, usize),
-    /// Two weights, or two pairs, side by side.
-    Beside(Code, Weights),
+    /// Two weights side by side, for so many rows of activations.
+    Beside(Code, usize),
+    /// With the matrices that rows chose, for so many rows of activations at a time; whether with the shared expert's too.
+    Chosen(Code, Weights, usize, bool),
     Combine,
     Embed(Code),
     /// Whether the shared expert's product is part of it.
@@ -86,11 +91,15 @@ pub(crate) enum Kernel {
     MatrixTest(usize),
     /// For so many rows of activations.
     Product(Code, Weights, usize),
+    /// For one row of many chunks a lane, whose words are asked for ahead.
+    ProductAhead(Code),
     ReadAll,
     RmsNorm,
     Rope,
     RopeTable,
     Route,
+    /// One row's router with its choice.
+    Router(Code),
     SelfTest,
     Spread,
     SubgroupTest,
@@ -176,28 +185,46 @@ impl Kernel {
     /// The kernels of one weight format, for so many rows of activations: those that `company` may meet.
     pub(crate) fn of_code(code: Code, company: Company, tokens: &[usize]) -> Vec<Kernel> {
         let product = |weights| tokens.iter().map(move |tokens| Kernel::Product(code, weights, *tokens));
-        let one = product(Weights::One);
         match company {
-            Company::Heads => one.chain([Kernel::LatentHeads(code), Kernel::JoinHeads(code)]).collect(),
+            Company::Heads => {
+                product(Weights::One).chain([Kernel::LatentHeads(code), Kernel::JoinHeads(code)]).collect()
+            }
             Company::Alone => {
-                let more = [Kernel::Embed(code), Kernel::Beside(code, Weights::One)];
-                one.chain(product(Weights::Pair)).chain(more).collect()
+                let beside = tokens.iter().map(|tokens| Kernel::Beside(code, *tokens));
+                let ahead = code.per_byte().map(|_| Kernel::ProductAhead(code));
+                let more = [Kernel::Embed(code), Kernel::Router(code)].into_iter().chain(ahead);
+                product(Weights::One).chain(product(Weights::Pair)).chain(beside).chain(more).collect()
             }
             Company::Experts => {
-                let down = [false, true].map(|shared| Kernel::ExpertsDown(code, shared));
-                one.chain(product(Weights::Pair)).chain(down).chain([Kernel::Beside(code, Weights::Pair)]).collect()
+                let mut kernels = Vec::new();
+                for shared in [false, true] {
+                    for weights in [Weights::One, Weights::Pair] {
+                        kernels.extend(tokens.iter().map(|tokens| Kernel::Chosen(code, weights, *tokens, shared)));
+                    }
+                    kernels.push(Kernel::ExpertsDown(code, shared));
+                }
+                kernels
             }
         }
     }
 
     /// Whether it has more bindings than every adapter allows.
     pub(crate) fn binds_many(self) -> bool {
-        matches!(self, Kernel::Beside(..) | Kernel::LatentHeads(_) | Kernel::ExpertsDown(_, true))
+        matches!(
+            self,
+            Kernel::Beside(..) | Kernel::Chosen(.., true) | Kernel::LatentHeads(_) | Kernel::ExpertsDown(_, true)
+        )
+    }
+
+    /// Whether workgroups of one dispatch read what others of it wrote.
+    pub(crate) fn meets_itself(self) -> bool {
+        matches!(self, Kernel::ArgmaxAtOnce | Kernel::Router(_))
     }
 
     fn reads_weights(self) -> bool {
         use Kernel::*;
-        matches!(self, Product(..) | Embed(_) | ExpertsDown(..)) || self.has_side()
+        matches!(self, Product(..) | ProductAhead(_) | Chosen(..) | Router(_) | Embed(_) | ExpertsDown(..))
+            || self.has_side()
     }
 
     /// Whether `beside_side.wgsl` is part of it.
@@ -220,15 +247,25 @@ impl Kernel {
         if matches!(self, Kernel::Attend(_) | Kernel::AttendPairs(..) | Kernel::IndexScore) {
             wgsl.push_str(include_str!("../kernels/paging.wgsl"));
         }
-        if matches!(self, Kernel::Argmax | Kernel::ArgmaxPart) {
+        if matches!(self, Kernel::Argmax | Kernel::ArgmaxAtOnce | Kernel::ArgmaxPart) {
             wgsl.push_str(include_str!("../kernels/best.wgsl"));
+        }
+        if self.meets_itself() {
+            wgsl.push_str(include_str!("../kernels/last.wgsl"));
         }
         if self.has_matrices() {
             let cooperative = target.matrices == Some(Matrices::Cooperative);
             let more = if cooperative { "enable wgpu_cooperative_matrix;\n" } else { "" };
             wgsl = format!("enable f16;\n{more}{wgsl}");
         }
-        let writes_forms = matches!(self, Kernel::Product(..) | Kernel::RmsNorm | Kernel::AttendJoin);
+        let writes_forms = matches!(
+            self,
+            Kernel::Product(..)
+                | Kernel::ProductAhead(_)
+                | Kernel::Chosen(_, Weights::Pair, ..)
+                | Kernel::RmsNorm
+                | Kernel::AttendJoin
+        );
         if writes_forms || self.has_side() || matches!(self, Kernel::WriteDigits | Kernel::WriteTiles(_)) {
             let lanes = match target.subgroups {
                 true => include_str!("../kernels/lanes_in_subgroups.wgsl"),
@@ -244,10 +281,18 @@ impl Kernel {
         }
         let meets = matches!(
             self,
-            Kernel::Product(_, Weights::Pair, _) | Kernel::Beside(_, Weights::Pair) | Kernel::Tiles(_, Weights::Pair)
+            Kernel::Product(_, Weights::Pair, _)
+                | Kernel::Chosen(_, Weights::Pair, ..)
+                | Kernel::Tiles(_, Weights::Pair)
         );
         if meets || self == Kernel::Activate {
             wgsl.push_str(include_str!("../kernels/activation.wgsl"));
+        }
+        if matches!(self, Kernel::Product(..) | Kernel::ProductAhead(_) | Kernel::Tiles(..)) {
+            wgsl.push_str(include_str!("../kernels/finished.wgsl"));
+        }
+        if matches!(self, Kernel::Product(_, Weights::Pair, _) | Kernel::Tiles(_, Weights::Pair)) {
+            wgsl.push_str(include_str!("../kernels/finished_second.wgsl"));
         }
         if self == Kernel::AttendJoin {
             wgsl.push_str(include_str!("../kernels/join_parts.wgsl"));
@@ -265,12 +310,21 @@ impl Kernel {
             Kernel::Product(code, weights, tokens) => {
                 let pair = if weights == Weights::Pair { "pair_" } else { "" };
                 label = format!("{name}_{pair}{}_{tokens}", code_name(code));
-                holes = target.shape(code, weights, tokens).product_holes();
+                holes = target.shape(code, weights, tokens).product_holes(false);
             }
-            Kernel::Beside(code, weights) => {
+            Kernel::ProductAhead(code) => {
+                label = format!("{name}_ahead_{}", code_name(code));
+                holes = target.shape(code, Weights::One, 1).product_holes(true);
+            }
+            Kernel::Beside(code, tokens) => {
+                label = format!("{name}_{}_{tokens}", code_name(code));
+                holes = target.shape(code, Weights::One, tokens).beside_holes();
+            }
+            Kernel::Chosen(code, weights, tokens, with_shared) => {
                 let pair = if weights == Weights::Pair { "pair_" } else { "" };
-                label = format!("{name}_{pair}{}", code_name(code));
-                holes = target.shape(code, weights, 1).beside_holes();
+                let shared = if with_shared { "shared_" } else { "" };
+                label = format!("{name}_{shared}{pair}{}_{tokens}", code_name(code));
+                holes = target.shape(code, weights, tokens).chosen_holes(with_shared);
             }
             Kernel::JoinHeads(code) => {
                 label = format!("{name}_{}", code_name(code));
@@ -284,6 +338,17 @@ impl Kernel {
                 let shared = if with_shared { "shared_" } else { "" };
                 label = format!("{name}_{shared}{}", code_name(code));
                 holes = target.shape(code, Weights::One, 1).experts_down_holes(with_shared);
+            }
+            Kernel::Argmax | Kernel::ArgmaxAtOnce | Kernel::ArgmaxPart => {
+                holes = vec![
+                    ("PART", include_str!("../kernels/best_of_part.wgsl").to_owned()),
+                    ("PARTS", include_str!("../kernels/best_of_parts.wgsl").to_owned()),
+                ];
+            }
+            Kernel::Route => holes = vec![("ROUTE", include_str!("../kernels/route_row.wgsl").to_owned())],
+            Kernel::Router(code) => {
+                label = format!("{name}_{}", code_name(code));
+                holes = target.shape(code, Weights::One, 1).router_holes();
             }
             Kernel::Embed(code) => {
                 label = format!("{name}_{}", code_name(code));
@@ -322,16 +387,20 @@ impl Kernel {
             Kernel::Activate => with(file!("activate"), 3, 0),
             Kernel::Add => with(file!("add"), 2, 0),
             Kernel::Argmax => with(file!("argmax"), 1, 1),
+            Kernel::ArgmaxAtOnce => with(file!("argmax_at_once"), 3, 1),
             Kernel::ArgmaxPart => with(file!("argmax_part"), 1, 1),
             Kernel::Attend(_) => with(file!("attend"), 9, 0),
             Kernel::AttendPairs(..) => with(file!("attend_pairs"), 9, 0),
             Kernel::AttendJoin => with(file!("attend_join"), 6, 0),
-            Kernel::Beside(_, Weights::One) => with(file!("beside"), 4, 8),
-            Kernel::Beside(_, Weights::Pair) => with(file!("beside"), 4, 14),
+            Kernel::Beside(..) => with(file!("beside"), 4, 7),
+            Kernel::Chosen(_, weights, _, with_shared) => {
+                let sides = if with_shared { 2 } else { 1 } * if weights == Weights::Pair { 2 } else { 1 };
+                with(file!("chosen"), 2, 2 + 3 * sides)
+            }
             Kernel::Combine => with(file!("combine"), 4, 0),
             Kernel::Embed(_) => with(file!("embed"), 2, 3),
             Kernel::ExpertsDown(_, false) => with(file!("experts_down"), 2, 6),
-            Kernel::ExpertsDown(_, true) => with(file!("experts_down"), 2, 10),
+            Kernel::ExpertsDown(_, true) => with(file!("experts_down"), 2, 9),
             Kernel::GatherRows => with(file!("gather_rows"), 3, 0),
             Kernel::IndexScore => with(file!("index_score"), 7, 0),
             Kernel::IndexTopk => with(file!("index_topk"), 4, 0),
@@ -341,13 +410,14 @@ impl Kernel {
             Kernel::LatentHeads(_) => with(file!("latent_heads"), 6, 7),
             Kernel::MatrixTest(_) => with(file!("matrix_test"), 2, 0),
             Kernel::LayerNorm => with(file!("layer_norm"), 4, 0),
-            Kernel::Product(_, Weights::One, _) => with(file!("product"), 2, 5),
-            Kernel::Product(_, Weights::Pair, _) => with(file!("product"), 2, 8),
+            Kernel::Product(_, Weights::One, _) | Kernel::ProductAhead(_) => with(file!("product"), 2, 4),
+            Kernel::Product(_, Weights::Pair, _) => with(file!("product"), 2, 7),
             Kernel::ReadAll => with(file!("read_all"), 1, 1),
             Kernel::RmsNorm => with(file!("rms_norm"), 5, 1),
             Kernel::Rope => with(file!("rope"), 2, 0),
             Kernel::RopeTable => with(file!("rope_table"), 3, 0),
             Kernel::Route => with(file!("route"), 4, 0),
+            Kernel::Router(_) => with(file!("router"), 5, 4),
             Kernel::SelfTest => with(file!("self_test"), 1, 0),
             Kernel::Spread => with(file!("spread"), 2, 0),
             Kernel::SubgroupTest => with(file!("subgroup_test"), 1, 0),
@@ -365,7 +435,7 @@ impl Kernel {
             holes.push(("E4M3_FACTOR", if target.half_subnormals { "256.0" } else { "1.0" }.to_owned()));
             holes.push(("E2M1_FACTOR", if target.half_subnormals { "16384.0" } else { "1.0" }.to_owned()));
         }
-        wgsl.push_str(text);
+        wgsl.push_str(&text.replace("{{SHARD_ARGS}}\n", include_str!("../kernels/shard_args.wgsl")));
         for (hole, filling) in holes {
             wgsl = wgsl.replace(&format!("{{{{{hole}}}}}"), &filling);
         }
@@ -380,7 +450,7 @@ fn with((name, text): (&'static str, &'static str), rw: u32, ro: u32) -> (&'stat
 /// Every kernel that there is, of a code of each kind.
 fn all_kernels() -> Vec<Kernel> {
     let mut kernels = Kernel::fixed();
-    kernels.extend([Kernel::SelfTest, Kernel::SubgroupTest]);
+    kernels.extend([Kernel::SelfTest, Kernel::SubgroupTest, Kernel::ArgmaxAtOnce]);
     kernels.extend(Kernel::of_subgroups());
     kernels.extend(Kernel::of_tiles());
     kernels.extend(DIGITS.map(Kernel::MatrixTest));
@@ -393,22 +463,23 @@ fn all_kernels() -> Vec<Kernel> {
     }
     for code in &codes {
         kernels.extend(Kernel::of_code(*code, Company::Alone, &TOKENS));
-        kernels.extend([false, true].map(|shared| Kernel::ExpertsDown(*code, shared)));
-        kernels.extend([Kernel::Beside(*code, Weights::Pair), Kernel::LatentHeads(*code), Kernel::JoinHeads(*code)]);
+        kernels.extend(Kernel::of_code(*code, Company::Experts, &TOKENS));
+        kernels.extend([Kernel::LatentHeads(*code), Kernel::JoinHeads(*code)]);
         kernels.extend(Kernel::tiles_of(*code, Company::Alone));
     }
     kernels
 }
 
 /// Names and WGSL of all kernels, and of what they are on adapters that lack something: for checks and translations. Those with cooperative
-/// matrices are not among them: see [`cooperative_sources`].
+/// matrices and those whose workgroups meet are not among them: see [`cooperative_sources`].
 pub fn kernel_sources() -> Vec<(String, String)> {
     let mut sources: Vec<(String, String)> = Vec::new();
     let target = Target { half_subnormals: true, subgroups: true, integers: true, matrices: Some(Matrices::Plain) };
-    for kernel in all_kernels() {
+    for kernel in all_kernels().into_iter().filter(|kernel| !kernel.meets_itself()) {
         let best = kernel.source(target);
         let is_fixed = !kernel.reads_weights();
-        let one_row = !is_fixed && !matches!(kernel, Kernel::Product(_, _, 2..));
+        let one_row = !is_fixed
+            && !matches!(kernel, Kernel::Product(_, _, 2..) | Kernel::Chosen(_, _, 2.., _) | Kernel::Beside(_, 2..));
         let variants = [
             ("no_subgroups", Target { subgroups: false, ..target }),
             ("no_subnormals", Target { half_subnormals: false, ..target }),
@@ -425,10 +496,11 @@ pub fn kernel_sources() -> Vec<(String, String)> {
     sources
 }
 
-/// Names and WGSL of the kernels that are others where there are cooperative matrices of 16 by 16 numbers, which Metal has not.
+/// Names and WGSL of the kernels that Metal has not: those with cooperative matrices of 16 by 16 numbers, and those in which workgroups read
+/// what others of the same dispatch wrote.
 pub fn cooperative_sources() -> Vec<(String, String)> {
     let matrices = Some(Matrices::Cooperative);
     let target = Target { half_subnormals: true, subgroups: true, integers: true, matrices };
-    let kernels = all_kernels().into_iter().filter(|kernel| kernel.has_matrices());
+    let kernels = all_kernels().into_iter().filter(|kernel| kernel.has_matrices() || kernel.meets_itself());
     kernels.map(|kernel| kernel.source(target)).map(|source| (source.name, source.wgsl)).collect()
 }

@@ -3,12 +3,11 @@
 //! | file | what |
 //! |---|---|
 //! | `device` | adapters, limits, self-test, memory, pipelines; what the driver says is an error, never a panic |
-//! | `inputs` | small buffers of numbers, written by the host before every step, in one copy |
+//! | `inputs` | small buffers of numbers, written by the host before every step, in one copy that is encoded ahead |
 //! | `stream` | dispatches, in order: waiting, submitted, recorded, replayed |
 //! | `kernels` | which files of `kernels/` make which kernel, and the parts that are written out for a weight format |
 //! | `weights` | weights on the device: as they lie in the checkpoint, in buffers that the adapter can bind |
 //! | `translate` | kernels as Metal sees them, for CI |
-//! | `program` | the operations of a step as values |
 //! | `backend` | the operations: which kernel, which grid; what a step's operations write for each other |
 //!
 //! Activations are f32. Products are sums of f32, or, where codes of weights are integers and the adapter multiplies four bytes in an
@@ -23,7 +22,6 @@ mod backend;
 mod device;
 mod inputs;
 mod kernels;
-mod program;
 mod stream;
 mod translate;
 mod weights;

@@ -373,7 +373,8 @@ fn stage_results(profile: &Profile, steps: u64, times: &[StepTimes]) -> Vec<Stag
             stage: stage.name().to_owned(),
             microseconds: seconds * 1e6,
             bytes: count.bytes / steps,
-            gb_s: (count.bytes / steps) as f64 / seconds.max(1e-12) / 1e9,
+            // On some devices kernels of another stage do this one's work, and it has no time of its own.
+            gb_s: if seconds > 0.0 { (count.bytes / steps) as f64 / seconds / 1e9 } else { 0.0 },
             operations: count.operations / steps,
         }
     };

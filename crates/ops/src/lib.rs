@@ -24,6 +24,7 @@ pub mod error;
 mod forward;
 pub mod ops;
 pub mod profile;
+pub mod program;
 pub mod reference;
 pub mod weight;
 

@@ -21,8 +21,8 @@ use crate::args;
 use crate::args::{Mat, Part, RowInput, UpPair};
 use crate::buffers::Parts;
 use crate::driver::DevicePtr;
-use crate::program::Op;
 use crate::weights::{fast_format, pipe_bytes, takes_digits, tile_bytes};
+use moellon_ops::program::Op;
 use moellon_ops::{
     AttendMla, Cache, CacheDtype, GateUp, KvStore, Linear, LinearHeads, MoeDown, MoeGateUp, Result, RmsNorm, Rope,
     RopePairs, Route, Tensor, Weight,

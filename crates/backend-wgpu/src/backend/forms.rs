@@ -44,7 +44,7 @@ impl Form {
     }
 
     /// 16-byte elements of a row.
-    fn row_quads(self, parts: Parts) -> usize {
+    pub(super) fn row_quads(self, parts: Parts) -> usize {
         self.chunk_quads() * parts.chunks() * parts.count
     }
 }
@@ -105,6 +105,16 @@ impl OutputForms {
     pub(super) fn plain(memory: Memory) -> Self {
         let (floats, integers) = (memory.clone(), memory.clone());
         OutputForms { memory, floats, integers, arguments: [1, 1, 1, 0, 0, 1] }
+    }
+
+    /// In one form only, of rows in whole parts.
+    pub(super) fn only(memory: Memory, form: Form, parts: Parts) -> Self {
+        let (kind, per_byte) = match form {
+            Form::Floats => (2, 1),
+            Form::Integers { per_byte } => (4, per_byte),
+        };
+        let arguments = [kind, parts.count, parts.stride, parts.cols, parts.chunks(), per_byte].map(|n| n as u32);
+        OutputForms { memory: memory.clone(), floats: memory.clone(), integers: memory, arguments }
     }
 
     /// The one form beside rows, for kernels that write one.

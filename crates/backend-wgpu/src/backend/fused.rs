@@ -3,8 +3,9 @@
 //! | operations | kernel |
 //! |---|---|
 //! | `linear` or `moe_down`, then the `rms_norm` that adds their output | the product adds it |
-//! | `linear` with two weights, one row | `beside.wgsl` |
-//! | one row's shared expert and chosen experts, all six products | `beside.wgsl`, `experts_down.wgsl` |
+//! | `linear` with two weights | `beside.wgsl` |
+//! | one row's `linear` and the `route` that reads it | `router.wgsl` |
+//! | the shared expert and chosen experts, all six products | `chosen.wgsl`; then for one row `experts_down.wgsl`, else `chosen.wgsl` and `combine.wgsl` |
 //! | `rms_norm` of the latent, `rope` of queries and key, `kv_store` | `latent.wgsl`; one row: with the heads' product, `latent_heads.wgsl` |
 //! | `attend_mla` of one row and a short context, `linear_heads` | `join_heads.wgsl` instead of `attend_join.wgsl` |
 //! | any that writes a view, then any that reads it as the input of a product | `forms.wgsl` instead of `spread.wgsl` |
@@ -13,7 +14,7 @@ use super::forms::Parts;
 use super::products::WeightRef;
 use super::{WgpuBackend, place};
 use crate::kernels::Kernel;
-use crate::program::Op;
+use moellon_ops::program::Op;
 use moellon_ops::{
     Cache, CacheDtype, GateUp, KvStore, LinearHeads, MoeDown, MoeGateUp, Result, RmsNorm, Rope, RopePairs, Stage,
     Tensor, Weight,
@@ -25,8 +26,15 @@ const LATENT_WIDTH: usize = 1024;
 impl WgpuBackend {
     /// Launches the operations of a step.
     pub(super) fn launch_step(&mut self, ops: &[(Stage, Op)]) -> Result<()> {
-        for (_, op) in ops {
-            self.expect_inputs(op)?;
+        let mut skipped = [usize::MAX; 2];
+        for (at, (_, op)) in ops.iter().enumerate() {
+            if self.are_experts_and_shared(&ops[at..]) {
+                // Their second products read scratch memory.
+                skipped = [at + 1, at + 3];
+            }
+            if !skipped.contains(&at) {
+                self.expect_inputs(op)?;
+            }
         }
         let mut at = 0;
         // Whether the norm that comes next finds its delta added already.
@@ -130,6 +138,24 @@ impl WgpuBackend {
         self.expect_spread(x, parts, form)
     }
 
+    /// Whether the operations in front are the shared expert's and the chosen experts', which can share kernels.
+    fn are_experts_and_shared(&self, ops: &[(Stage, Op)]) -> bool {
+        let [
+            (_, Op::GateUp(shared)),
+            (_, Op::Linear { x, parts }),
+            (_, Op::MoeGateUp(experts)),
+            (_, Op::MoeDown(down)),
+            after @ ..,
+        ] = ops
+        else {
+            return false;
+        };
+        let is_added = matches!(parts[..], [(weight, out)] if down.plus == Some(out)
+            && self.has_shared_beside(shared, weight, experts, down));
+        let is_read = is_read_again(after, shared.out) || is_read_again(after, experts.out);
+        *x == shared.out && is_added && !is_read
+    }
+
     /// Launches the operations in front together, if there are kernels for that, and says how many they were and whether the norm behind
     /// them finds its delta added.
     fn launch_together(&mut self, ops: &[(Stage, Op)]) -> Result<Option<(usize, bool)>> {
@@ -155,14 +181,11 @@ impl WgpuBackend {
             }
             [
                 (_, Op::GateUp(shared)),
-                (_, Op::Linear { x, parts }),
+                (_, Op::Linear { parts, .. }),
                 (stage, Op::MoeGateUp(experts)),
                 (_, Op::MoeDown(down)),
                 after @ ..,
-            ] if *x == shared.out
-                && matches!(parts[..], [(weight, out)] if down.plus == Some(out)
-                    && self.has_shared_beside(shared, weight, experts, down)) =>
-            {
+            ] if self.are_experts_and_shared(ops) => {
                 self.stage = *stage;
                 let norm = match after.first() {
                     Some((_, Op::RmsNorm(norm))) if norm.delta == Some(down.out) => Some(norm),
@@ -178,7 +201,12 @@ impl WgpuBackend {
                 self.attend_and_heads(attend, heads, *stage)?;
                 Ok(Some((2, false)))
             }
-            [(_, Op::Linear { x, parts }), ..] if parts.len() > 1 && x.rows == 1 => {
+            [(_, Op::Linear { x, parts }), (_, Op::Route(route)), ..] if matches!(parts[..], [(router, logits)] if self.can_choose_at_once(*x, router, logits, route)) =>
+            {
+                self.router(*x, parts[0].0, route)?;
+                Ok(Some((2, false)))
+            }
+            [(_, op @ Op::Linear { x, parts }), ..] if parts.len() > 1 && x.rows > 0 && !self.op_takes_tiles(op) => {
                 self.linear_beside(*x, parts)?;
                 Ok(Some((1, false)))
             }
@@ -248,10 +276,15 @@ impl WgpuBackend {
     }
 }
 
-/// Whether operations read the rows `x` before attention writes them anew.
+/// Whether operations read the rows `x` before an operation of the kind that wrote them does so again.
 fn is_read_again(ops: &[(Stage, Op)], x: Tensor) -> bool {
     let same = |y: &Tensor| y.buffer.id == x.buffer.id;
-    let writes = |op: &Op| matches!(op, Op::AttendMla(op) if same(&op.out));
+    let writes = |op: &Op| match op {
+        Op::AttendMla(op) => same(&op.out),
+        Op::GateUp(op) => same(&op.out) && !same(&op.x),
+        Op::MoeGateUp(op) => same(&op.out) && !same(&op.x),
+        _ => false,
+    };
     ops.iter().take_while(|(_, op)| !writes(op)).any(|(_, op)| op.reads().iter().any(same))
 }
 

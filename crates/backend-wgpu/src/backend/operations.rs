@@ -1,13 +1,14 @@
 //! The operations that are a kernel each: which one, with which arguments, on which grid.
 
-use super::forms::Writes;
-use super::{DeviceCache, WgpuBackend, place};
+use super::forms::{Parts, Writes};
+use super::products::WeightRef;
+use super::{DeviceCache, MOST_ARRIVALS, WgpuBackend, place};
 use crate::device::device_error;
-use crate::kernels::Kernel;
-use crate::program::Op;
+use crate::kernels::{Kernel, Weights, team_rows};
+use moellon_ops::program::Op;
 use moellon_ops::{
     Add, Argmax, CacheDtype, Embed, GatherRows, IndexTopk, KvStore, LayerNorm, Linear, Result, RmsNorm, Rope,
-    RopePairs, RopeTable, Route, Scoring,
+    RopePairs, RopeTable, Route, Scoring, Tensor, Weight,
 };
 
 impl WgpuBackend {
@@ -33,6 +34,8 @@ impl WgpuBackend {
             Op::Add(op) => self.add_now(op),
             Op::GatherRows(op) => self.gather_rows_now(op),
             Op::Argmax(op) => self.argmax_now(op),
+            // `Caps::samples` says so.
+            Op::Sample(_) => Err(device_error("this back end draws no tokens")),
         }
     }
 
@@ -172,6 +175,18 @@ impl WgpuBackend {
     }
 
     pub(super) fn route_now(&mut self, op: &Route) -> Result<()> {
+        let rest = self.route_arguments(op)?;
+        let logits = self.memory(op.logits)?;
+        let (bias, [bias_offset, _]) = self.optional(op.correction_bias, &logits)?;
+        let (ids, weights) = (self.output(op.ids)?, self.output(op.weights)?);
+        let ([ids_offset, ids_stride], [weights_offset, weights_stride]) = (place(op.ids), place(op.weights));
+        let places = [bias_offset, ids_offset, ids_stride, weights_offset, weights_stride];
+        let arguments = [&place(op.logits)[..], &places, &rest].concat();
+        self.run(Kernel::Route, &[&logits, &bias, &ids, &weights], &arguments, [op.logits.rows, 1, 1])
+    }
+
+    /// What a choice needs to know beside where everything lies.
+    fn route_arguments(&self, op: &Route) -> Result<[u32; 8]> {
         let (num_experts, top_k) = (op.logits.cols, op.ids.cols);
         if num_experts > 1024 || top_k > 64 || op.n_group > 256 {
             return Err(device_error(format!(
@@ -179,19 +194,7 @@ impl WgpuBackend {
                 op.n_group
             )));
         }
-        let logits = self.memory(op.logits)?;
-        let (bias, [bias_offset, _]) = self.optional(op.correction_bias, &logits)?;
-        let (ids, weights) = (self.output(op.ids)?, self.output(op.weights)?);
-        let ([logits_offset, logits_stride], [ids_offset, ids_stride]) = (place(op.logits), place(op.ids));
-        let [weights_offset, weights_stride] = place(op.weights);
-        let arguments = [
-            logits_offset,
-            logits_stride,
-            bias_offset,
-            ids_offset,
-            ids_stride,
-            weights_offset,
-            weights_stride,
+        Ok([
             num_experts as u32,
             top_k as u32,
             match op.scoring {
@@ -204,8 +207,44 @@ impl WgpuBackend {
             u32::from(op.correction_bias.is_some()),
             u32::from(op.norm_topk_prob),
             op.routed_scaling_factor.to_bits(),
+        ])
+    }
+
+    /// Whether one row's router and its choice can be one kernel.
+    pub(super) fn can_choose_at_once(&self, x: Tensor, router: Weight, logits: Tensor, op: &Route) -> bool {
+        let in_one_piece = self.weight(WeightRef::Linear(router)).shards.len() == 1;
+        self.device.orders_memory && x.rows == 1 && op.logits == logits && in_one_piece
+    }
+
+    /// The product that makes one row's logits, and [`WgpuBackend::route_now`].
+    pub(super) fn router(&mut self, x: Tensor, router: Weight, op: &Route) -> Result<()> {
+        let rest = self.route_arguments(op)?;
+        let weight = WeightRef::Linear(router);
+        let x = self.spread(x, Parts::whole(x), self.weight(weight).code)?;
+        let logits = self.output(op.logits)?;
+        let (bias, [bias_offset, _]) = self.optional(op.correction_bias, &logits)?;
+        let (ids, weights) = (self.output(op.ids)?, self.output(op.weights)?);
+        let ([ids_offset, ids_stride], [weights_offset, weights_stride]) = (place(op.ids), place(op.weights));
+        let w = self.weight(weight);
+        let groups = w.rows.div_ceil(team_rows(Weights::One, 1)).div_ceil(256 / w.lanes);
+        let product = [
+            w.chunks,
+            w.block_columns,
+            w.scale_words,
+            w.rows,
+            w.lanes,
+            groups,
+            w.has(),
+            w.bias_offset(),
+            op.logits.offset,
         ];
-        self.run(Kernel::Route, &[&logits, &bias, &ids, &weights], &arguments, [op.logits.rows, 1, 1])
+        let places = [bias_offset, ids_offset, ids_stride, weights_offset, weights_stride];
+        let arguments = [&product.map(|n| n as u32)[..], &places, &rest].concat();
+        let code = w.code;
+        let [codes, scales, extra] = self.first_shard(router);
+        let arrivals = self.arrivals.clone();
+        let memories = [&logits, &bias, &ids, &weights, &arrivals, &x.memory, &codes, &scales, &extra];
+        self.run(Kernel::Router(code), &memories, &arguments, [groups, 1, 1])
     }
 
     pub(super) fn add_now(&mut self, op: &Add) -> Result<()> {
@@ -229,6 +268,11 @@ impl WgpuBackend {
         let parts = self.parts.get("parts of rows", (8 * rows * num_parts) as u64, &mut self.device)?;
         let [offset, stride] = place(op.logits);
         let arguments = [offset, stride, op.logits.cols as u32, num_parts as u32];
+        if self.device.orders_memory && rows <= MOST_ARRIVALS {
+            let arguments = [&arguments[..], &place(op.out)].concat();
+            let memories = [&parts, &out, &self.arrivals.clone(), &logits];
+            return self.run(Kernel::ArgmaxAtOnce, &memories, &arguments, [num_parts, rows, 1]);
+        }
         self.run(Kernel::ArgmaxPart, &[&parts, &logits], &arguments, [num_parts, rows, 1])?;
         let [offset, stride] = place(op.out);
         self.run(Kernel::Argmax, &[&out, &parts], &[offset, stride, num_parts as u32], [rows, 1, 1])

@@ -2,11 +2,11 @@
 
 use super::WgpuBackend;
 use super::forms::Parts;
-use super::products::{Factors, Jobs, Output, WeightRef, WorkListKey, activation_args, lanes_of};
+use super::products::{Factors, Jobs, Output, WeightRef, WorkListKey};
 use crate::device::Memory;
 use crate::kernels::{Company, Kernel, TILE_TOKENS, Weights, block_quads, digits, half_word_codes};
-use crate::program::Op;
 use crate::weights::DeviceWeight;
+use moellon_ops::program::Op;
 use moellon_ops::{Result, Tensor, Weight};
 
 /// Rows of x from which products go by tiles.
@@ -149,59 +149,22 @@ impl WgpuBackend {
         jobs: &Jobs,
     ) -> Result<()> {
         let tiled = self.tiled(x, parts, which.first(), jobs)?;
-        let w = self.weight(which.first());
-        let second = which.second().map(|(second, _)| self.weight(second));
-        let weights = second.map_or(Weights::One, |_| Weights::Pair);
-        let rows_of_group = if second.is_some() { 32 } else { 64 };
-        let (is_list, num_tokens, num_tiles, top_k, sorted_offset) = match jobs {
-            Jobs::List { max_items, sorted_offset, top_k, .. } => (1, 0, *max_items, *top_k, *sorted_offset),
-            _ => (0, x.rows, x.rows.div_ceil(TILE_TOKENS), 1, 0),
-        };
-        let list = match jobs {
-            Jobs::List { list, .. } => list.clone(),
-            _ => self.nothing.clone(),
-        };
-        let (kind, alpha, limit) = which.second().map_or((0, 0.0, 0.0), |(_, activation)| activation_args(activation));
-        let code = w.code;
-        let mut launches = Vec::with_capacity(w.shards.len());
-        for (i, shard) in w.shards.iter().enumerate() {
-            let matrices = if is_list == 1 { 1 } else { shard.num_matrices };
-            let grid = [shard.num_rows.div_ceil(rows_of_group), num_tiles, matrices];
-            let mut arguments = [
-                w.chunks,
-                shard.num_rows,
-                lanes_of(w, weights),
-                out.offset,
-                out.stride,
-                out.matrix_step,
-                num_tokens,
-                shard.first_row,
-                shard.first_matrix,
-                shard.num_matrices,
-                w.rows,
-                is_list,
-                top_k,
-                sorted_offset,
-                w.bias_offset(),
-                second.map_or(0, DeviceWeight::bias_offset),
-                w.has() + 4 * second.map_or(0, DeviceWeight::has) + 16 * usize::from(out.adds),
-                w.scale_words,
-                kind,
-            ]
-            .map(|n| n as u32)
-            .to_vec();
-            arguments.extend([f32::to_bits(alpha), f32::to_bits(limit)]);
-            let mut memories = vec![shard.codes.clone(), shard.scales.clone(), w.extra.clone()];
-            if let Some(second) = second {
-                let shard = &second.shards[i];
-                memories.extend([shard.codes.clone(), shard.scales.clone(), second.extra.clone()]);
+        let weights = which.weights();
+        let rows_of_group = if weights == Weights::Pair { 32 } else { 64 };
+        let (list, num_tokens, num_tiles, more) = match jobs {
+            Jobs::List { list, max_items, sorted_offset, top_k, .. } => {
+                (list.clone(), 0, *max_items, [1, *top_k, *sorted_offset])
             }
-            launches.push((memories, arguments, grid));
-        }
-        for (weights_memory, arguments, grid) in launches {
+            _ => (self.nothing.clone(), x.rows, x.rows.div_ceil(TILE_TOKENS), [0, 1, 0]),
+        };
+        let code = self.weight(which.first()).code;
+        for mut shard in self.shards(which, out, num_tokens) {
+            let matrices = if more[0] == 1 { 1 } else { shard.num_matrices };
+            let grid = [shard.num_rows.div_ceil(rows_of_group), num_tiles, matrices];
+            shard.arguments.extend(more.map(|n| n as u32));
             let mut memories = vec![&out.forms.memory, &tiled, &tiled, &list];
-            memories.extend(&weights_memory);
-            self.run(Kernel::Tiles(code, weights), &memories, &arguments, grid)?;
+            memories.extend(&shard.memories);
+            self.run(Kernel::Tiles(code, weights), &memories, &shard.arguments, grid)?;
         }
         Ok(())
     }

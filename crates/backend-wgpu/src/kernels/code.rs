@@ -230,6 +230,40 @@ impl Code {
         (loads, lines)
     }
 
+    /// What [`Code::bytes`] loads, asked for before it is needed: lines that declare variables for it, that ask for `chunk` of the row
+    /// whose words start at `row{place}`, and that take what came.
+    pub(super) fn ahead(self, row: usize, place: usize) -> [String; 3] {
+        let Code::Affine { group, scale, .. } = self else { return Default::default() };
+        let loads = self.chunk_words() / self.load_words();
+        let word = match self.load_words() {
+            1 => "u32".to_owned(),
+            n => format!("vec{n}<u32>"),
+        };
+        let [mut declare, mut ask, mut take] = [const { String::new() }; 3];
+        for j in 0..loads {
+            let _ = writeln!(declare, "  var next{row}_{j} = {word}();");
+            let _ = writeln!(ask, "    next{row}_{j} = codes[row{place} + chunk * {loads}u + {j}u];");
+            let _ = writeln!(take, "    let v{row}_{j} = next{row}_{j};");
+        }
+        let shift = (group / 32).ilog2();
+        let words = if scale == ScaleKind::F32 { 2 } else { 1 };
+        for j in 0..words {
+            let _ = writeln!(declare, "  var next_scale{row}_{j} = 0u;");
+            let at = format!("scale_row{place} + {words}u * (chunk >> {shift}u) + {j}u");
+            let _ = writeln!(ask, "    next_scale{row}_{j} = scales[{at}];");
+        }
+        let first = format!("next_scale{row}_0");
+        let (s, o) = match scale {
+            ScaleKind::Bf16 => {
+                (format!("bitcast<f32>({first} << 16u)"), format!("bitcast<f32>({first} & 0xffff0000u)"))
+            }
+            ScaleKind::F16 => (format!("unpack2x16float({first}).x"), format!("unpack2x16float({first}).y")),
+            ScaleKind::F32 => (format!("bitcast<f32>({first})"), format!("bitcast<f32>(next_scale{row}_1)")),
+        };
+        let _ = writeln!(take, "    let s{row} = {s};\n    let o{row} = {o};");
+        [declare, ask, take]
+    }
+
     /// Lines that add a chunk's sum `d{row}_{token}` to `a{row}_{token}`. `half` is the half of the chunk that was just finished.
     pub(super) fn accumulate(self, row: usize, token: usize, half: usize) -> String {
         let (a, d) = (format!("a{row}_{token}"), format!("d{row}_{token}"));

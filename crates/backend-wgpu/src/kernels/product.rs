@@ -45,9 +45,6 @@ pub(crate) fn team_rows(weights: Weights, tokens: usize) -> usize {
 /// Most columns of a head that `join_heads.wgsl` joins: their words as floats, of which integers need fewer.
 pub(crate) const JOINED_COLUMNS: usize = 512;
 
-/// Most lanes of a team for the shared expert's second product that have invocations of their own beside those of the chosen experts.
-pub(crate) const SHARED_LANES: usize = 64;
-
 /// What a product is made for.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shape {
@@ -61,7 +58,7 @@ pub(super) struct Shape {
 }
 
 impl Shape {
-    fn team_rows(&self) -> usize {
+    pub(super) fn team_rows(&self) -> usize {
         team_rows(self.weights, self.tokens)
     }
 
@@ -70,7 +67,7 @@ impl Shape {
         self.weights.count() * self.team_rows()
     }
 
-    fn integers(&self) -> bool {
+    pub(super) fn integers(&self) -> bool {
         self.integers && self.code.per_byte().is_some()
     }
 
@@ -83,34 +80,69 @@ impl Shape {
     }
 
     /// Lines before the loop over chunks: where rows start, sums.
-    fn start(&self) -> String {
+    pub(super) fn start(&self) -> String {
         let elements = self.code.chunk_words() / self.code.load_words();
         let mut start = String::new();
         for row in 0..self.rows() {
             // The last rows again where the matrix ends inside a team's rows.
             let place = format!("team * ROWS + {}u", row % self.team_rows());
             let _ = writeln!(start, "  let r{row} = local_matrix * args.rows + min({place}, args.rows - 1u);");
-            let _ = writeln!(start, "  let row{row} = r{row} * args.chunks * {elements}u;");
+            let _ = writeln!(start, "  let row{row} = r{row} * chunks * {elements}u;");
             let _ = writeln!(start, "  let scale_row{row} = r{row} * args.scale_words;");
-            for token in 0..self.tokens {
-                let _ = writeln!(start, "  var a{row}_{token} = 0.0;");
+        }
+        start + &self.zeros()
+    }
+
+    /// Lines that declare sums.
+    pub(super) fn zeros(&self) -> String {
+        let mut lines = String::new();
+        for row in 0..self.rows() {
+            (0..self.tokens).for_each(|token| {
+                let _ = writeln!(lines, "  var a{row}_{token} = 0.0;");
+            });
+        }
+        lines
+    }
+
+    /// Lines that declare where the rows of `team` and its sums start, and lines that set it; `scale_words`: of a row.
+    pub(super) fn places(&self, scale_words: &str) -> [String; 2] {
+        let elements = self.code.chunk_words() / self.code.load_words();
+        let [mut declare, mut place] = [const { String::new() }; 2];
+        for row in 0..self.team_rows() {
+            let _ = writeln!(declare, "  var row{row} = 0u;\n  var scale_row{row} = 0u;");
+            let at = format!("local_matrix * args.rows + min(team * ROWS + {row}u, args.rows - 1u)");
+            let _ = writeln!(place, "    let r{row} = {at};");
+            let _ = writeln!(place, "    row{row} = r{row} * chunks * {elements}u;");
+            let _ = writeln!(place, "    scale_row{row} = r{row} * {scale_words};");
+        }
+        [declare, place]
+    }
+
+    /// Lines that declare a chunk's words of every row, ask for them, and take them.
+    pub(super) fn ahead(&self) -> [String; 3] {
+        let mut all = [const { String::new() }; 3];
+        for row in 0..self.rows() {
+            for (lines, more) in all.iter_mut().zip(self.code.ahead(row, row % self.team_rows())) {
+                lines.push_str(&self.of_weight(row, more));
             }
         }
-        start
+        all
     }
 
     /// Lines of one chunk of every row and token.
-    fn chunk(&self) -> String {
-        if self.integers() { self.chunk_of_integers() } else { self.chunk_of_floats() }
+    pub(super) fn chunk(&self) -> String {
+        if !self.integers() {
+            return self.chunk_of_floats();
+        }
+        // Weights are on their way before anything waits for them.
+        let loads = (0..self.rows()).map(|row| self.of_weight(row, self.code.bytes(row).0));
+        loads.collect::<String>() + &self.multiply_integers()
     }
 
-    fn chunk_of_integers(&self) -> String {
+    /// Lines of one chunk whose words are there.
+    pub(super) fn multiply_integers(&self) -> String {
         let mut body = String::new();
-        let (codes, bytes): (Vec<_>, Vec<_>) = (0..self.rows()).map(|row| self.code.bytes(row)).unzip();
-        // Weights are on their way before anything waits for them.
-        for (row, codes) in codes.into_iter().enumerate() {
-            body.push_str(&self.of_weight(row, codes));
-        }
+        let bytes: Vec<String> = (0..self.rows()).map(|row| self.code.bytes(row).1).collect();
         // Bytes of several rows of x are made once, of one row where they are multiplied: fewer wait in registers.
         if self.tokens > 1 {
             bytes.iter().for_each(|bytes| body.push_str(bytes));
@@ -120,7 +152,7 @@ impl Shape {
             let guard = if token == 0 { String::new() } else { format!("if (count > {token}u) ") };
             let _ = writeln!(body, "    {guard}{{\n    let at = x_row{token} + chunk;");
             for i in 0..7 {
-                let _ = writeln!(body, "    let x{i} = x[at + {i}u * args.chunks];");
+                let _ = writeln!(body, "    let x{i} = x[at + {i}u * chunks];");
             }
             body.push_str("    let scale = bitcast<f32>(x6.x);\n    let sum = bitcast<f32>(x6.y);\n");
             for (row, bytes) in bytes.iter().enumerate() {
@@ -179,7 +211,7 @@ impl Shape {
     fn quad_of_floats(&self, first: usize, quad: usize, affine: bool, body: &mut String) {
         body.push_str("    {\n");
         for token in 0..self.tokens {
-            let _ = writeln!(body, "    let x{token} = x[x_row{token} + {quad}u * args.chunks + chunk];");
+            let _ = writeln!(body, "    let x{token} = x[x_row{token} + {quad}u * chunks + chunk];");
             if affine {
                 let sum = format!("((x{token}.x + x{token}.y) + (x{token}.z + x{token}.w))");
                 let _ = writeln!(body, "    n{token} = n{token} + {sum};");
@@ -203,14 +235,14 @@ impl Shape {
     }
 
     /// A vector of sums of one lane.
-    fn lane_sums(&self, (token, weight): (usize, usize)) -> String {
+    pub(super) fn lane_sums(&self, (token, weight): (usize, usize)) -> String {
         let rows = self.team_rows();
         let sums: Vec<String> = (0..rows).map(|row| format!("a{}_{token}", weight * rows + row)).collect();
         format!("vec{rows}<f32>({})", sums.join(", "))
     }
 
     /// Lines that add up the sums of a team's lanes: `sum{token}_{weight}` in every lane, and the workgroup memory for it.
-    fn finish(&self) -> (String, String) {
+    pub(super) fn finish(&self) -> (String, String) {
         let (elements, lines) = if self.subgroups { self.finish_in_subgroups() } else { self.finish_in_memory() };
         (format!("var<workgroup> partial: array<vec{}<f32>, {elements}>;\n", self.team_rows()), lines)
     }
@@ -225,7 +257,7 @@ impl Shape {
                 let _ = writeln!(lines, "  partial[{}u + local] = {};", 256 * i, self.lane_sums(*sum));
             }
             lines.push_str("  workgroupBarrier();\n");
-            lines.push_str("  for (var step = 1u; step < min(args.lanes, 32u); step <<= 1u) {\n");
+            lines.push_str("  for (var step = 1u; step < min(lanes, 32u); step <<= 1u) {\n");
             lines.push_str("    if (lane % (2u * step) == 0u) {\n");
             for i in 0..sums.len() {
                 let at = format!("partial[{}u + local", 256 * i);
@@ -235,7 +267,7 @@ impl Shape {
             for (i, (token, weight)) in sums.iter().enumerate() {
                 let _ = writeln!(lines, "  var sum{token}_{weight} = partial[{}u + local - lane];", 256 * i);
             }
-            lines.push_str("  for (var i = 32u; i < args.lanes; i += 32u) {\n");
+            lines.push_str("  for (var i = 32u; i < lanes; i += 32u) {\n");
             for (i, (token, weight)) in sums.iter().enumerate() {
                 let sum = format!("sum{token}_{weight}");
                 let _ = writeln!(lines, "    {sum} = {sum} + partial[{}u + local - lane + i];", 256 * i);
@@ -253,11 +285,11 @@ impl Shape {
         for (name, sum) in names.iter().zip(&all) {
             let _ = writeln!(lines, "  var {name} = {};", self.lane_sums(*sum));
         }
-        lines.push_str("  for (var step = 1u; step < min(args.lanes, 32u); step <<= 1u) {\n");
+        lines.push_str("  for (var step = 1u; step < min(lanes, 32u); step <<= 1u) {\n");
         for name in &names {
             let _ = writeln!(lines, "    {name} = {name} + subgroupShuffleXor({name}, step);");
         }
-        lines.push_str("  }\n  if (args.lanes > 32u) {\n    workgroupBarrier();\n    if (lane % 32u == 0u) {\n");
+        lines.push_str("  }\n  if (lanes > 32u) {\n    workgroupBarrier();\n    if (lane % 32u == 0u) {\n");
         for (i, name) in names.iter().enumerate() {
             let _ = writeln!(lines, "      partial[{}u + local / 32u] = {name};", 8 * i);
         }
@@ -265,7 +297,7 @@ impl Shape {
         for (i, name) in names.iter().enumerate() {
             let _ = writeln!(lines, "    {name} = partial[{}u + first_group];", 8 * i);
         }
-        lines.push_str("    for (var i = 1u; i < args.lanes / 32u; i++) {\n");
+        lines.push_str("    for (var i = 1u; i < lanes / 32u; i++) {\n");
         for (i, name) in names.iter().enumerate() {
             let _ = writeln!(lines, "      {name} = {name} + partial[{}u + first_group + i];", 8 * i);
         }
@@ -274,12 +306,12 @@ impl Shape {
     }
 
     /// Elements of x.
-    fn x_type(&self) -> &'static str {
+    pub(super) fn x_type(&self) -> &'static str {
         if self.integers() { "vec4<u32>" } else { "vec4<f32>" }
     }
 
     /// Fillings that all products share.
-    fn holes(&self) -> Vec<(&'static str, String)> {
+    pub(super) fn holes(&self) -> Vec<(&'static str, String)> {
         vec![
             ("X", self.x_type().to_owned()),
             ("TOKENS", self.tokens.to_string()),
@@ -289,101 +321,78 @@ impl Shape {
         ]
     }
 
-    pub(super) fn product_holes(&self) -> Vec<(&'static str, String)> {
-        let second = format!(
-            "@group(0) @binding(7) var<storage, read> codes2: array<{}>;\n\
-             @group(0) @binding(8) var<storage, read> scales2: array<u32>;\n\
-             @group(0) @binding(9) var<storage, read> extra2: array<f32>;\n",
-            word_type(self.code)
-        );
-        let (second, store) = match self.weights {
-            Weights::One => (String::new(), include_str!("../../kernels/store_one.wgsl")),
-            Weights::Pair => (second, include_str!("../../kernels/store_pair.wgsl")),
+    /// Lines that put away the sums of a team's rows: `put` is what happens to row `row` of token `t`, whose sum is `sums0[r]`, and with a
+    /// second weight `sums1[r]`.
+    pub(super) fn keep(&self, put: &str) -> String {
+        let mut pick = String::new();
+        for weight in 0..self.weights.count() {
+            let _ = writeln!(pick, "      var sums{weight} = sum0_{weight};");
+            for token in 1..self.tokens {
+                let _ = writeln!(pick, "      if (t == {token}u) {{ sums{weight} = sum{token}_{weight}; }}");
+            }
+        }
+        include_str!("../../kernels/keep.wgsl").replace("{{PICK}}", &pick).replace("{{PUT}}", put)
+    }
+
+    /// `ahead`: a chunk's words are asked for while those of the one before are multiplied, for one row of integers.
+    pub(super) fn product_holes(&self, ahead: bool) -> Vec<(&'static str, String)> {
+        let (second, value) = match self.weights {
+            Weights::One => (String::new(), "finished(sums0[r], row, matrix)"),
+            Weights::Pair => {
+                let value = "activated(finished(sums0[r], row, matrix), finished_second(sums1[r], row, matrix))";
+                (weight_bindings(6, &["2"], &word_type(self.code)), value)
+            }
         };
-        let (partial, mut finish) = self.finish();
+        let (partial, finish) = self.finish();
         let mut start = self.start();
         for token in 0..self.tokens {
             let _ = writeln!(start, "  let x_row{token} = x_rows[{token}];");
-            let sums: Vec<String> = (0..self.weights.count()).map(|w| format!("sum{token}_{w}")).collect();
-            let place = format!("{token}u, out_rows[{token}], group.x, local, lane, count, matrix");
-            let _ = writeln!(finish, "  store({}, {place});", sums.join(", "));
         }
-        let mut holes = self.holes();
+        let mut body = self.chunk();
+        if ahead && self.integers() {
+            let [declare, ask, take] = self.ahead();
+            let _ = write!(start, "{declare}  if (lane < chunks) {{\n    let chunk = lane;\n{ask}  }}\n");
+            let next = "    let next = chunk + lanes;\n    if (next < chunks) {\n    let chunk = next;\n";
+            body = format!("{take}{next}{ask}    }}\n{}", self.multiply_integers());
+        }
+        let put = include_str!("../../kernels/product_put.wgsl").replace("{{VALUE}}", value);
+        let mut holes = vec![("BODY", body)];
+        holes.extend(self.holes());
         holes.extend([
             ("SECOND", second + &partial),
-            ("STORE", store.to_owned()),
-            ("VECTOR", format!("vec{}<f32>", self.team_rows())),
             ("START", start),
             ("FINISH", finish),
+            ("KEEP", self.keep(&put)),
+            ("FINALS", (256 * self.tokens).to_string()),
         ]);
         holes
     }
 
-    /// `with_shared`: the product that makes `plus` is part of the kernel; by invocations of its own where sums go through registers.
-    pub(super) fn experts_down_holes(&self, with_shared: bool) -> Vec<(&'static str, String)> {
-        let (mut second, finish) = self.finish();
-        let (mut before, mut shared, mut workers) = ("{", "  }\n".to_owned(), 256);
-        if with_shared {
-            second.push_str(&format!(
-                "@group(0) @binding(8) var<storage, read> x_b: array<{}>;\n\
-                 @group(0) @binding(9) var<storage, read> codes_b: array<{}>;\n\
-                 @group(0) @binding(10) var<storage, read> scales_b: array<u32>;\n\
-                 @group(0) @binding(11) var<storage, read> extra_b: array<f32>;\n",
-                self.x_type(),
-                word_type(self.code)
-            ));
-            let text = match self.subgroups {
-                true => include_str!("../../kernels/experts_down_beside.wgsl"),
-                false => include_str!("../../kernels/experts_down_shared.wgsl"),
-            };
-            if self.subgroups {
-                (before, workers) = ("if (local < 256u) {", 256 + SHARED_LANES);
-                shared.clear();
-            }
-            shared.push_str(text);
-            let of_shared = |text: &str| {
-                second_side(text, &["codes[", "scales[", " x[", "args.chunks", "args.lanes", "args.scale_words"])
-            };
-            let fillings = [
-                ("START", self.start()),
-                ("BODY", self.chunk()),
-                ("FINISH", finish.clone()),
-                ("SUMS", self.lane_sums((0, 0))),
-            ];
-            for (hole, filling) in fillings {
-                shared = shared.replace(&format!("{{{{{hole}}}}}"), &of_shared(&filling));
-            }
-        }
-        let mut holes = self.holes();
-        holes.extend([
-            ("WORKERS", workers.to_string()),
-            ("SECOND", second),
-            ("BEFORE", before.to_owned()),
-            ("SHARED", shared),
-            ("START", self.start()),
-            ("FINISH", finish),
-        ]);
-        holes
-    }
-
-    /// A weight's part of a kernel for one row, which starts at `x_row`, and its workgroup memory.
-    fn side(&self, x_row: &str) -> (String, String) {
+    /// A weight's part of a kernel, and its workgroup memory. `x_row`: where the one row of x starts; else rows lie side by side.
+    fn side(&self, x_row: Option<&str>) -> (String, String) {
         let (partial, finish) = self.finish();
-        let (value, second) = match self.weights {
-            Weights::One => ("finished(sum0_0[r], row, matrix)", ""),
-            Weights::Pair => (
-                "activated(finished(sum0_0[r], row, matrix), finished_second(sum0_1[r], row, matrix))",
-                include_str!("../../kernels/beside_second.wgsl"),
-            ),
+        let keep = self.keep(include_str!("../../kernels/side_put.wgsl"));
+        let row_of = |token: usize| match x_row {
+            Some(x_row) => format!("  let x_row0 = {x_row};\n"),
+            // A row too many repeats the first.
+            None => {
+                format!("  let x_row{token} = (first + select(0u, {token}u, {token}u < count)) * args.x_token_step;\n")
+            }
+        };
+        let x_rows: String = (0..self.tokens).map(row_of).collect();
+        let [out_row, part_row] = match x_row {
+            Some(_) => ["", ""],
+            None => ["row * args.out_stride + ", "row * args.part_count + "],
         };
         let mut side = include_str!("../../kernels/beside_side.wgsl").to_owned();
         for (hole, filling) in [
-            ("FINISHED2", second),
-            ("X_ROW", x_row),
+            ("OUT_ROW", out_row),
+            ("PART_ROW", part_row),
+            ("X_ROWS", &x_rows),
             ("START", &self.start()),
             ("BODY", &self.chunk()),
             ("FINISH", &finish),
-            ("VALUE", value),
+            ("KEEP", &keep),
         ] {
             side = side.replace(&format!("{{{{{hole}}}}}"), filling);
         }
@@ -391,7 +400,7 @@ impl Shape {
     }
 
     pub(super) fn latent_heads_holes(&self) -> Vec<(&'static str, String)> {
-        let (partial, side) = self.side("matrix * args.x_part_step");
+        let (partial, side) = self.side(Some("matrix * args.x_part_step"));
         let latent = include_str!("../../kernels/store_latent.wgsl").to_owned();
         let mut holes = self.holes();
         holes.extend([("LATENT", latent), ("PARTIAL", partial), ("SIDE", side)]);
@@ -399,7 +408,7 @@ impl Shape {
     }
 
     pub(super) fn join_heads_holes(&self) -> Vec<(&'static str, String)> {
-        let (partial, side) = self.side("0u");
+        let (partial, side) = self.side(Some("0u"));
         // x is in workgroup memory.
         let here = |line: &str| match line.contains("= x[") {
             true => line.replacen("= x[", "= x_at(", 1).replacen("];", ");", 1) + "\n",
@@ -424,26 +433,28 @@ impl Shape {
         holes
     }
 
+    pub(super) fn router_holes(&self) -> Vec<(&'static str, String)> {
+        let (partial, finish) = self.finish();
+        let put = "        logits[args.logits_offset + row] = finished(sums0[r], row);\n";
+        let mut holes = self.holes();
+        holes.extend([
+            ("PARTIAL", partial),
+            ("START", self.start()),
+            ("FINISH", finish),
+            ("KEEP", self.keep(put)),
+            ("ROUTE", include_str!("../../kernels/route_row.wgsl").to_owned()),
+        ]);
+        holes
+    }
+
     pub(super) fn beside_holes(&self) -> Vec<(&'static str, String)> {
         let word = word_type(self.code);
-        let (mut weights, mut binding) = (String::new(), 6);
-        let kinds = if self.weights == Weights::Pair { &["", "2"][..] } else { &[""] };
-        for side in ["", "_b"] {
-            for kind in kinds {
-                for (name, element) in [("codes", word.as_str()), ("scales", "u32"), ("extra", "f32")] {
-                    let _ = writeln!(
-                        weights,
-                        "@group(0) @binding({binding}) var<storage, read> {name}{kind}{side}: array<{element}>;"
-                    );
-                    binding += 1;
-                }
-            }
-        }
-        let (partial, side) = self.side("0u");
-        let bindings = ["codes[", "scales[", "extra[", "codes2[", "scales2[", "extra2[", " out[", " form["];
-        let functions = [" put(", " put_integers(", " finished(", "(finished(", " finished_second(", " side("];
-        let fields = ["rows", "lanes", "groups", "out_offset", "has", "bias_offset", "second_bias", "forms"];
-        let form_fields = ["part_stride", "part_cols", "part_chunks", "per_byte"];
+        let weights = weight_bindings(5, &["", "_b"], &word);
+        let (partial, side) = self.side(None);
+        let bindings = ["codes[", "scales[", "extra[", " out[", " form["];
+        let functions = [" put(", " put_integers(", " finished(", " side("];
+        let fields = ["rows", "lanes", "groups", "out_offset", "out_stride", "has", "bias_offset", "forms"];
+        let form_fields = ["part_count", "part_stride", "part_cols", "part_chunks", "per_byte"];
         let fields =
             [&fields[..], &form_fields].concat().into_iter().map(|field| format!("args.{field}")).collect::<Vec<_>>();
         let fields = fields.iter().map(String::as_str);
@@ -451,12 +462,22 @@ impl Shape {
         let second_side = second_side(&side, &names);
         let mut holes = self.holes();
         holes.extend([("WEIGHTS", weights), ("PARTIAL", partial), ("FIRST", side), ("SECOND", second_side)]);
+        holes.push(("FINALS", (256 * self.tokens).to_string()));
         holes
     }
 }
 
+/// Bindings of codes, scales and the rest of weights whose names end so, from `first` on.
+pub(super) fn weight_bindings(first: usize, ends: &[&str], word: &str) -> String {
+    let names = ends.iter().flat_map(|end| [("codes", end, word), ("scales", end, "u32"), ("extra", end, "f32")]);
+    let line = |(binding, (name, end, element)): (usize, (&str, &&str, &str))| {
+        format!("@group(0) @binding({binding}) var<storage, read> {name}{end}: array<{element}>;\n")
+    };
+    (first..).zip(names).map(line).collect()
+}
+
 /// Text with `_b` behind each of `names`, of which none is part of another; punctuation at their ends stays outside.
-fn second_side(text: &str, names: &[&str]) -> String {
+pub(super) fn second_side(text: &str, names: &[&str]) -> String {
     let mut text = text.to_owned();
     for name in names {
         let stem = name.trim_end_matches(['[', '(', ')', ' ', ';']);

@@ -1,7 +1,7 @@
 //! The written-out parts of products of many rows (`kernels/tiles.wgsl`).
 
 use super::code::{Code, ScaleKind};
-use super::product::{Weights, word_type};
+use super::product::{Weights, weight_bindings, word_type};
 use std::fmt::Write as _;
 
 /// Rows of x of a workgroup.
@@ -134,11 +134,7 @@ pub(super) fn tiles_holes(code: Code, weights: Weights, matrices: Matrices) -> V
     let digits = digits(code).expect("codes are integers");
     let word = word_type(code);
     let pair = weights == Weights::Pair;
-    let second = format!(
-        "@group(0) @binding(7) var<storage, read> codes2: array<{word}>;\n\
-         @group(0) @binding(8) var<storage, read> scales2: array<u32>;\n\
-         @group(0) @binding(9) var<storage, read> extra2: array<f32>;\n"
-    );
+    let second = weight_bindings(7, &["2"], &word);
     let mut waiting = String::new();
     for level in 0..5 {
         let _ = writeln!(waiting, "  var waiting{level} = array<vec4<f32>, 2>();");
@@ -147,10 +143,6 @@ pub(super) fn tiles_holes(code: Code, weights: Weights, matrices: Matrices) -> V
         let _ = writeln!(waiting, "  var p{i} = {word}();");
     }
     waiting.push_str("  var q0 = 0u;\n  var q1 = 0u;\n");
-    let mut more = multiply(digits, matrices);
-    if pair {
-        more.push_str(include_str!("../../kernels/tiles_second.wgsl"));
-    }
     let store = match weights {
         Weights::One => include_str!("../../kernels/tiles_one.wgsl"),
         Weights::Pair => include_str!("../../kernels/tiles_pair.wgsl"),
@@ -168,7 +160,7 @@ pub(super) fn tiles_holes(code: Code, weights: Weights, matrices: Matrices) -> V
         ("UNPACK", unpack(code)),
         ("MEET", meet()),
         ("STORE", store.to_owned()),
-        ("MULTIPLY", more),
+        ("MULTIPLY", multiply(digits, matrices)),
     ]
 }
 

@@ -1,13 +1,16 @@
-//! The operations of a step as values, so that a step can be looked at before it is launched.
+//! The operations of a step as values, so that a back end that records steps can look at one before it launches it.
 
-use moellon_ops::{
-    Add, Argmax, AttendGqa, AttendMla, Cache, Embed, GateUp, GatherRows, IndexScore, IndexTopk, LayerNorm, LinearHeads,
-    MoeDown, MoeGateUp, RmsNorm, Rope, RopeTable, Route, Tensor, Weight,
+use crate::buffer::{Cache, Tensor};
+use crate::weight::Weight;
+use crate::{
+    Add, Argmax, AttendGqa, AttendMla, Embed, GateUp, GatherRows, IndexScore, IndexTopk, LayerNorm, LinearHeads,
+    MoeDown, MoeGateUp, RmsNorm, Rope, RopeTable, Route, Sample,
 };
 
 /// One operation of the seam with its arguments.
 #[derive(Debug, Clone)]
-pub(crate) enum Op {
+#[allow(missing_docs)] // Each variant has the arguments of the operation of its name.
+pub enum Op {
     Embed(Embed),
     RopeTable(RopeTable),
     RmsNorm(RmsNorm),
@@ -27,11 +30,12 @@ pub(crate) enum Op {
     Add(Add),
     GatherRows(GatherRows),
     Argmax(Argmax),
+    Sample(Sample),
 }
 
 impl Op {
     /// The activations that it reads, those of its views that it may also write included.
-    pub(crate) fn reads(&self) -> Vec<Tensor> {
+    pub fn reads(&self) -> Vec<Tensor> {
         match self {
             Op::Embed(op) => vec![op.token_ids],
             Op::RopeTable(op) => vec![op.positions, op.inverse_frequencies],
@@ -61,6 +65,7 @@ impl Op {
             Op::Add(op) => vec![op.x, op.y],
             Op::GatherRows(op) => vec![op.x, op.rows],
             Op::Argmax(op) => vec![op.logits],
+            Op::Sample(op) => vec![op.logits, op.draws],
         }
     }
 }
