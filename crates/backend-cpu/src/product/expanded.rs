@@ -151,7 +151,7 @@ impl Product<'_> {
         rows: &Rows<'_>,
         streams: usize,
         tiles: [*const u8; MAX_STREAMS],
-        sink: &mut impl FnMut(usize, usize, &[f32; TILE_ROWS]),
+        sink: &mut impl FnMut(usize, usize, &[[f32; TILE_ROWS]]),
     ) -> usize {
         assert!(rows.ids.len() <= ROW_BLOCK && streams <= STREAMS);
         let group_rows = if expansion == Expansion::Amx { rows.ids.len() } else { WIDE_ROWS };
@@ -182,11 +182,11 @@ impl Product<'_> {
                 _ => self.multiply_wide(&rows, streams, parts, blocks, out),
             }
         }
-        for i in 0..count {
+        for (group, i) in (0..count).step_by(group_rows).enumerate() {
             for t in 0..streams {
-                let at = (i / group_rows * streams + t) * group_room + i % group_rows;
+                let first = out.wrapping_add((group * streams + t) * group_room);
                 // SAFETY: kernels wrote the results of every group.
-                sink(t, i, unsafe { &*out.add(at) });
+                sink(t, i, unsafe { std::slice::from_raw_parts(first, group_rows) });
             }
         }
         count

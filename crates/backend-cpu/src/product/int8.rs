@@ -282,6 +282,7 @@ unsafe fn row_parts<const R: usize>(args: &TileArgs<'_>, int8: &Int8Layout) -> R
 impl<C: Codes> TileKernel for Grouped<C> {
     const BYTE_DOTS: bool = true;
     const WIDE_DOTS: bool = C::WIDE;
+    const LOOKS_UP: bool = C::LOOKS_UP;
 
     #[inline(always)]
     unsafe fn run<S: Simd, const T: usize, const R: usize>(s: S, args: &TileArgs<'_>) {
@@ -348,6 +349,7 @@ impl<C: Codes> TileKernel for Grouped<C> {
 impl<C: Codes> TileKernel for Mxfp4<C> {
     const BYTE_DOTS: bool = true;
     const WIDE_DOTS: bool = C::WIDE;
+    const LOOKS_UP: bool = C::LOOKS_UP;
 
     #[inline(always)]
     unsafe fn run<S: Simd, const T: usize, const R: usize>(s: S, args: &TileArgs<'_>) {
@@ -408,6 +410,7 @@ impl<C: Codes> TileKernel for Mxfp4<C> {
 impl<C: Codes> TileKernel for Nvfp4<C> {
     const BYTE_DOTS: bool = true;
     const WIDE_DOTS: bool = C::WIDE;
+    const LOOKS_UP: bool = C::LOOKS_UP;
 
     #[inline(always)]
     unsafe fn run<S: Simd, const T: usize, const R: usize>(s: S, args: &TileArgs<'_>) {

@@ -122,6 +122,8 @@ trait TileKernel {
     /// [`Kernel::WIDE_DOTS`]
     #[cfg_attr(not(target_arch = "aarch64"), allow(dead_code, reason = "levels that care are of AArch64"))]
     const WIDE_DOTS: bool = false;
+    /// [`Kernel::LOOKS_UP`]
+    const LOOKS_UP: bool = false;
 
     /// # Safety
     /// `args` holds `T` whole tiles of the layout, `R` rows in the kernel's form and room for `T * R * 16` floats.
@@ -135,6 +137,7 @@ impl<B: TileKernel, const T: usize, const R: usize> Kernel for Sized<B, T, R> {
 
     const BYTE_DOTS: bool = B::BYTE_DOTS;
     const WIDE_DOTS: bool = B::WIDE_DOTS;
+    const LOOKS_UP: bool = B::LOOKS_UP;
 
     #[inline(always)]
     unsafe fn run<S: Simd>(s: S, args: &TileArgs<'static>) {
@@ -228,8 +231,8 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// Multiplies tiles `tiles` of matrix `matrix` with `rows` and hands every result to `sink(tile, i, values)`: 16 outputs
-/// of row `rows.ids()[i]`.
+/// Multiplies tiles `tiles` of matrix `matrix` with `rows` and hands all results to `sink(tile, i, values)`: 16 outputs each of the
+/// rows `rows.ids()[i..i + values.len()]`.
 ///
 /// # Panics
 /// If tiles, rows or their layouts do not fit each other.
@@ -240,7 +243,7 @@ pub(crate) fn multiply(
     matrix: usize,
     tiles: Range<usize>,
     rows: &Rows<'_>,
-    mut sink: impl FnMut(usize, usize, &[f32; TILE_ROWS]),
+    mut sink: impl FnMut(usize, usize, &[[f32; TILE_ROWS]]),
 ) {
     let product = Product::new(level, mode, weights, matrix, tiles.clone(), rows);
     #[cfg(target_arch = "x86_64")]
@@ -356,14 +359,15 @@ impl<'a> Product<'a> {
     }
 
     /// Multiplies tiles `tile(0..streams)` with all of `rows` (up to [`ROW_BLOCK`] of those that [`Product::new`] saw, or
-    /// others of the same buffer; `streams` is [`Product::max_streams`] of their number, or less) and hands `sink(t, i, values)` the results of tile `tile(t)` and row `rows.ids()[i]`.
+    /// others of the same buffer; `streams` is [`Product::max_streams`] of their number, or less) and hands `sink(t, i, values)` the
+    /// results of tile `tile(t)` and rows `rows.ids()[i..i + values.len()]`, as often as it takes.
     #[inline]
     pub(crate) fn run(
         &self,
         rows: &Rows<'_>,
         tile: impl Fn(usize) -> usize,
         streams: usize,
-        sink: &mut impl FnMut(usize, usize, &[f32; TILE_ROWS]),
+        sink: &mut impl FnMut(usize, usize, &[[f32; TILE_ROWS]]),
     ) {
         let layout = &self.map.layout;
         let max_rows = match self.streams() {
@@ -404,10 +408,9 @@ impl<'a> Product<'a> {
             // `out` has room for the largest kernel.
             unsafe { self.dispatch(streams, count, &args) };
             for t in 0..streams {
-                for r in 0..count {
-                    // SAFETY: the kernel wrote `streams * count` results.
-                    sink(t, done + r, unsafe { &*args.out.cast::<[f32; TILE_ROWS]>().add(t * count + r) });
-                }
+                let first = args.out.cast::<[f32; TILE_ROWS]>().wrapping_add(t * count);
+                // SAFETY: the kernel wrote `streams * count` results.
+                sink(t, done, unsafe { std::slice::from_raw_parts(first, count) });
             }
             done += count;
         }

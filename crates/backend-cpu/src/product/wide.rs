@@ -35,6 +35,7 @@ impl<C: Codes> Kernel for Expand<C> {
     type Args = ExpandArgs<'static>;
 
     const WIDE_DOTS: bool = true;
+    const LOOKS_UP: bool = C::LOOKS_UP;
 
     #[inline(always)]
     unsafe fn run<S: Simd>(s: S, args: &ExpandArgs<'static>) {
