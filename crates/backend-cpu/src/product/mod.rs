@@ -47,7 +47,7 @@ pub(crate) const ROW_BLOCK: usize = 64;
 const PREFETCH_BYTES: usize = 512;
 /// And into the next one: the nearest cache has room for too few lines on their way to hide what memory takes (the commit that brought
 /// it has steps with both and with one fetch 2 KiB ahead).
-const PREFETCH_FAR_BYTES: usize = 4096;
+const PREFETCH_FAR_BYTES: usize = 2048;
 
 /// The form in which a kernel reads activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
