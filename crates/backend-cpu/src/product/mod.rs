@@ -47,7 +47,7 @@ pub(crate) const ROW_BLOCK: usize = 64;
 const PREFETCH_BYTES: usize = 512;
 /// And into the next one: the nearest cache has room for too few lines on their way to hide what memory takes (the commit that brought
 /// it has steps with both and with one fetch 2 KiB ahead).
-const PREFETCH_FAR_BYTES: usize = 8192;
+const PREFETCH_FAR_BYTES: usize = 2048;
 
 /// The form in which a kernel reads activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -484,11 +484,11 @@ impl<'a> Product<'a> {
     }
 }
 
-/// Fetches what one of `T` streams, which is at `at`, reads soon.
+/// Fetches what a stream that is at `at` reads soon.
 #[inline(always)]
-fn fetch_ahead<S: Simd, const T: usize>(s: S, at: *const u8) {
+fn fetch_ahead<S: Simd>(s: S, at: *const u8) {
     s.prefetch(at.wrapping_add(PREFETCH_BYTES));
-    s.prefetch_far(at.wrapping_add(PREFETCH_FAR_BYTES / T));
+    s.prefetch_far(at.wrapping_add(PREFETCH_FAR_BYTES));
 }
 
 /// Writes the accumulators times the global scale.

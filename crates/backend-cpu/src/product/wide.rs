@@ -50,7 +50,7 @@ impl<C: Codes> Kernel for Expand<C> {
                     at = at.add(C::LINES * LINE_BYTES);
                     to = to.add(8 * LINE_BYTES);
                 }
-                fetch_ahead::<S, 2>(s, at);
+                fetch_ahead(s, at);
                 let lines = match layout.coding {
                     Coding::Affine { .. } => 2,
                     Coding::Mxfp4 => count,
