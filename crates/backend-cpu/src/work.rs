@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Pieces that a thread's share is cut into, at most: the last one is a 64th of it.
-const PIECES_PER_THREAD: usize = 4;
+const PIECES_PER_THREAD: usize = 7;
 /// The least cost of a piece, in bytes read: a few microseconds, against 50 nanoseconds for taking it.
 const MIN_PIECE_COST: u64 = 48 * 1024;
 
