@@ -132,39 +132,6 @@ unsafe fn whole_block<S: Simd, C: Codes, const T: usize, const R: usize>(
     }
 }
 
-/// All columns of two blocks that follow each other, four of the one and four of the other in turn.
-///
-/// # Safety
-/// As [`step`], of both blocks.
-#[inline(always)]
-unsafe fn two_blocks<S: Simd, C: Codes, const T: usize, const R: usize>(
-    s: S,
-    at: &[*const u8; T],
-    x: &[*const u8; R],
-) -> [Sums<S, T, R>; 2] {
-    let (mut first, mut second) = (Sums::zero(s), Sums::zero(s));
-    let (mut next_at, mut next_x) = (*at, *x);
-    for t in 0..T {
-        next_at[t] = at[t].wrapping_add(C::LINES * LINE_BYTES);
-    }
-    for r in 0..R {
-        next_x[r] = x[r].wrapping_add(BLOCK_COLS);
-    }
-    macro_rules! steps {
-        ($($m:literal)+) => {
-            $(
-                step::<S, C, T, R, $m>(s, at, x, &mut first);
-                step::<S, C, T, R, $m>(s, &next_at, &next_x, &mut second);
-            )+
-        };
-    }
-    // SAFETY: the caller's promise.
-    unsafe {
-        steps!(0 1 2 3 4 5 6 7);
-    }
-    [first, second]
-}
-
 /// `sum += factor * acc` with a factor a row: the scale of block `block` of the activations.
 ///
 /// # Safety
@@ -341,33 +308,21 @@ impl<C: Codes> TileKernel for Grouped<C> {
             let mut block = blocks.start;
             for group in blocks.start / blocks_per_group..blocks.end / blocks_per_group {
                 let mut part = [[zero; R]; T];
-                let mut left = blocks_per_group;
-                while left > 0 {
-                    let count = if const { S::MANY_REGISTERS && !C::WIDE } && left > 1 { 2 } else { 1 };
-                    let dots = if count == 2 {
-                        two_blocks::<S, C, T, R>(s, &at, &x)
-                    } else {
-                        let mut dots = Sums::zero(s);
-                        whole_block::<S, C, T, R>(s, args, &at, &x, &mut dots);
-                        [dots, Sums::zero(s)]
-                    };
-                    for dots in &dots[..count] {
-                        let mut float = [[zero; R]; T];
-                        for t in 0..T {
-                            for r in 0..R {
-                                float[t][r] = s.to_f(dots.acc[t][r]);
-                            }
-                        }
-                        add_block::<S, T, R>(s, &row.scales, block, &float, &mut part);
-                        block += 1;
-                    }
+                for _ in 0..blocks_per_group {
+                    let mut dots = Sums::zero(s);
+                    whole_block::<S, C, T, R>(s, args, &at, &x, &mut dots);
+                    let mut float = [[zero; R]; T];
                     for t in 0..T {
-                        at[t] = at[t].add(count * C::LINES * LINE_BYTES);
+                        at[t] = at[t].add(C::LINES * LINE_BYTES);
+                        for r in 0..R {
+                            float[t][r] = s.to_f(dots.acc[t][r]);
+                        }
                     }
                     for r in 0..R {
-                        x[r] = x[r].add(count * BLOCK_COLS);
+                        x[r] = x[r].add(BLOCK_COLS);
                     }
-                    left -= count;
+                    add_block::<S, T, R>(s, &row.scales, block, &float, &mut part);
+                    block += 1;
                 }
                 for t in 0..T {
                     let (scale, offset) = if C::WIDE {
