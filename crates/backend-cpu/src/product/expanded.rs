@@ -15,7 +15,7 @@ const EXPAND_ROWS: usize = 16;
 /// Rows from which on tile registers are faster than dot products of bytes, by `kernel_speed` with both levels: nothing is won at 4
 /// to 8 rows, where an instruction for 16 rows takes as long.
 #[cfg(target_arch = "x86_64")]
-const AMX_ROWS: usize = 5;
+const AMX_ROWS: usize = 12;
 /// Rows of a call with expanded tiles.
 pub(super) const WIDE_ROWS: usize = 4;
 /// Expanded tiles that a call reads at most.
@@ -244,11 +244,10 @@ impl Product<'_> {
         assert!(end <= rows.len_bytes, "rows end at {end} of {} bytes", rows.len_bytes);
         // The next part of a tile stands behind this one, or is that of the next tile.
         let next_offset = layout.block_offset(blocks.end);
-        let args = AmxArgs {
+        let mut args = AmxArgs {
             layout,
             int8,
-            parts,
-            streams,
+            part: std::ptr::null(),
             rows: rows.first.wrapping_add(first * rows.stride_bytes),
             stride_bytes: rows.stride_bytes,
             across: across.at_row(first),
@@ -257,16 +256,21 @@ impl Product<'_> {
             end_block: blocks.end,
             factor: self.map.global_scales[self.matrix],
             out: out.cast(),
-            next: std::array::from_fn(|t| tiles[t].wrapping_add(next_offset)),
+            next: std::ptr::null(),
             next_lines: (next_offset - layout.block_offset(blocks.start)) / LINE_BYTES,
         };
-        // SAFETY: the parts were expanded, rows are whole and at equal distances, more of them and their numbers may be
-        // read, `out` has room for all of them.
-        unsafe {
-            match layout.record_blocks {
-                1 => self.run_amx::<Amx<1>>(&args),
-                2 => self.run_amx::<Amx<2>>(&args),
-                _ => self.run_amx::<Amx<4>>(&args),
+        for (t, part) in parts.into_iter().enumerate().take(streams) {
+            args.part = part;
+            args.next = tiles[t].wrapping_add(next_offset);
+            args.out = out.wrapping_add(t * num_rows.next_multiple_of(Across::ROWS)).cast();
+            // SAFETY: the parts were expanded, rows are whole and at equal distances, more of them and their numbers may be
+            // read, `out` has room for all of them.
+            unsafe {
+                match layout.record_blocks {
+                    1 => self.run_amx::<Amx<1>>(&args),
+                    2 => self.run_amx::<Amx<2>>(&args),
+                    _ => self.run_amx::<Amx<4>>(&args),
+                }
             }
         }
     }
