@@ -15,7 +15,7 @@ const EXPAND_ROWS: usize = 16;
 /// Rows from which on tile registers are faster than dot products of bytes, by `kernel_speed` with both levels: nothing is won at 4
 /// to 8 rows, where an instruction for 16 rows takes as long.
 #[cfg(target_arch = "x86_64")]
-const AMX_ROWS: usize = 5;
+const AMX_ROWS: usize = 12;
 /// Rows of a call with expanded tiles.
 pub(super) const WIDE_ROWS: usize = 4;
 /// Expanded tiles that a call reads at most.
