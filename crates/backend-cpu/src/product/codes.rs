@@ -153,7 +153,7 @@ pub(super) fn prefetch_line<S: Simd, C: Codes, const T: usize, const M: usize>(s
     // Expanded tiles are in the nearest cache.
     if M < C::LINES && !C::WIDE {
         for block in at {
-            super::fetch_ahead(s, block.wrapping_add(M * LINE_BYTES));
+            super::fetch_ahead::<S, T>(s, block.wrapping_add(M * LINE_BYTES));
         }
     }
 }

@@ -328,7 +328,7 @@ impl<C: Codes> TileKernel for Grouped<C> {
                     let (scale, offset) = if C::WIDE {
                         (s.load(at[t].cast()), s.load(at[t].add(LINE_BYTES).cast()))
                     } else {
-                        fetch_ahead(s, at[t]);
+                        fetch_ahead::<S, T>(s, at[t]);
                         (
                             load_scales(s, layout.scale_dtype, at[t]),
                             load_scales(s, layout.scale_dtype, at[t].add(offsets_at)),
@@ -397,7 +397,7 @@ impl<C: Codes> TileKernel for Mxfp4<C> {
                     if C::WIDE {
                         at[t] = at[t].add(count * LINE_BYTES);
                     } else {
-                        fetch_ahead(s, at[t]);
+                        fetch_ahead::<S, T>(s, at[t]);
                         at[t] = at[t].add(layout.record_scale_bytes);
                     }
                 }
@@ -468,7 +468,7 @@ impl<C: Codes> TileKernel for Nvfp4<C> {
                     if C::WIDE {
                         at[t] = at[t].add(count * 2 * LINE_BYTES);
                     } else {
-                        fetch_ahead(s, at[t]);
+                        fetch_ahead::<S, T>(s, at[t]);
                         at[t] = at[t].add(layout.record_scale_bytes);
                     }
                 }

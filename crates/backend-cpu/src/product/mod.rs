@@ -48,6 +48,8 @@ const PREFETCH_BYTES: usize = 512;
 /// And into the next one: the nearest cache has room for too few lines on their way to hide what memory takes (the commit that brought
 /// it has steps with both and with one fetch 2 KiB ahead).
 const PREFETCH_FAR_BYTES: usize = 2048;
+/// Where a kernel reads one stream alone (eight rows): 2 KiB of one stream are fewer lines than memory has on their way.
+const PREFETCH_FAR_ALONE_BYTES: usize = 8192;
 
 /// The form in which a kernel reads activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -436,7 +438,11 @@ impl<'a> Product<'a> {
     /// How many tiles to read at once when `num_rows` rows are multiplied.
     pub(crate) fn max_streams(&self, num_rows: usize) -> usize {
         match self.expansion(num_rows) {
-            Expansion::Packed => streams_for(self.streams(), num_rows).max(1),
+            // Five to seven rows are four and the rest, each in a pass of its own (`run`).
+            Expansion::Packed => match num_rows {
+                5..=7 => streams_for(self.streams(), 4).max(1),
+                _ => streams_for(self.streams(), num_rows).max(1),
+            },
             Expansion::Wide | Expansion::Amx => {
                 expanded::STREAMS.min(streams_for(self.level.streams(), expanded::WIDE_ROWS))
             }
@@ -484,11 +490,11 @@ impl<'a> Product<'a> {
     }
 }
 
-/// Fetches what a stream that is at `at` reads soon.
+/// Fetches what one of `T` streams, which is at `at`, reads soon.
 #[inline(always)]
-fn fetch_ahead<S: Simd>(s: S, at: *const u8) {
+fn fetch_ahead<S: Simd, const T: usize>(s: S, at: *const u8) {
     s.prefetch(at.wrapping_add(PREFETCH_BYTES));
-    s.prefetch_far(at.wrapping_add(PREFETCH_FAR_BYTES));
+    s.prefetch_far(at.wrapping_add(if T == 1 { PREFETCH_FAR_ALONE_BYTES } else { PREFETCH_FAR_BYTES }));
 }
 
 /// Writes the accumulators times the global scale.
