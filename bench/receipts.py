@@ -11,6 +11,7 @@
     python3 bench/receipts.py kernels           # one linear layer by format and rows (examples/kernel_speed)
     python3 bench/receipts.py operations [SHAPE ..] # a step operation by operation, and its parallel regions (examples/step_operations)
     python3 bench/receipts.py variants NAME=COMMIT=PROGRAM .. -- FORMAT/ROWS ..  # builds of examples/kernel_speed in turns; the first is compared with
+    python3 bench/receipts.py step-variants NAME=COMMIT=FILE,FILE,..  # what `moellon bench --json` of each commit printed, run in turns
     python3 bench/receipts.py pages             # what huge pages are worth on this machine (moellon-tensor's examples/page_walks)
     python3 bench/receipts.py cuda [SHAPE/FORMAT ..]  # the same on an NVIDIA GPU, up to the whole GLM-5.2-77; text against the CPU's
     python3 bench/receipts.py wgpu              # a slice on the portable GPU back end, stages by the adapter's clock; text against the CPU's
@@ -332,6 +333,27 @@ def variants(stolen, *words):
     write("cpu-variants", [f"kernel_speed FORMAT {level} ROWS, {rounds} rounds of each build in turns"], kept, {"cpu-variants": rows}, stolen)
 
 
+def step_variants(stolen, *words):
+    """Steps and prompts of several builds of the program, run in turns: the first file of each, then the second, .."""
+    rows, samples = [], []
+    for word in words:
+        name, commit, files = word.split("=", 2)
+        reports = [json.loads(Path(file).read_text()) for file in files.split(",")]
+        samples.append({"variant": name, "commit": commit, "reports": reports})
+        first = reports[0]
+        for number, result in enumerate(first["results"]):
+            steps = [report["results"][number] for report in reports]
+            rows.append({
+                "shape": first["model"].removeprefix("synthetic "), "format": first["format"], "variant": name, "commit": commit[:7], "batch": result["batch"],
+                "ms a step": f"{statistics.median(s['step_ms'] for s in steps):.2f}",
+                "lowest and highest": f"{min(s['step_ms'] for s in steps):.2f}-{max(s['step_ms'] for s in steps):.2f}",
+                "share of measured bandwidth": f"{100 * statistics.median(s['bandwidth_share'] for s in steps):.0f} %",
+                "prefill 512, tok/s": f"{statistics.median(r['prefill'][0]['tok_s'] for r in reports):.0f}",
+            })
+    command = f"{NAME} bench --synthetic {SLICES['qwen']} --format affine-4 --batch 1,8 --prompt 512 --windows 4 --steps 12 --json"
+    write("cpu-step-variants", [command], samples, {"cpu-step-variants": rows}, stolen)
+
+
 def pages(stolen):
     program = Path(os.environ.get("MOELLON_PAGE_WALKS", ROOT / "target/release/examples/page_walks"))
     samples = [subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines() for _ in range(5)]
@@ -502,7 +524,7 @@ def cuda_sanitizer(stolen, conformance, recorded):
 
 
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "operations", "variants", "pages", "cuda", "wgpu", "wgpu-steps", "cuda-kernels", "cuda-sanitizer"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "operations", "variants", "step-variants", "pages", "cuda", "wgpu", "wgpu-steps", "cuda-kernels", "cuda-sanitizer"):
         raise SystemExit(__doc__)
     stolen = steal_ticks()
     match sys.argv[1]:
@@ -526,6 +548,8 @@ def main():
             operations(stolen, sys.argv[2:])
         case "variants":
             variants(stolen, *sys.argv[2:])
+        case "step-variants":
+            step_variants(stolen, *sys.argv[2:])
         case "pages":
             pages(stolen)
         case "cuda":
