@@ -10,6 +10,8 @@
     python3 bench/receipts.py resident DIRECTORY # memory of a large checkpoint, loaded and decoding
     python3 bench/receipts.py kernels           # one linear layer by format and rows (examples/kernel_speed)
     python3 bench/receipts.py operations [SHAPE ..] # a step operation by operation, and its parallel regions (examples/step_operations)
+    python3 bench/receipts.py variants NAME=COMMIT=PROGRAM .. -- FORMAT/ROWS ..  # builds of examples/kernel_speed in turns; the first is compared with
+    python3 bench/receipts.py step-variants NAME=COMMIT=FILE,FILE,..  # what `moellon bench --json` of each commit printed, run in turns
     python3 bench/receipts.py pages             # what huge pages are worth on this machine (moellon-tensor's examples/page_walks)
     python3 bench/receipts.py cuda [SHAPE/FORMAT[/BATCHES[/PROMPTS]] ..]  # the same on an NVIDIA GPU, up to the whole GLM-5.2-77; text against the CPU's
     python3 bench/receipts.py wgpu              # a slice on the portable GPU back end, stages by the adapter's clock; text against the CPU's
@@ -188,9 +190,10 @@ SLICES = {"qwen": "qwen3-30b-a3b:layers=8,vocab=32768", "glm": "glm-5.2-77:layer
 
 
 def decode(stolen, shapes):
+    """24 steps a window: behind the measurement of bandwidth steps become faster for about ten (`step_ms_by_place`)."""
     for shape in shapes or SLICES:
         for plan in ("affine-4", "nvfp4", "affine-3"):
-            reports, rows, commands = bench([(SLICES[shape], plan, "1,2,4,8", "--windows", "7")], "512")
+            reports, rows, commands = bench([(SLICES[shape], plan, "1,2,4,8", "--windows", "7", "--steps", "24")], "512")
             for row in rows:
                 row["windows discarded for steal"] = sum(r["discarded_windows"] for r in reports[0]["results"] + reports[0]["prefill"])
             write(f"decode-cpu-{shape}-{plan}", commands, reports, {"decode-cpu": rows}, stolen)
@@ -296,6 +299,60 @@ def operations(stolen, shapes):
                 "us each": f"{operation['us']:.1f}", "us of a step": f"{operation['of_step_us']:.0f}",
             })
     write("-".join(["operations-cpu", *shapes]), commands, reports, {"regions-cpu": steps, "operations-cpu": rows}, stolen)
+
+
+def variants(stolen, *words):
+    """Builds of `kernel_speed` (one of each commit) in turns, a process each: designs that were tried beside the one that stayed."""
+    cut = words.index("--")
+    builds = [word.split("=", 2) for word in words[:cut]]
+    cases = [word.split("/") for word in words[cut + 1 :]]
+    level = json.loads(run("doctor", "--json")[0])["cpu_levels"][-1]
+    rounds, samples = 4, []
+    for number in range(rounds):
+        for form in dict.fromkeys(form for form, _ in cases):
+            counts = [rows for of, rows in cases if of == form]
+            # In turns of order as well: who comes first finds another machine.
+            for name, _, program in builds if number % 2 == 0 else builds[::-1]:
+                lines = subprocess.run([program, form, level, *counts], check=True, capture_output=True, text=True).stdout.splitlines()
+                samples += [{"variant": name, "line": line} for line in lines]
+    found = {}
+    for sample in samples:
+        form, _, _, rows, rate, _, _, _, _, _, read, macs, _ = sample["line"].replace("(", "( ").split()
+        found.setdefault((form, rows.rstrip(":"), sample["variant"]), []).append([float(rate), float(rate) / float(read.rstrip("),")), float(macs)])
+    rows = []
+    for form, count in cases:
+        first = None
+        for name, commit, _ in builds:
+            rates, shares, macs = zip(*found[form, count, name])
+            first = first or statistics.median(shares)
+            rows.append({
+                "format": form, "rows": count, "variant": name, "commit": commit[:7], "GB/s": f"{statistics.median(rates):.1f}",
+                "lowest and highest": f"{min(rates):.1f}-{max(rates):.1f}", "GMAC/s": f"{statistics.median(macs):.0f}",
+                "share of measured bandwidth": f"{100 * statistics.median(shares):.0f} %", "against the first": f"{statistics.median(shares) / first:.2f}",
+            })
+    kept = {"samples": samples, "builds": [{"variant": n, "commit": c, "binary_sha256": hashlib.sha256(Path(b).read_bytes()).hexdigest()} for n, c, b in builds]}
+    write("cpu-variants", [f"kernel_speed FORMAT {level} ROWS, {rounds} rounds of each build in turns"], kept, {"cpu-variants": rows}, stolen)
+
+
+def step_variants(stolen, *words):
+    """Steps and prompts of several builds of the program, run in turns: the first file of each, then the second, .."""
+    rows, samples = [], []
+    for word in words:
+        name, commit, files = word.split("=", 2)
+        reports = [json.loads(Path(file).read_text()) for file in files.split(",")]
+        samples.append({"variant": name, "commit": commit, "reports": reports})
+        first = reports[0]
+        for number, result in enumerate(first["results"]):
+            steps = [report["results"][number] for report in reports]
+            rows.append({
+                "shape": first["model"].removeprefix("synthetic "), "format": first["format"], "variant": name, "commit": commit[:7], "batch": result["batch"],
+                "ms a step": f"{statistics.median(s['step_ms'] for s in steps):.2f}",
+                "lowest and highest": f"{min(s['step_ms'] for s in steps):.2f}-{max(s['step_ms'] for s in steps):.2f}",
+                "share of measured bandwidth": f"{100 * statistics.median(s['bandwidth_share'] for s in steps):.0f} %",
+                "prefill 512, tok/s": f"{statistics.median(r['prefill'][0]['tok_s'] for r in reports):.0f}",
+            })
+    command = f"{NAME} bench --synthetic {SLICES['qwen']} --format affine-4 --batch 1,8 --prompt 512 --windows 4 --steps 12 --json"
+    write("cpu-step-variants", [command], samples, {"cpu-step-variants": rows}, stolen)
 
 
 def pages(stolen):
@@ -473,7 +530,7 @@ def cuda_sanitizer(stolen, conformance, recorded):
 
 
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "operations", "pages", "cuda", "wgpu", "wgpu-steps", "cuda-kernels", "cuda-sanitizer"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "operations", "variants", "step-variants", "pages", "cuda", "wgpu", "wgpu-steps", "cuda-kernels", "cuda-sanitizer"):
         raise SystemExit(__doc__)
     stolen = steal_ticks()
     match sys.argv[1]:
@@ -495,6 +552,10 @@ def main():
             kernels(stolen)
         case "operations":
             operations(stolen, sys.argv[2:])
+        case "variants":
+            variants(stolen, *sys.argv[2:])
+        case "step-variants":
+            step_variants(stolen, *sys.argv[2:])
         case "pages":
             pages(stolen)
         case "cuda":

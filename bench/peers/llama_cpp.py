@@ -3,12 +3,20 @@
     cargo build --release -p moellon
     pip install numpy gguf
     npm pack @node-llama-cpp/linux-x64 && tar xzf node-llama-cpp-linux-x64-*.tgz     # llama.cpp prebuilt for every CPU
-    python3 bench/peers/llama_cpp.py package/bins/linux-x64 DIRECTORY [--rounds N]
+    python3 bench/peers/llama_cpp.py package/bins/linux-x64 DIRECTORY [--format F] [--rounds N]
 
-DIRECTORY takes the synthetic GGUF file (2.8 GB). It is a slice of eight layers of Qwen3-30B-A3B with random weights,
-quantized as Q4_K_M quantizes: codes random, scales constant, symmetric around zero, so that routing is not degenerate.
-We run `moellon bench` on the same slice in affine-4 with groups of 64. Rounds alternate, so that a noisy neighbour meets
-both; a number is the median over the rounds.
+DIRECTORY takes the synthetic GGUF file (2.1 to 2.8 GB). It is a slice of eight layers of Qwen3-30B-A3B with random weights: codes
+random, scales constant, symmetric around zero, so that routing is not degenerate. We run `moellon bench` on the same slice in the
+format beside it:
+
+| F | llama.cpp | moellon |
+|---|---|---|
+| q4_k_m | Q4_K, Q6_K where Q4_K_M spends more bits | affine-4, groups of 64 |
+| q3_k | Q3_K (3.44 bits), head in Q6_K | affine-3 (3.5 bits), head in affine-6 |
+| nvfp4 | NVFP4 | NVFP4 |
+| q4_0 | Q4_0 (as many bits as NVFP4, its fastest), head in Q6_K | NVFP4 |
+
+Rounds alternate, so that a noisy neighbour meets both; a number is the median over the rounds.
 """
 
 import argparse
@@ -55,7 +63,43 @@ def q6_k(rng, rows, cols):
     return blocks.reshape(rows, cols // 256 * 210), gguf.GGMLQuantizationType.Q6_K
 
 
-def write_gguf(path):
+def q3_k(rng, rows, cols):
+    """Blocks of 256: high bits, low bits, sixteen 6-bit scales (16 or -16: codes are -4 to 3, which is not symmetric), d."""
+    blocks = rng.integers(0, 256, (rows * cols // 256, 110), np.uint8)
+    blocks[:, 96:104] = 0
+    blocks[:, 104:108] = blocks[:, 104:108] & 0xAA | 0x55
+    scale = 1 / (np.sqrt(cols) * np.sqrt((8 * 8 - 1) / 12 + 0.25) * 16)
+    blocks[:, 108:] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
+    return blocks.reshape(rows, cols // 256 * 110), gguf.GGMLQuantizationType.Q3_K
+
+
+def q4_0(rng, rows, cols):
+    """Blocks of 32: d (of either sign: codes are -8 to 7), codes."""
+    blocks = rng.integers(0, 256, (rows * cols // 32, 18), np.uint8)
+    scale = 1 / (np.sqrt(cols) * np.sqrt((16 * 16 - 1) / 12 + 0.25))
+    signs = blocks[:, 1] & 0x80
+    blocks[:, :2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
+    blocks[:, 1] |= signs
+    return blocks.reshape(rows, cols // 32 * 18), gguf.GGMLQuantizationType.Q4_0
+
+
+def nvfp4(rng, rows, cols):
+    """Blocks of 64: four E4M3 scales (subnormal, in steps of 2^-9), codes."""
+    blocks = rng.integers(0, 256, (rows * cols // 64, 36), np.uint8)
+    blocks[:, :4] = max(1, round(512 / (np.sqrt(cols) * np.sqrt(68.5 / 8))))
+    return blocks.reshape(rows, cols // 64 * 36), gguf.GGMLQuantizationType.NVFP4
+
+
+# What llama.cpp has, ours beside it, and how its matrices are made: most of them, those that get more bits, the head.
+FORMATS = {
+    "q4_k_m": ("Q4_K_M", "affine-4", q4_k, q6_k, q6_k),
+    "q3_k": ("Q3_K", "affine-3", q3_k, q3_k, q6_k),
+    "nvfp4": ("NVFP4", "nvfp4", nvfp4, nvfp4, nvfp4),
+    "q4_0": ("Q4_0", "nvfp4", q4_0, q4_0, q6_k),
+}
+
+
+def write_gguf(path, most, more_bits, head):
     """The slice. Returns the bytes that one token reads: each matrix once, 8 of 128 experts, one embedding row."""
     rng = np.random.default_rng(1)
     writer = gguf.GGUFWriter(path, "qwen3moe")
@@ -88,24 +132,24 @@ def write_gguf(path):
         token_bytes += data.nbytes
         writer.add_tensor(name, data)
 
-    quantized("token_embd.weight", q4_k, VOCAB, HIDDEN, used=0)
-    quantized("output.weight", q6_k, VOCAB, HIDDEN)
+    quantized("token_embd.weight", most, VOCAB, HIDDEN, used=0)
+    quantized("output.weight", head, VOCAB, HIDDEN)
     plain("output_norm.weight", HIDDEN)
     for layer in range(LAYERS):
         # The layers where Q4_K_M spends more bits on values and down projections.
-        more = q6_k if layer < LAYERS // 8 or layer >= 7 * LAYERS // 8 or (layer - LAYERS // 8) % 3 == 2 else q4_k
+        more = more_bits if layer < LAYERS // 8 or layer >= 7 * LAYERS // 8 or (layer - LAYERS // 8) % 3 == 2 else most
         name = lambda part: f"blk.{layer}.{part}.weight"
         plain(name("attn_norm"), HIDDEN)
-        quantized(name("attn_q"), q4_k, HEADS * HEAD_DIM, HIDDEN)
-        quantized(name("attn_k"), q4_k, KV_HEADS * HEAD_DIM, HIDDEN)
+        quantized(name("attn_q"), most, HEADS * HEAD_DIM, HIDDEN)
+        quantized(name("attn_k"), most, KV_HEADS * HEAD_DIM, HIDDEN)
         quantized(name("attn_v"), more, KV_HEADS * HEAD_DIM, HIDDEN)
-        quantized(name("attn_output"), q4_k, HIDDEN, HEADS * HEAD_DIM)
+        quantized(name("attn_output"), most, HIDDEN, HEADS * HEAD_DIM)
         plain(name("attn_q_norm"), HEAD_DIM)
         plain(name("attn_k_norm"), HEAD_DIM)
         plain(name("ffn_norm"), HIDDEN)
         plain(name("ffn_gate_inp"), EXPERTS, HIDDEN, std=HIDDEN**-0.5)
-        quantized(name("ffn_gate_exps"), q4_k, WIDTH, HIDDEN, EXPERTS, TOP_K)
-        quantized(name("ffn_up_exps"), q4_k, WIDTH, HIDDEN, EXPERTS, TOP_K)
+        quantized(name("ffn_gate_exps"), most, WIDTH, HIDDEN, EXPERTS, TOP_K)
+        quantized(name("ffn_up_exps"), most, WIDTH, HIDDEN, EXPERTS, TOP_K)
         quantized(name("ffn_down_exps"), more, HIDDEN, WIDTH, EXPERTS, TOP_K)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -209,13 +253,15 @@ def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("binaries")
     arguments.add_argument("directory")
+    arguments.add_argument("--format", choices=FORMATS, default="q4_k_m")
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     arguments.add_argument("--prepare", action="store_true", help="only write the GGUF file")
     options = arguments.parse_args()
-    path, size_path = (Path(options.directory) / f"qwen3-slice.{end}" for end in ("gguf", "json"))
+    their_format, our_format, *makers = FORMATS[options.format]
+    path, size_path = (Path(options.directory) / f"qwen3-slice-{options.format}.{end}" for end in ("gguf", "json"))
     if not size_path.exists():
-        size_path.write_text(json.dumps(write_gguf(path)))
+        size_path.write_text(json.dumps(write_gguf(path, *makers)))
     token_bytes = json.loads(size_path.read_text())
     if options.prepare:
         return
@@ -225,7 +271,7 @@ def main():
     rng = random.Random(1)
     ours, theirs = [], []
     batches = ",".join(map(str, BATCHES))
-    command = [NAME, "bench", "--synthetic", SPEC, "--format", "affine-4", "--batch", batches, "--context", str(CONTEXT)]
+    command = [NAME, "bench", "--synthetic", SPEC, "--format", our_format, "--batch", batches, "--context", str(CONTEXT)]
     command += ["--prompt", str(PROMPT), "--windows", "3", "--threads", str(options.threads), "--json"]
     for _ in range(options.rounds):
         theirs.append(peer.measure(rng))
@@ -234,23 +280,23 @@ def main():
     median = statistics.median
     read = median(report["measured_read_gb_s"] for report in ours)
     rows = []
+
+    def row(what, us, them, digits):
+        rows.append({
+            "what": what, "our format": our_format, "moellon": f"{us:.{digits}f}", "its format": their_format,
+            "llama.cpp": f"{them:.{digits}f}", "ratio": f"{us / them:.2f}",
+        })
+
     for i, size in enumerate(BATCHES):
         us = median(size * 1e3 / report["results"][i]["step_ms"] for report in ours)
-        them = median(size / seconds[size] for seconds, _ in theirs)
-        rows.append({
-            "what": f"decode, batch {size}, tok/s", "moellon affine-4": f"{us:.1f}", "llama.cpp Q4_K_M": f"{them:.1f}",
-            "ratio": f"{us / them:.2f}",
-        })
+        row(f"decode, batch {size}, tok/s", us, median(size / seconds[size] for seconds, _ in theirs), 1)
     us = median(report["prefill"][0]["tok_s"] for report in ours)
-    them = median(PROMPT / seconds for _, seconds in theirs)
-    rows.append({
-        "what": f"prefill of {PROMPT}, tok/s", "moellon affine-4": f"{us:.0f}", "llama.cpp Q4_K_M": f"{them:.0f}",
-        "ratio": f"{us / them:.2f}",
-    })
+    row(f"prefill of {PROMPT}, tok/s", us, median(PROMPT / seconds for _, seconds in theirs), 0)
     git = lambda: subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    name = "peers-llama-cpp" if options.format == "q4_k_m" else f"peers-llama-cpp-{options.format.replace('_', '-')}"
     receipt = {
         "schema": 1,
-        "name": "peers-llama-cpp",
+        "name": name,
         "date": datetime.date.today().isoformat(),
         "commit": os.environ.get("MOELLON_COMMIT") or git(),
         "binary_sha256": hashlib.sha256(BINARY.read_bytes()).hexdigest(),
@@ -258,14 +304,14 @@ def main():
         "peer": f"llama.cpp {release}, prebuilt by node-llama-cpp",
         "peer_token_bytes": token_bytes,
         "load_average": os.getloadavg(),
-        "commands": [f"python3 bench/peers/llama_cpp.py BINARIES DIRECTORY --rounds {options.rounds}", " ".join(command)],
+        "commands": [f"python3 bench/peers/llama_cpp.py BINARIES DIRECTORY --format {options.format} --rounds {options.rounds}", " ".join(command)],
         "samples": {
             "moellon": ours,
             "llama.cpp": [{"step_s": seconds, "prompt_s": prompt} for seconds, prompt in theirs],
         },
         "tables": {"peers-llama-cpp": rows},
     }
-    out = ROOT / "receipts" / f"{receipt['date']}-peers-llama-cpp.json"
+    out = ROOT / "receipts" / f"{receipt['date']}-{name}.json"
     temporary = out.with_suffix(".tmp")
     temporary.write_text(json.dumps(receipt, indent=1) + "\n")
     temporary.rename(out)

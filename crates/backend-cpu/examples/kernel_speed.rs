@@ -2,7 +2,7 @@
 //! kernels, where `moellon bench` is too coarse.
 //!
 //! ```text
-//! cargo run --release -p moellon-backend-cpu --example kernel_speed -- [FORMAT..] [LEVEL..]
+//! cargo run --release -p moellon-backend-cpu --example kernel_speed -- [FORMAT..] [LEVEL..] [ROWS..]
 //! ```
 //!
 //! Levels (`avx2`, `avx512-amx`, ..) are measured interleaved, pass by pass; without one the machine's best is.
@@ -23,6 +23,8 @@ const SHAPE: [usize; 2] = [8192, 2048];
 /// Beyond the caches, a shared one of half a gigabyte too.
 const SIZE_BYTES: usize = 1 << 30;
 const PASSES: usize = 8;
+/// Rows that are measured unless others are asked for.
+const ROWS: [usize; 11] = [1, 2, 3, 4, 6, 8, 12, 16, 32, 128, 512];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     // The main thread is not kept on a core; steps of an engine run on one that is.
@@ -49,9 +51,13 @@ fn run() -> Result<(), Box<dyn std::error::Error>> {
         levels.push(CpuLevel::detect());
     }
     let any_format = formats.iter().any(|(name, _)| asked(name));
+    let mut rows: Vec<usize> = wanted.iter().filter_map(|word| word.parse().ok()).collect();
+    if rows.is_empty() {
+        rows.extend(ROWS);
+    }
     for (name, format) in formats {
         if !any_format || asked(name) {
-            measure(name, format, &levels)?;
+            measure(name, format, &levels, &rows)?;
         }
     }
     Ok(())
@@ -75,14 +81,19 @@ fn load(level: CpuLevel, name: &str, matrix: &OwnedMatrix) -> Result<Loaded, Box
     Ok(Loaded { level, backend, weights })
 }
 
-fn measure(name: &str, format: WeightFormat, levels: &[CpuLevel]) -> Result<(), Box<dyn std::error::Error>> {
+fn measure(
+    name: &str,
+    format: WeightFormat,
+    levels: &[CpuLevel],
+    rows: &[usize],
+) -> Result<(), Box<dyn std::error::Error>> {
     let probe = ReadProbe::new(SIZE_BYTES)?;
     let matrix = OwnedMatrix::random(format, SHAPE, 0.02, 1)?;
     let mut loaded = Vec::new();
     for level in levels {
         loaded.push(load(*level, name, &matrix)?);
     }
-    for rows in [1, 2, 3, 4, 6, 8, 12, 16, 32, 128, 512] {
+    for &rows in rows {
         let mut tensors = Vec::new();
         for Loaded { backend, .. } in &mut loaded {
             let x = backend.alloc("x", ElementType::F32, rows * SHAPE[1])?.tensor(rows, SHAPE[1]);

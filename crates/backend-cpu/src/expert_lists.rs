@@ -1,9 +1,9 @@
 //! Which tokens go to which expert: the batch seen from the experts, so that each distinct one is read once.
 //!
-//! `unsafe`: reads the batch's expert ids.
+//! `unsafe`: reads the batch's expert ids and weights.
 #![allow(unsafe_code)]
 
-use crate::memory::Integers;
+use crate::memory::{Floats, Integers};
 use moellon_ops::{Error, Result};
 use std::ops::Range;
 
@@ -16,6 +16,8 @@ pub(crate) struct ExpertLists {
     pairs: Vec<u32>,
     /// The same choices as tokens.
     tokens: Vec<u32>,
+    /// Weights of the same choices, once they were gathered.
+    weights: Vec<f32>,
     /// Experts with at least one row, ascending.
     active: Vec<u32>,
 }
@@ -59,6 +61,21 @@ impl ExpertLists {
         self.starts.rotate_right(1);
         self.starts[0] = 0;
         Ok(())
+    }
+
+    /// Puts the weights of all choices (`[num_tokens, top_k]`) in the order of the lists.
+    pub(crate) fn gather_weights(&mut self, weights: &Floats) {
+        let top_k = weights.cols;
+        self.weights.clear();
+        // SAFETY: nothing runs beside this.
+        self.weights.extend(
+            self.pairs.iter().map(|pair| unsafe { weights.row(*pair as usize / top_k)[*pair as usize % top_k] }),
+        );
+    }
+
+    /// Weights of an expert's choices, which were gathered, in the order of [`ExpertLists::pairs`].
+    pub(crate) fn weights(&self, expert: usize) -> &[f32] {
+        &self.weights[self.places(expert)]
     }
 
     /// Experts with rows, ascending.

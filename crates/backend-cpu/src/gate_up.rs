@@ -127,10 +127,10 @@ fn tiles_with_room<const ROOM: usize>(
                 [(&gate_product, gate, &gate_rows, &mut gated), (&up_product, up, &up_rows, &mut upped)]
             {
                 product.run(rows, tile, streams, &mut |t, i, values| {
-                    let values_out = &mut out[t * count + i];
-                    *values_out = *values;
+                    let values_out = &mut out[t * count + i..][..values.len()];
+                    values_out.copy_from_slice(values);
                     if let Some(bias) = half.bias {
-                        bias.add_to(matrix, tile(t), values_out);
+                        values_out.iter_mut().for_each(|values| bias.add_to(matrix, tile(t), values));
                     }
                 });
             }

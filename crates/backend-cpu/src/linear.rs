@@ -8,6 +8,7 @@ use crate::layout::TILE_ROWS;
 use crate::memory::Floats;
 use crate::prepare::RowSource;
 use crate::product::multiply;
+use crate::weights::Bias;
 use crate::work::{Item, tile_cost};
 use moellon_ops::{Linear, Result};
 
@@ -30,6 +31,28 @@ pub(crate) unsafe fn write_tile(
         // A constant length: two or four stores.
         Ok(part) => *part = *values,
         Err(_) => part.copy_from_slice(&values[..count]),
+    }
+}
+
+/// [`write_tile`] for rows from `first_row` on, with the bias of matrix `matrix`, if there is one.
+///
+/// # Safety
+/// As [`write_tile`].
+pub(crate) unsafe fn write_rows(
+    out: &Floats,
+    first_row: usize,
+    [first_col, num_cols]: [usize; 2],
+    tile: usize,
+    values: &[[f32; TILE_ROWS]],
+    (bias, matrix): (Option<&Bias>, usize),
+) {
+    for (row, values) in (first_row..).zip(values) {
+        let mut values = *values;
+        if let Some(bias) = bias {
+            bias.add_to(matrix, tile, &mut values);
+        }
+        // SAFETY: the caller's promise.
+        unsafe { write_tile(out, row, first_col, num_cols, tile, &values) };
     }
 }
 
@@ -61,13 +84,9 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &Linear<'_>) -> Result<()> {
             // SAFETY: filled before the barrier.
             let rows = unsafe { prepared.rows(form(part)) };
             let packed = &loaded.packed;
-            multiply(level, mode, (&packed.bytes, &packed.map), 0, tiles, &rows, |tile, row, values| {
-                let mut values = *values;
-                if let Some(bias) = &loaded.bias {
-                    bias.add_to(0, tile, &mut values);
-                }
+            multiply(level, mode, (&packed.bytes, &packed.map), 0, tiles, &rows, |tile, first, values| {
                 // SAFETY: tiles are shared out, and parts have different outputs.
-                unsafe { write_tile(&out, row, 0, packed.map.rows, tile, &values) };
+                unsafe { write_rows(&out, first, [0, packed.map.rows], tile, values, (loaded.bias.as_ref(), 0)) };
             });
         });
     });

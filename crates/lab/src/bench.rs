@@ -46,6 +46,9 @@ const COUNTED_STEPS: usize = 64;
 /// How long a device with memory of its own runs steps before any counts: behind Vulkan an idle GPU has a fraction of its clock, and goes
 /// back to all of it only after a while.
 const DEVICE_WARM_UP: Duration = Duration::from_secs(2);
+/// Steps after every measurement of bandwidth that are timed but do not count: it goes through all of memory several times, and a
+/// decode follows a step, not that ([`DecodeResult::step_ms_by_place`] has what they take).
+const WARM_STEPS: usize = 2;
 /// Steps whose operations are timed and counted one by one.
 const PROFILED_STEPS: u64 = 8;
 
@@ -110,6 +113,10 @@ pub struct DecodeResult {
     /// First and third quartile of the windows.
     #[serde(default)]
     pub step_ms_quartiles: [f64; 2],
+    /// Milliseconds of the first step after a measurement of bandwidth, of the second, .., each the median of the windows. The first
+    /// two are not in any other number here. Empty in older receipts, where they were.
+    #[serde(default)]
+    pub step_ms_by_place: Vec<f64>,
     /// Bytes that a step must move: each distinct expert once.
     pub bytes_per_step: u64,
     /// Bytes over time.
@@ -248,20 +255,26 @@ impl Bench<'_> {
             step(self.decoder, self.backend)?;
         }
         let (mut samples, mut steals, mut bandwidths, mut discarded) = (Vec::new(), Vec::new(), Vec::new(), 0);
+        let mut by_place = vec![Vec::new(); WARM_STEPS + plan.steps];
         while samples.len() < plan.windows && discarded < 4 * plan.windows {
             let read = self.read()?;
             let steal = StealClock::start();
-            let started = Instant::now();
-            for _ in 0..plan.steps {
+            let mut times = Vec::with_capacity(by_place.len());
+            for _ in 0..by_place.len() {
+                let started = Instant::now();
                 step(self.decoder, self.backend)?;
+                times.push(started.elapsed().as_secs_f64());
             }
-            let elapsed = started.elapsed().as_secs_f64() / plan.steps as f64;
+            let elapsed = times[WARM_STEPS..].iter().sum::<f64>() / plan.steps as f64;
             let stolen = steal.steal_percent().max(read.steal_percent);
             if stolen > STEAL_LIMIT_PERCENT {
                 discarded += 1;
                 continue;
             }
             samples.push(elapsed);
+            for (place, time) in by_place.iter_mut().zip(times) {
+                place.push(time * 1e3);
+            }
             steals.push(stolen);
             bandwidths.push(read.gb_per_s);
         }
@@ -293,6 +306,7 @@ impl Bench<'_> {
             decode_tok_s: batch as f64 / seconds,
             step_ms: seconds * 1e3,
             step_ms_quartiles: [quantile(&samples, 0.25) * 1e3, quantile(&samples, 0.75) * 1e3],
+            step_ms_by_place: by_place.iter().map(|times| median(times)).collect(),
             bytes_per_step: bytes,
             bandwidth_gb_s: bandwidth,
             bandwidth_share: bandwidth / measured,

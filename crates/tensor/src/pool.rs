@@ -22,7 +22,7 @@ use std::cell::{Cell, UnsafeCell};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -95,6 +95,10 @@ pub struct Pool {
     steps: AtomicU64,
 }
 
+/// The processors that this process might use before a thread of it was kept on one: what such a thread sees is that one, and so
+/// do threads that it starts.
+static BEFORE_PINNING: OnceLock<Processors> = OnceLock::new();
+
 thread_local! {
     /// Whether this thread is inside a region: a nested one could never start.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
@@ -145,8 +149,11 @@ impl Pool {
                 std::thread::Builder::new()
                     .name(format!("moellon-{index}"))
                     .spawn(move || {
-                        if let Some(cpu) = cpu {
-                            pin_current_thread(cpu);
+                        match (cpu, BEFORE_PINNING.get()) {
+                            (Some(cpu), _) => keep_current_thread_on(&[cpu]),
+                            // The caller may be kept on a core; this thread is not.
+                            (None, Some(before)) => keep_current_thread_on(&before.allowed),
+                            (None, None) => {}
                         }
                         worker(&shared, index);
                     })
@@ -230,7 +237,8 @@ impl Pool {
     /// would inherit its one core.
     pub fn pin_caller(&self) {
         if self.pin && !PINNED.replace(true) && !is_main_thread() {
-            pin_current_thread(self.cpus[0]);
+            BEFORE_PINNING.get_or_init(Processors::now);
+            keep_current_thread_on(&self.cpus[..1]);
         }
     }
 
@@ -402,18 +410,34 @@ pub fn partition(total: usize, parts: usize, index: usize, granularity: usize) -
     at(index)..at(index + 1)
 }
 
+/// Processors that this process may use.
+struct Processors {
+    /// All of them; empty where the system does not say.
+    allowed: Vec<usize>,
+    /// One a physical core, no more than the CPU quota.
+    cores: Vec<usize>,
+}
+
+impl Processors {
+    /// As the current thread sees them.
+    fn now() -> Self {
+        let quota = std::thread::available_parallelism().map_or(1, usize::from);
+        let allowed = allowed_cpus().unwrap_or_default();
+        let all = if allowed.is_empty() { (0..quota).collect() } else { allowed.clone() };
+        let mut cores = all.clone();
+        // Two threads of one core share its load ports and caches: the second adds no bandwidth.
+        cores.retain(|cpu| match first_sibling(*cpu) {
+            Some(first) => first == *cpu || !all.contains(&first),
+            None => true,
+        });
+        cores.truncate(quota.max(1));
+        Processors { allowed, cores: if cores.is_empty() { vec![0] } else { cores } }
+    }
+}
+
 /// The processors this process may use, one a physical core, no more than its CPU quota.
 pub fn available_cores() -> Vec<usize> {
-    let quota = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut cpus = allowed_cpus().unwrap_or_else(|| (0..quota).collect());
-    let all = cpus.clone();
-    // Two threads of one core share its load ports and caches: the second adds no bandwidth.
-    cpus.retain(|cpu| match first_sibling(*cpu) {
-        Some(first) => first == *cpu || !all.contains(&first),
-        None => true,
-    });
-    cpus.truncate(quota.max(1));
-    if cpus.is_empty() { vec![0] } else { cpus }
+    BEFORE_PINNING.get().map_or_else(|| Processors::now().cores, |before| before.cores.clone())
 }
 
 /// The first hardware thread of the core of `cpu`.
@@ -439,19 +463,21 @@ fn allowed_cpus() -> Option<Vec<usize>> {
     None
 }
 
-/// Keeps the current thread on `cpu`, where the system can; a refusal costs speed only.
+/// Keeps the current thread on `cpus`, where the system can; a refusal costs speed only.
 #[cfg(target_os = "linux")]
-fn pin_current_thread(cpu: usize) {
+fn keep_current_thread_on(cpus: &[usize]) {
     // SAFETY: an all-zero cpu_set_t is a valid empty set.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    // SAFETY: `cpu` came out of a set of the same size.
-    unsafe { libc::CPU_SET(cpu, &mut set) };
+    for cpu in cpus {
+        // SAFETY: `cpu` came out of a set of the same size.
+        unsafe { libc::CPU_SET(*cpu, &mut set) };
+    }
     // SAFETY: `set` is valid for reads of the size given.
     unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set) };
 }
 
 #[cfg(not(target_os = "linux"))]
-fn pin_current_thread(_cpu: usize) {}
+fn keep_current_thread_on(_cpus: &[usize]) {}
 
 /// Whether this is the thread that the process started with.
 #[cfg(target_os = "linux")]

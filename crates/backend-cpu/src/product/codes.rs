@@ -11,6 +11,8 @@ pub(super) trait Codes {
     const FULL_BYTE: bool;
     /// Steps of four columns whose sums [`Simd::dot4_pairs`] holds: 1, 2, 4 or 8.
     const STEPS: usize;
+    /// [`crate::simd::Kernel::LOOKS_UP`]
+    const LOOKS_UP: bool = false;
     /// Whether tiles were expanded: one operand a byte, scales in f32.
     const WIDE: bool = false;
 
@@ -118,12 +120,17 @@ impl Codes for E2m1 {
     const FULL_BYTE: bool = false;
     // 254 * 4 * 24 < 2^15.
     const STEPS: usize = 4;
+    const LOOKS_UP: bool = true;
 
     #[inline(always)]
     unsafe fn operand<S: Simd, const M: usize>(s: S, block: *const u8) -> S::I {
+        let [Some(CodePart { line, shift, .. }), None] = (const { Parts::<4, M>::ALL }) else {
+            unreachable!("codes of 4 bits stand whole in a byte")
+        };
         // SAFETY: the caller's promise.
-        let codes = unsafe { codes::<S, 4, M>(s, block) };
-        s.look_up(s.load_table(&E2M1_OPERANDS), codes)
+        let line = unsafe { s.load_i(block.add(line * LINE_BYTES)) };
+        let moved = if shift == 0 { line } else { s.shr(line, shift as u32) };
+        s.look_up_low(s.load_table(&E2M1_OPERANDS), moved)
     }
 }
 
@@ -146,7 +153,7 @@ pub(super) fn prefetch_line<S: Simd, C: Codes, const T: usize, const M: usize>(s
     // Expanded tiles are in the nearest cache.
     if M < C::LINES && !C::WIDE {
         for block in at {
-            super::fetch_ahead(s, block.wrapping_add(M * LINE_BYTES));
+            super::fetch_ahead::<S, T>(s, block.wrapping_add(M * LINE_BYTES));
         }
     }
 }

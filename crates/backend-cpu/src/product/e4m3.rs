@@ -29,7 +29,7 @@ unsafe fn add_lines<S: Simd, const T: usize, const R: usize>(
     unsafe {
         for _ in 0..lines {
             for t in 0..T {
-                fetch_ahead(s, at[t]);
+                fetch_ahead::<S, T>(s, at[t]);
                 let line = s.load_i(at[t]);
                 at[t] = at[t].add(LINE_BYTES);
                 for j in 0..LINE_COLS {
@@ -104,7 +104,7 @@ impl TileKernel for E4m3 {
                     }
                     block += count;
                     for t in 0..T {
-                        fetch_ahead(s, at[t]);
+                        fetch_ahead::<S, T>(s, at[t]);
                         at[t] = at[t].add(layout.record_scale_bytes);
                     }
                 }

@@ -151,7 +151,7 @@ impl Product<'_> {
         rows: &Rows<'_>,
         streams: usize,
         tiles: [*const u8; MAX_STREAMS],
-        sink: &mut impl FnMut(usize, usize, &[f32; TILE_ROWS]),
+        sink: &mut impl FnMut(usize, usize, &[[f32; TILE_ROWS]]),
     ) -> usize {
         assert!(rows.ids.len() <= ROW_BLOCK && streams <= STREAMS);
         let group_rows = if expansion == Expansion::Amx { rows.ids.len() } else { WIDE_ROWS };
@@ -182,11 +182,13 @@ impl Product<'_> {
                 _ => self.multiply_wide(&rows, streams, parts, blocks, out),
             }
         }
+        // Row by row: outputs of many rows stand whole pages apart, and those of one tile share a set of the nearest cache. A prompt's
+        // attention products took 130 ms so and 150 to 180 ms tile by tile.
         for i in 0..count {
             for t in 0..streams {
                 let at = (i / group_rows * streams + t) * group_room + i % group_rows;
                 // SAFETY: kernels wrote the results of every group.
-                sink(t, i, unsafe { &*out.add(at) });
+                sink(t, i, unsafe { std::slice::from_ref(&*out.add(at)) });
             }
         }
         count

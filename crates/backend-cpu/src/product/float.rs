@@ -25,7 +25,7 @@ macro_rules! float_kernel {
                     for line in 0..args.layout.padded_cols() / $columns {
                         for t in 0..T {
                             let $at = args.tiles[t].add(line * LINE_BYTES);
-                            fetch_ahead($s, $at);
+                            fetch_ahead::<S, T>($s, $at);
                             let weights: [S::F; $columns] = $decode;
                             for j in 0..$columns {
                                 for r in 0..R {

@@ -282,6 +282,7 @@ unsafe fn row_parts<const R: usize>(args: &TileArgs<'_>, int8: &Int8Layout) -> R
 impl<C: Codes> TileKernel for Grouped<C> {
     const BYTE_DOTS: bool = true;
     const WIDE_DOTS: bool = C::WIDE;
+    const LOOKS_UP: bool = C::LOOKS_UP;
 
     #[inline(always)]
     unsafe fn run<S: Simd, const T: usize, const R: usize>(s: S, args: &TileArgs<'_>) {
@@ -327,7 +328,7 @@ impl<C: Codes> TileKernel for Grouped<C> {
                     let (scale, offset) = if C::WIDE {
                         (s.load(at[t].cast()), s.load(at[t].add(LINE_BYTES).cast()))
                     } else {
-                        fetch_ahead(s, at[t]);
+                        fetch_ahead::<S, T>(s, at[t]);
                         (
                             load_scales(s, layout.scale_dtype, at[t]),
                             load_scales(s, layout.scale_dtype, at[t].add(offsets_at)),
@@ -348,6 +349,7 @@ impl<C: Codes> TileKernel for Grouped<C> {
 impl<C: Codes> TileKernel for Mxfp4<C> {
     const BYTE_DOTS: bool = true;
     const WIDE_DOTS: bool = C::WIDE;
+    const LOOKS_UP: bool = C::LOOKS_UP;
 
     #[inline(always)]
     unsafe fn run<S: Simd, const T: usize, const R: usize>(s: S, args: &TileArgs<'_>) {
@@ -395,7 +397,7 @@ impl<C: Codes> TileKernel for Mxfp4<C> {
                     if C::WIDE {
                         at[t] = at[t].add(count * LINE_BYTES);
                     } else {
-                        fetch_ahead(s, at[t]);
+                        fetch_ahead::<S, T>(s, at[t]);
                         at[t] = at[t].add(layout.record_scale_bytes);
                     }
                 }
@@ -408,6 +410,7 @@ impl<C: Codes> TileKernel for Mxfp4<C> {
 impl<C: Codes> TileKernel for Nvfp4<C> {
     const BYTE_DOTS: bool = true;
     const WIDE_DOTS: bool = C::WIDE;
+    const LOOKS_UP: bool = C::LOOKS_UP;
 
     #[inline(always)]
     unsafe fn run<S: Simd, const T: usize, const R: usize>(s: S, args: &TileArgs<'_>) {
@@ -465,7 +468,7 @@ impl<C: Codes> TileKernel for Nvfp4<C> {
                     if C::WIDE {
                         at[t] = at[t].add(count * 2 * LINE_BYTES);
                     } else {
-                        fetch_ahead(s, at[t]);
+                        fetch_ahead::<S, T>(s, at[t]);
                         at[t] = at[t].add(layout.record_scale_bytes);
                     }
                 }

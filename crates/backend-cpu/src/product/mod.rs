@@ -48,6 +48,8 @@ const PREFETCH_BYTES: usize = 512;
 /// And into the next one: the nearest cache has room for too few lines on their way to hide what memory takes (the commit that brought
 /// it has steps with both and with one fetch 2 KiB ahead).
 const PREFETCH_FAR_BYTES: usize = 2048;
+/// Where a kernel reads one stream alone (eight rows): 2 KiB of one stream are fewer lines than memory has on their way.
+const PREFETCH_FAR_ALONE_BYTES: usize = 8192;
 
 /// The form in which a kernel reads activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,6 +124,8 @@ trait TileKernel {
     /// [`Kernel::WIDE_DOTS`]
     #[cfg_attr(not(target_arch = "aarch64"), allow(dead_code, reason = "levels that care are of AArch64"))]
     const WIDE_DOTS: bool = false;
+    /// [`Kernel::LOOKS_UP`]
+    const LOOKS_UP: bool = false;
 
     /// # Safety
     /// `args` holds `T` whole tiles of the layout, `R` rows in the kernel's form and room for `T * R * 16` floats.
@@ -135,6 +139,7 @@ impl<B: TileKernel, const T: usize, const R: usize> Kernel for Sized<B, T, R> {
 
     const BYTE_DOTS: bool = B::BYTE_DOTS;
     const WIDE_DOTS: bool = B::WIDE_DOTS;
+    const LOOKS_UP: bool = B::LOOKS_UP;
 
     #[inline(always)]
     unsafe fn run<S: Simd>(s: S, args: &TileArgs<'static>) {
@@ -228,8 +233,8 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// Multiplies tiles `tiles` of matrix `matrix` with `rows` and hands every result to `sink(tile, i, values)`: 16 outputs
-/// of row `rows.ids()[i]`.
+/// Multiplies tiles `tiles` of matrix `matrix` with `rows` and hands all results to `sink(tile, i, values)`: 16 outputs each of the
+/// rows `rows.ids()[i..i + values.len()]`.
 ///
 /// # Panics
 /// If tiles, rows or their layouts do not fit each other.
@@ -240,7 +245,7 @@ pub(crate) fn multiply(
     matrix: usize,
     tiles: Range<usize>,
     rows: &Rows<'_>,
-    mut sink: impl FnMut(usize, usize, &[f32; TILE_ROWS]),
+    mut sink: impl FnMut(usize, usize, &[[f32; TILE_ROWS]]),
 ) {
     let product = Product::new(level, mode, weights, matrix, tiles.clone(), rows);
     #[cfg(target_arch = "x86_64")]
@@ -356,14 +361,15 @@ impl<'a> Product<'a> {
     }
 
     /// Multiplies tiles `tile(0..streams)` with all of `rows` (up to [`ROW_BLOCK`] of those that [`Product::new`] saw, or
-    /// others of the same buffer; `streams` is [`Product::max_streams`] of their number, or less) and hands `sink(t, i, values)` the results of tile `tile(t)` and row `rows.ids()[i]`.
+    /// others of the same buffer; `streams` is [`Product::max_streams`] of their number, or less) and hands `sink(t, i, values)` the
+    /// results of tile `tile(t)` and rows `rows.ids()[i..i + values.len()]`, as often as it takes.
     #[inline]
     pub(crate) fn run(
         &self,
         rows: &Rows<'_>,
         tile: impl Fn(usize) -> usize,
         streams: usize,
-        sink: &mut impl FnMut(usize, usize, &[f32; TILE_ROWS]),
+        sink: &mut impl FnMut(usize, usize, &[[f32; TILE_ROWS]]),
     ) {
         let layout = &self.map.layout;
         let max_rows = match self.streams() {
@@ -404,10 +410,9 @@ impl<'a> Product<'a> {
             // `out` has room for the largest kernel.
             unsafe { self.dispatch(streams, count, &args) };
             for t in 0..streams {
-                for r in 0..count {
-                    // SAFETY: the kernel wrote `streams * count` results.
-                    sink(t, done + r, unsafe { &*args.out.cast::<[f32; TILE_ROWS]>().add(t * count + r) });
-                }
+                let first = args.out.cast::<[f32; TILE_ROWS]>().wrapping_add(t * count);
+                // SAFETY: the kernel wrote `streams * count` results.
+                sink(t, done, unsafe { std::slice::from_raw_parts(first, count) });
             }
             done += count;
         }
@@ -433,7 +438,11 @@ impl<'a> Product<'a> {
     /// How many tiles to read at once when `num_rows` rows are multiplied.
     pub(crate) fn max_streams(&self, num_rows: usize) -> usize {
         match self.expansion(num_rows) {
-            Expansion::Packed => streams_for(self.streams(), num_rows).max(1),
+            // Five to seven rows are four and the rest, each in a pass of its own (`run`).
+            Expansion::Packed => match num_rows {
+                5..=7 => streams_for(self.streams(), 4).max(1),
+                _ => streams_for(self.streams(), num_rows).max(1),
+            },
             Expansion::Wide | Expansion::Amx => {
                 expanded::STREAMS.min(streams_for(self.level.streams(), expanded::WIDE_ROWS))
             }
@@ -481,11 +490,11 @@ impl<'a> Product<'a> {
     }
 }
 
-/// Fetches what a stream that is at `at` reads soon.
+/// Fetches what one of `T` streams, which is at `at`, reads soon.
 #[inline(always)]
-fn fetch_ahead<S: Simd>(s: S, at: *const u8) {
+fn fetch_ahead<S: Simd, const T: usize>(s: S, at: *const u8) {
     s.prefetch(at.wrapping_add(PREFETCH_BYTES));
-    s.prefetch_far(at.wrapping_add(PREFETCH_FAR_BYTES));
+    s.prefetch_far(at.wrapping_add(if T == 1 { PREFETCH_FAR_ALONE_BYTES } else { PREFETCH_FAR_BYTES }));
 }
 
 /// Writes the accumulators times the global scale.

@@ -81,8 +81,10 @@ fn products(
         0,
         0..packed.map.tiles,
         &prepared.rows(ids),
-        |tile, i, values| {
-            out[i][tile * TILE_ROWS..][..TILE_ROWS].copy_from_slice(values);
+        |tile, first, rows| {
+            for (out, values) in out[first..].iter_mut().zip(rows) {
+                out[tile * TILE_ROWS..][..TILE_ROWS].copy_from_slice(values);
+            }
         },
     );
     out.iter_mut().for_each(|row| row.truncate(packed.map.rows));

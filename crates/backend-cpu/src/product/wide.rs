@@ -2,7 +2,8 @@
 //! every four rows. A part of a tile at a time, small enough to stay in the nearest cache; sums go on from part to part.
 //! The numbers and their order are those of the packed tile, so results are the same bits.
 
-use super::codes::{Codes, prefetch_line};
+use super::codes::Codes;
+use super::expanded::STREAMS;
 use super::{fetch_ahead, load_e8m0, load_scales, nvfp4_scales};
 use crate::layout::{Coding, LINE_BYTES, TILE_ROWS, TileLayout};
 use crate::simd::{Kernel, Simd};
@@ -35,6 +36,7 @@ impl<C: Codes> Kernel for Expand<C> {
     type Args = ExpandArgs<'static>;
 
     const WIDE_DOTS: bool = true;
+    const LOOKS_UP: bool = C::LOOKS_UP;
 
     #[inline(always)]
     unsafe fn run<S: Simd>(s: S, args: &ExpandArgs<'static>) {
@@ -49,7 +51,7 @@ impl<C: Codes> Kernel for Expand<C> {
                     at = at.add(C::LINES * LINE_BYTES);
                     to = to.add(8 * LINE_BYTES);
                 }
-                fetch_ahead(s, at);
+                fetch_ahead::<S, STREAMS>(s, at);
                 let lines = match layout.coding {
                     Coding::Affine { .. } => 2,
                     Coding::Mxfp4 => count,
@@ -77,6 +79,14 @@ impl<C: Codes> Kernel for Expand<C> {
     }
 }
 
+/// Fetches line `M` of what comes after `block`, if blocks have so many lines.
+#[inline(always)]
+fn fetch_line<S: Simd, C: Codes, const M: usize>(s: S, block: *const u8) {
+    if M < C::LINES {
+        fetch_ahead::<S, STREAMS>(s, block.wrapping_add(M * LINE_BYTES));
+    }
+}
+
 /// The eight operands of a block.
 ///
 /// # Safety
@@ -86,7 +96,7 @@ unsafe fn store_block<S: Simd, C: Codes>(s: S, block: *const u8, to: *mut u8) {
     macro_rules! store {
         ($($m:literal)+) => {
             $(
-                prefetch_line::<S, C, 1, $m>(s, &[block]);
+                fetch_line::<S, C, $m>(s, block);
                 s.store(s.cast_to_f(C::operand::<S, $m>(s, block)), to.add($m * LINE_BYTES).cast());
             )+
         };
@@ -94,8 +104,8 @@ unsafe fn store_block<S: Simd, C: Codes>(s: S, block: *const u8, to: *mut u8) {
     macro_rules! store_eights {
         ($($low:literal $high:literal)+) => {
             $(
-                prefetch_line::<S, C, 1, $low>(s, &[block]);
-                prefetch_line::<S, C, 1, $high>(s, &[block]);
+                fetch_line::<S, C, $low>(s, block);
+                fetch_line::<S, C, $high>(s, block);
                 let (low, high) = (C::operand::<S, $low>(s, block), C::operand::<S, $high>(s, block));
                 s.store_eights(low, high, to.add($low * LINE_BYTES));
             )+

@@ -1,15 +1,15 @@
-//! AVX-512 (F, BW, VL, DQ, VNNI): sixteen lanes are one register. No VBMI is needed: tables have 16 entries (`vpshufb`).
+//! AVX-512 (F, BW, VL, DQ, VNNI): sixteen lanes are one register. VBMI is not needed; where it is, a look-up needs no mask before it.
 
 use super::Simd;
 use std::arch::x86_64::*;
 
-/// The AVX-512 level. A value proves avx512{f,bw,vl,dq,vnni}, avx2, fma and f16c.
+/// The AVX-512 levels. A value proves avx512{f,bw,vl,dq,vnni}, avx2, fma and f16c, and avx512vbmi if `VBMI`.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512 {
+pub(crate) struct Avx512<const VBMI: bool> {
     _proof: (),
 }
 
-impl Avx512 {
+impl<const VBMI: bool> Avx512<VBMI> {
     /// # Safety
     /// The processor has the features named at the type.
     #[inline(always)]
@@ -26,7 +26,7 @@ macro_rules! intrinsic {
     };
 }
 
-impl Simd for Avx512 {
+impl<const VBMI: bool> Simd for Avx512<VBMI> {
     type F = __m512;
     type I = __m512i;
     type Pairs = __m512i;
@@ -230,6 +230,15 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn look_up(self, table: __m512i, bytes: __m512i) -> __m512i {
         intrinsic!(_mm512_shuffle_epi8(table, bytes))
+    }
+
+    #[inline(always)]
+    fn look_up_low(self, table: __m512i, bytes: __m512i) -> __m512i {
+        if VBMI {
+            // By six bits, and the table is there four times.
+            return intrinsic!(_mm512_permutexvar_epi8(bytes, table));
+        }
+        self.look_up(table, self.and(bytes, self.splat_i(0x0f0f_0f0f)))
     }
 
     #[inline(always)]

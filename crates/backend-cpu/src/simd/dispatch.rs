@@ -26,7 +26,7 @@ pub enum CpuLevel {
     Avx2Vnni,
     /// AVX-512 F, BW, VL, DQ and VNNI (Cascade Lake, Zen 4 and later).
     Avx512Vnni,
-    /// The same and AMX tiles of bytes, which many rows are multiplied with (Sapphire Rapids and later).
+    /// The same, VBMI, and AMX tiles of bytes, which many rows are multiplied with (Sapphire Rapids and later).
     Avx512Amx,
 }
 
@@ -77,7 +77,11 @@ impl CpuLevel {
                         && is_x86_feature_detected!("avx512dq")
                         && is_x86_feature_detected!("avx512vnni")
                 }
-                CpuLevel::Avx512Amx => CpuLevel::Avx512Vnni.is_available() && super::amx::is_available(),
+                CpuLevel::Avx512Amx => {
+                    CpuLevel::Avx512Vnni.is_available()
+                        && is_x86_feature_detected!("avx512vbmi")
+                        && super::amx::is_available()
+                }
             }
         }
         #[cfg(target_arch = "aarch64")]
@@ -128,6 +132,10 @@ pub(crate) trait Kernel {
     #[cfg_attr(not(target_arch = "aarch64"), allow(dead_code, reason = "levels that care are of AArch64"))]
     const WIDE_DOTS: bool = false;
 
+    /// Whether it looks up codes in tables, for the same reason.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "levels that care are of x86-64"))]
+    const LOOKS_UP: bool = false;
+
     /// Runs it. Implementations are `#[inline(always)]`.
     ///
     /// # Safety
@@ -158,6 +166,8 @@ enum Available {
     Avx2Vnni,
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vbmi,
 }
 
 impl Level {
@@ -179,7 +189,9 @@ impl Level {
             #[cfg(target_arch = "x86_64")]
             CpuLevel::Avx2Vnni => Some(Available::Avx2Vnni),
             #[cfg(target_arch = "x86_64")]
-            CpuLevel::Avx512Vnni | CpuLevel::Avx512Amx => Some(Available::Avx512Vnni),
+            CpuLevel::Avx512Vnni => Some(Available::Avx512Vnni),
+            #[cfg(target_arch = "x86_64")]
+            CpuLevel::Avx512Amx => Some(Available::Avx512Vbmi),
             #[cfg(not(target_arch = "aarch64"))]
             CpuLevel::Neon | CpuLevel::NeonDotprod | CpuLevel::NeonI8mm => None,
             #[cfg(not(target_arch = "x86_64"))]
@@ -202,7 +214,7 @@ impl Level {
             #[cfg(target_arch = "x86_64")]
             Available::Avx2 | Available::Avx2Vnni => Avx2::<false>::STREAMS,
             #[cfg(target_arch = "x86_64")]
-            Available::Avx512Vnni => Avx512::STREAMS,
+            Available::Avx512Vnni | Available::Avx512Vbmi => Avx512::<false>::STREAMS,
         }
     }
 
@@ -267,6 +279,14 @@ impl Level {
                 }
                 #[cfg(target_arch = "x86_64")]
                 Available::Avx512Vnni => run_avx512_vnni::<K>(args),
+                #[cfg(target_arch = "x86_64")]
+                Available::Avx512Vbmi => {
+                    if const { K::LOOKS_UP } {
+                        run_avx512_vbmi::<K>(args);
+                    } else {
+                        run_avx512_vnni::<K>(args);
+                    }
+                }
             }
         }
     }
@@ -304,7 +324,16 @@ unsafe fn run_avx2_vnni<K: Kernel>(args: &K::Args) {
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
 unsafe fn run_avx512_vnni<K: Kernel>(args: &K::Args) {
     // SAFETY: the caller's promise.
-    unsafe { K::run(Avx512::new(), args) }
+    unsafe { K::run(Avx512::<false>::new(), args) }
+}
+
+/// # Safety
+/// The processor has the features; `args` is what `K` asks for.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi")]
+unsafe fn run_avx512_vbmi<K: Kernel>(args: &K::Args) {
+    // SAFETY: the caller's promise.
+    unsafe { K::run(Avx512::<true>::new(), args) }
 }
 
 /// # Safety

@@ -171,6 +171,11 @@ pub(crate) trait Simd: Copy {
     fn dot4_u7(self, acc: Self::I, a: Self::I, b: Self::I) -> Self::I;
     /// The same for any unsigned byte.
     fn dot4_u8(self, acc: Self::I, a: Self::I, b: Self::I) -> Self::I;
+    /// [`Simd::look_up`] of the low four bits of each byte, whatever the others are.
+    #[inline(always)]
+    fn look_up_low(self, table: Self::I, bytes: Self::I) -> Self::I {
+        self.look_up(table, self.and(bytes, self.splat_i(0x0f0f_0f0f)))
+    }
     /// Starts sums that [`Simd::close_pairs`] adds to `acc`.
     fn open_pairs(self, acc: Self::I) -> Self::Pairs;
     /// [`Simd::dot4_u7`] onto `pairs`. Exact as long as `254 * steps * (largest byte of any a)` stays below 2^15, counting

@@ -215,3 +215,26 @@ fn steps_are_counted_towards_the_probe_and_may_be_begun_and_ended_apart() {
     }
     assert_eq!(pool.shared.active.0.load(Ordering::Relaxed), 0);
 }
+
+#[test]
+fn a_thread_on_one_core_starts_pools_on_all_of_them() {
+    let cores = available_cores();
+    std::thread::spawn(move || {
+        let first = Pool::new(PoolOptions { threads: None, pin: true });
+        first.pin_caller();
+        assert_eq!(available_cores(), cores);
+        assert_eq!(Pool::new(PoolOptions { threads: None, pin: true }).num_threads(), first.num_threads());
+        // And a worker that is not kept on a core may use any.
+        let allowed = Mutex::new(Vec::new());
+        Pool::new(PoolOptions { threads: Some(2), pin: false }).run(|index, _| {
+            if index == 1 {
+                *allowed.lock().unwrap() = allowed_cpus().unwrap_or_default();
+            }
+        });
+        let mut allowed = allowed.into_inner().unwrap();
+        allowed.retain(|cpu| cores.contains(cpu));
+        assert!(allowed == cores || allowed_cpus().is_none(), "{allowed:?} of {cores:?}");
+    })
+    .join()
+    .unwrap();
+}
