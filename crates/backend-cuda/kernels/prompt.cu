@@ -1,15 +1,14 @@
 // Products of many rows on Hopper: the tensor cores' own instruction (wgmma) over weights in registers and digits in shared memory.
 //
-// A block has 64 rows of activations and 64 rows of weights for each of three warpgroups that multiply. One warp more copies, several pieces of
-// 64 columns ahead. A warp takes the codes of its own 16 rows apart, which are then the instruction's first operand as they are; the digits of
-// the 64 rows are the second. While the sums of 32 rows become floats, those of the other 32 are on their way through the tensor cores.
+// A block has 64 rows of activations and 64 rows of weights for each of three warpgroups that multiply. One thread more copies digits, several
+// pieces of 64 columns ahead; a warp copies the weights of its own 16 rows and takes their codes apart, which are then the instruction's first
+// operand as they are. While the sums of one warpgroup become floats, those of the others are on their way through the tensor cores.
 //
 // The result has the bits of the kernels for few rows: the same integer sums of 64 columns, the same steps from them to a float, in the
 // same order. Only on GPUs with wgmma (sm_90a); others have `gemm_*` of matmul.cu.
 #include "product.cuh"
 
 #define TOKENS 64
-#define HALF 32
 #define CONSUMERS 3  // warpgroups that multiply
 #define THREADS (128 * CONSUMERS + 128)
 #define BLOCKED_BYTES (TOKENS * 136)
@@ -40,19 +39,21 @@ DEVICE Tile tile_of(const Routing& r, u32 experts, u32 index) {
 
 struct BlockArgs { Routing routing; const u8* digits; u8* out; u32 rows, tiles, parts, experts; };
 // Digits in the order in which prompt_* wants them: [head][tile of 64 rows][64 columns][row][high + 128, low + 64], the pieces of 16 bytes of a
-// row swizzled by its number, then {scale, sum} of each row. A warp has rows, a lane a word. Grid: (eights of pieces of 64 columns, tiles of
-// rows as prompt_*, heads).
+// row swizzled by its number, then {scale, sum} of each row. A warp has two rows, a lane a word. Grid: (eights of pieces of 64 columns, each for
+// 16 rows; tiles of rows as prompt_*; heads).
 KERNEL __launch_bounds__(256) block_digits(const __grid_constant__ BlockArgs a) {
   pdl_launch();
   pdl_wait();
   Tile tile = {0, blockIdx.y * TOKENS, a.rows, blockIdx.z};
   if (a.routing.ids) tile = tile_of(a.routing, a.experts, blockIdx.y);
   if (tile.first >= tile.count) return;
-  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, begin = blockIdx.x * 8;
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, begin = blockIdx.x / 4 * 8;
   // Word (digit, t, w) of a row of 64 columns is word t of piece 4 digit + w.
   u32 piece = lane / 16 * 4 + lane % 4, word = lane % 16 / 4 * 4, lower = lane < 16 ? 0 : 0x40404040u;
   u8* to = a.out + (((u64)blockIdx.z * gridDim.y + blockIdx.y) * a.tiles + begin) * BLOCKED_BYTES;
-  for (u32 r = warp; r < TOKENS; r += 8) {
+#pragma unroll
+  for (u32 i = 0; i < 2; i++) {
+    u32 r = blockIdx.x % 4 * 16 + i * 8 + warp;
     // Rows past the end repeat the first one; their results are not stored.
     u32 n = tile.first + r < tile.count ? tile.first + r : tile.first;
     u32 flat = a.routing.ids ? a.routing.sorted[tile.begin + n] : n;
@@ -76,12 +77,15 @@ KERNEL __launch_bounds__(256) block_digits(const __grid_constant__ BlockArgs a) 
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// A stage: digits and what is known about them, as in memory; tiles of weights.
+// Shared memory: stages of digits and what is known about them, as in memory; a kilobyte of ones; for each warp that multiplies a ring of its tiles of
+// weights; what the slices before gave, for each thread.
 template <int F> struct Stage {
   static constexpr u32 TILE = Words<F>::n * 128 + 64;
   static constexpr u32 ABOUT = TOKENS * 128;
-  static constexpr u32 BYTES = (BLOCKED_BYTES + 4 * CONSUMERS * TILE + 1023) / 1024 * 1024;
-  static constexpr u32 COUNT = F == AFFINE8 ? 4 : 8;  // stages: what fits
+  static constexpr u32 BYTES = (BLOCKED_BYTES + 1023) / 1024 * 1024;
+  static constexpr u32 COUNT = 8;
+  static constexpr u32 SLOTS = F == AFFINE8 ? 4 : 8;  // what fits
+  static constexpr u32 ONES = COUNT * BYTES, WEIGHTS = ONES + 1024, TOTALS = WEIGHTS + 4 * CONSUMERS * SLOTS * TILE;
 };
 
 DEVICE void barrier_init(u32 bar, u32 count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory"); }
@@ -95,15 +99,17 @@ DEVICE void barrier_arrive(u32 bar) { asm volatile("mbarrier.arrive.shared::cta.
 DEVICE u64 descriptor(u32 at) { return (u64)(at >> 4 & 0x3fff) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62; }
 
 #define R4(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
-#define SUMS16 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
-// d = a b or d += a b: 64 rows of codes, 32 columns, 32 rows of digits.
-DEVICE void wgmma_first(u32 d[16], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n32k32.s32.u8.u8 " SUMS16 ", {%16,%17,%18,%19}, %20, p; }"
-      : R4(0), R4(4), R4(8), R4(12) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+#define SUMS                                                                                                                              \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
+#define R32 R4(0), R4(4), R4(8), R4(12), R4(16), R4(20), R4(24), R4(28)
+// d = a b or d += a b: 64 rows of codes, 32 columns, 64 rows of digits.
+DEVICE void wgmma_first(u32 d[32], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.u8 " SUMS ", {%32,%33,%34,%35}, %36, p; }"
+      : R32 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
 }
-DEVICE void wgmma_next(u32 d[16], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n32k32.s32.u8.u8 " SUMS16 ", {%16,%17,%18,%19}, %20, 1;"
-      : R4(0), R4(4), R4(8), R4(12) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+DEVICE void wgmma_next(u32 d[32], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.u8 " SUMS ", {%32,%33,%34,%35}, %36, 1;"
+      : R32 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
 }
 // The same for eight columns of ones: sums of codes.
 DEVICE void wgmma_codes(u32 d[4], const u32 o[8], u64 ones) {
@@ -112,13 +118,13 @@ DEVICE void wgmma_codes(u32 d[4], const u32 o[8], u64 ones) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n8k32.s32.u8.u8 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, 1;"
       : R4(0) : "r"(o[2]), "r"(o[6]), "r"(o[3]), "r"(o[7]), "l"(ones));
 }
-DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits until all but the last N groups are done.
-template <int N> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
-DEVICE void done(u32 d[16]) {
+// Waits for products, and keeps what reads their sums behind it.
+DEVICE void wgmma_wait(u32 d[32], u32 e[32], u32 f[4]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-  for (int i = 0; i < 16; i++) asm volatile("" : "+r"(d[i])::"memory");
+  for (int i = 0; i < 32; i++) asm volatile("" : "+r"(d[i]), "+r"(e[i])::"memory");
+#pragma unroll
+  for (int i = 0; i < 4; i++) asm volatile("" : "+r"(f[i])::"memory");
 }
 
 // Digits are not negative here, and so are their sums with codes. The bits of an integer that is not negative and below 2^24 are a float, 2^-149 times
@@ -129,8 +135,65 @@ DEVICE float join_sums(u32 high, u32 low, float less) {
 }
 DEVICE float less_of(u32 codes) { return __uint_as_float(codes) * 1.2676506002282294e30f /* 2^100 */ * (-16448.f * 1048576.f /* 2^20 */); }
 
-// The tile of weights of one warp, taken apart.
-struct Piece { u32 o[8]; uint2 scales; };
+// The thread that copies digits, tile after tile, into stages that all warps have left.
+template <int F> DEVICE void copy_digits(const u8* from, u32 tiles, u32 stages, u32 bar) {
+  typedef Stage<F> S;
+  for (u32 j = 0; j < tiles; j++) {
+    u32 stage = j % S::COUNT, full = bar + 8 * stage;
+    barrier_wait(bar + 8 * (S::COUNT + stage), ~(j / S::COUNT) & 1);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full), "r"(BLOCKED_BYTES) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        ::"r"(stages + stage * S::BYTES), "l"(from), "r"(BLOCKED_BYTES), "r"(full) : "memory");
+    from += BLOCKED_BYTES;
+  }
+}
+
+// A warp's tile of weights from its slot: the bytes of its codes, and the scales of this lane's rows.
+template <int F> DEVICE uint2 take_tile(u32 o[8], u32 slot) {
+  u32 lane = threadIdx.x % 32;
+  Codes<F> codes;
+  constexpr int N = Words<F>::n, four = N / 4 * 4;
+#pragma unroll
+  for (int i = 0; i < four; i += 4) {
+    uint4 v = shared_load<uint4>(slot + lane * 16 + i * 128);
+    codes.w[i] = v.x; codes.w[i + 1] = v.y; codes.w[i + 2] = v.z; codes.w[i + 3] = v.w;
+  }
+  if constexpr (N % 4 >= 2) {
+    uint2 v = shared_load<uint2>(slot + lane * 8 + four * 128);
+    codes.w[four] = v.x; codes.w[four + 1] = v.y;
+  }
+  if constexpr (N % 2 == 1) codes.w[N - 1] = shared_load<u32>(slot + lane * 4 + (N - 1) * 128);
+#pragma unroll
+  for (int i = 0; i < 8; i++) o[i] = code_bytes<F>(codes, i);
+  return shared_load<uint2>(slot + N * 128 + lane / 4 * 8);
+}
+
+// acc += 64 columns of a warp's 16 rows times all rows of activations.
+template <int F> DEVICE void add_products(float acc[32], const u32 o[8], uint2 scales, u32 stage, u64 ones) {
+  u32 high[32], low[32], sum_of_codes[4], t = threadIdx.x % 4;
+  u64 digits = descriptor(stage);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  wgmma_codes(sum_of_codes, o, ones);
+  wgmma_first(high, o[0], o[4], o[1], o[5], digits);
+  wgmma_first(low, o[0], o[4], o[1], o[5], digits + 4);
+  wgmma_next(high, o[2], o[6], o[3], o[7], digits + 2);
+  wgmma_next(low, o[2], o[6], o[3], o[7], digits + 6);
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  float s[2] = {__uint_as_float(scales.x << 16) * 536870912.f /* 2^29 */, __uint_as_float(scales.y << 16) * 536870912.f};
+  float b[2] = {__uint_as_float(scales.x & 0xffff0000u), __uint_as_float(scales.y & 0xffff0000u)};
+  wgmma_wait(high, low, sum_of_codes);
+  float less[2] = {less_of(sum_of_codes[0]), less_of(sum_of_codes[2])};
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    uint4 v = shared_load<uint4>(stage + Stage<F>::ABOUT + i * 64 + t * 16);
+    float scale[2] = {__uint_as_float(v.x), __uint_as_float(v.z)}, sum[2] = {__uint_as_float(v.y), __uint_as_float(v.w)};
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      int n = 4 * i + e, row = e >> 1;
+      acc[n] = fmaf(b[row], sum[e & 1], fmaf(s[row] * scale[e & 1], join_sums(high[n], low[n], less[row]), acc[n]));
+    }
+  }
+}
 
 // out[flat] = x[flat] W for one or several weights that share x. Grid: (blocks of 64 CONSUMERS rows of all weights, tiles of 64 rows of x, heads); with
 // experts: (the same, tiles of all experts, 1).
@@ -151,12 +214,12 @@ template <int F> DEVICE void prompt_product(const MatmulArgs& a) {
   if (tile.first >= tile.count) return;
   u32 matrix = tile.matrix, tiles = num_tiles(w), row_tiles = (w.rows + 15) / 16, block = blockIdx.x - a.first_block[k];
   u32 warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  u32 stages = (u32)__cvta_generic_to_shared(ring), bar = (u32)__cvta_generic_to_shared(bars), ones_at = S::COUNT * S::BYTES;
+  u32 stages = (u32)__cvta_generic_to_shared(ring), bar = (u32)__cvta_generic_to_shared(bars), row_tile = block * 4 * CONSUMERS + warp;
   if (threadIdx.x < TOKENS) {
     u32 n = tile.first + threadIdx.x;
     flats[threadIdx.x] = n < tile.count ? (routing.ids ? routing.sorted[tile.begin + n] : n) : 0xffffffffu;
   }
-  if (threadIdx.x < 256) ((u32*)(ring + ones_at))[threadIdx.x] = 0x01010101u;
+  if (threadIdx.x < 256) ((u32*)(ring + S::ONES))[threadIdx.x] = 0x01010101u;
   if (threadIdx.x == 0) {
 #pragma unroll
     for (int s = 0; s < S::COUNT; s++) {
@@ -169,146 +232,56 @@ template <int F> DEVICE void prompt_product(const MatmulArgs& a) {
   __syncthreads();
   if (warp >= 4 * CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    if (warp > 4 * CONSUMERS) return;
-    // A lane a row tile of weights, and one for the digits.
-    u32 row_tile = block * 4 * CONSUMERS + lane;
-    const u8* from = (const u8*)tile_at(w, matrix, row_tile < row_tiles ? row_tile : row_tiles - 1, 0);
-    u32 bytes = S::TILE, to = stages + BLOCKED_BYTES + lane * S::TILE;
-    if (lane == 4 * CONSUMERS) {
-      from = a.digits + ((u64)blockIdx.z * gridDim.y + blockIdx.y) * tiles * BLOCKED_BYTES;
-      bytes = BLOCKED_BYTES, to = stages;
-    }
-    for (u32 j = 0; j < tiles; j++) {
-      u32 stage = j % S::COUNT, full = bar + 8 * stage;
-      barrier_wait(bar + 8 * (S::COUNT + stage), ~(j / S::COUNT) & 1);
-      if (lane == 0) asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full), "r"(4 * CONSUMERS * S::TILE + BLOCKED_BYTES) : "memory");
-      __syncwarp();
-      if (lane <= 4 * CONSUMERS)
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-            ::"r"(to + stage * S::BYTES), "l"(from), "r"(bytes), "r"(full) : "memory");
-      from += bytes;
-    }
+    if (threadIdx.x > 128 * CONSUMERS) return;
+    copy_digits<F>(a.digits + ((u64)blockIdx.z * gridDim.y + blockIdx.y) * tiles * BLOCKED_BYTES, tiles, stages, bar);
     return;
   }
   asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-  u32 g = lane / 4, t = lane % 4, slices = a.slices, slice = 0;
-  u64 ones = descriptor(stages + ones_at);
-  // What the slices before gave: shared memory, since all registers are taken.
-  float4* totals = (float4*)(ring + ones_at + 1024) + threadIdx.x;
+  u32 g = lane / 4, t = lane % 4, slices = a.slices, slots = stages + S::WEIGHTS + warp * (S::SLOTS * S::TILE) + lane * 16;
+  // Row tiles past the end are computed from the last one and not stored.
+  const u8* from = (const u8*)tile_at(w, matrix, row_tile < row_tiles ? row_tile : row_tiles - 1, 0) + lane * 16;
+  // A bulk copy for each warp's tile would be one thread's work: 13 of them took 1,600 cycles, twice as long as what is done with them.
+  auto issue = [&](u32 j) {
+    if (j < tiles) {
+#pragma unroll
+      for (u32 at = 0; at < S::TILE; at += 512)
+        if (at + 512 <= S::TILE || lane * 16 < S::TILE - at) copy_async<16>(slots + j % S::SLOTS * S::TILE + at, from + at);
+      from += S::TILE;
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+#pragma unroll
+  for (u32 j = 0; j < S::SLOTS - 1; j++) issue(j);
+  u64 ones = descriptor(stages + S::ONES);
+  // What the slices before gave: shared memory, since registers are scarce.
+  float4* totals = (float4*)(ring + S::TOTALS) + threadIdx.x;
 #pragma unroll
   for (int i = 0; i < 8; i++) totals[i * (128 * CONSUMERS)] = make_float4(0.f, 0.f, 0.f, 0.f);
-  float acc[2][16] = {};
-  u32 high[2][16], low[2][16], codes_sum[4];
-  auto take = [&](Piece& p, u32 j) {
-    barrier_wait(bar + 8 * (j % S::COUNT), j / S::COUNT & 1);
-    u32 at = stages + j % S::COUNT * S::BYTES + BLOCKED_BYTES + warp * S::TILE;
-    Codes<F> codes;
-    constexpr int N = Words<F>::n, four = N / 4 * 4;
-#pragma unroll
-    for (int i = 0; i < four; i += 4) {
-      uint4 v = shared_load<uint4>(at + lane * 16 + i * 128);
-      codes.w[i] = v.x; codes.w[i + 1] = v.y; codes.w[i + 2] = v.z; codes.w[i + 3] = v.w;
-    }
-    if constexpr (N % 4 >= 2) {
-      uint2 v = shared_load<uint2>(at + lane * 8 + four * 128);
-      codes.w[four] = v.x; codes.w[four + 1] = v.y;
-    }
-    if constexpr (N % 2 == 1) codes.w[N - 1] = shared_load<u32>(at + lane * 4 + (N - 1) * 128);
-    p.scales = shared_load<uint2>(at + N * 128 + g * 8);
-#pragma unroll
-    for (int i = 0; i < 8; i++) p.o[i] = code_bytes<F>(codes, i);
-  };
-  auto start = [&](int half, const u32 o[8], u32 j) {
-    u64 digits = descriptor(stages + j % S::COUNT * S::BYTES) + half * (HALF * 128 / 16);
-    wgmma_fence();
-    if (half == 0) wgmma_codes(codes_sum, o, ones);
-    wgmma_first(high[half], o[0], o[4], o[1], o[5], digits);
-    wgmma_first(low[half], o[0], o[4], o[1], o[5], digits + 4);
-    wgmma_next(high[half], o[2], o[6], o[3], o[7], digits + 2);
-    wgmma_next(low[half], o[2], o[6], o[3], o[7], digits + 6);
-    wgmma_commit();
-  };
-  float s[2], b[2], less[2];
-  auto join = [&](int half, u32 j) {
-    u32 at = stages + j % S::COUNT * S::BYTES + S::ABOUT + half * (HALF * 8) + t * 16;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      uint4 v = shared_load<uint4>(at + i * 64);
-      float scale[2] = {__uint_as_float(v.x), __uint_as_float(v.z)}, sum[2] = {__uint_as_float(v.y), __uint_as_float(v.w)};
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        int n = 4 * i + e, row = e >> 1;
-        float y = join_sums(high[half][n], low[half][n], less[row]);
-        acc[half][n] = fmaf(b[row], sum[e & 1], fmaf(s[row] * scale[e & 1], y, acc[half][n]));
-      }
-    }
-  };
-  // The first half's sums of `p` have come.
-  auto came = [&](const Piece& p) {
-    done(high[0]);
-    done(low[0]);
-#pragma unroll
-    for (int i = 0; i < 4; i++) asm volatile("" : "+r"(codes_sum[i])::"memory");
-    less[0] = less_of(codes_sum[0]); less[1] = less_of(codes_sum[2]);
-    s[0] = __uint_as_float(p.scales.x << 16) * 536870912.f; s[1] = __uint_as_float(p.scales.y << 16) * 536870912.f;
-    b[0] = __uint_as_float(p.scales.x & 0xffff0000u); b[1] = __uint_as_float(p.scales.y & 0xffff0000u);
-  };
-  auto release = [&](u32 j) {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(bar + 8 * (S::COUNT + j % S::COUNT));
-  };
-  for (u32 j = 0; slice < slices; slice++) {
-    u32 end = slice_start(slice + 1, slices, tiles);
-    for (; j + 1 < end; j += 2) {
-      Piece p, q;
-      take(p, j);
-      start(0, p.o, j);
-      start(1, p.o, j);
-      wgmma_wait<1>();
-      came(p);
-      join(0, j);
-      take(q, j + 1);
-      start(0, q.o, j + 1);
-      wgmma_wait<1>();
-      done(high[1]);
-      done(low[1]);
-      join(1, j);
-      release(j);
-      start(1, q.o, j + 1);
-      wgmma_wait<1>();
-      came(q);
-      join(0, j + 1);
-      wgmma_wait<0>();
-      done(high[1]);
-      done(low[1]);
-      join(1, j + 1);
-      release(j + 1);
-    }
-    if (j < end) {
-      Piece p;
-      take(p, j);
-      start(0, p.o, j);
-      start(1, p.o, j);
-      wgmma_wait<1>();
-      came(p);
-      join(0, j);
-      wgmma_wait<0>();
-      done(high[1]);
-      done(low[1]);
-      join(1, j);
-      release(j);
-      j++;
+  float acc[32] = {};
+  for (u32 j = 0, slice = 0; slice < slices; slice++) {
+    for (u32 end = slice_start(slice + 1, slices, tiles); j < end; j++) {
+      u32 stage = stages + j % S::COUNT * S::BYTES, slot = slots + j % S::SLOTS * S::TILE - lane * 16;
+      asm volatile("cp.async.wait_group %0;" ::"n"(S::SLOTS - 2) : "memory");
+      __syncwarp();
+      u32 o[8];
+      uint2 scales = take_tile<F>(o, slot);
+      // Into the slot of the tile before, which every lane has read.
+      issue(j + S::SLOTS - 1);
+      barrier_wait(bar + 8 * (j % S::COUNT), j / S::COUNT & 1);
+      add_products<F>(acc, o, scales, stage, ones);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(bar + 8 * (S::COUNT + j % S::COUNT));
     }
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      float* x = acc[i / 4] + i % 4 * 4;
       float4 v = totals[i * (128 * CONSUMERS)];
-      v.x += x[0]; v.y += x[1]; v.z += x[2]; v.w += x[3];
+      v.x += acc[4 * i]; v.y += acc[4 * i + 1]; v.z += acc[4 * i + 2]; v.w += acc[4 * i + 3];
       totals[i * (128 * CONSUMERS)] = v;
-      x[0] = x[1] = x[2] = x[3] = 0.f;
     }
+#pragma unroll
+    for (int n = 0; n < 32; n++) acc[n] = 0.f;
   }
-  u32 row = (block * CONSUMERS * 4 + warp) * 16 + g;
+  u32 row = row_tile * 16 + g;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     float4 v = totals[i * (128 * CONSUMERS)];

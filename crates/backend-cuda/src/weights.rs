@@ -102,11 +102,11 @@ pub(crate) const PROMPT_TOKENS: usize = 64;
 /// Bytes of 64 columns of so many rows of activations (`BLOCKED_BYTES`).
 pub(crate) const BLOCKED_BYTES: usize = PROMPT_TOKENS * 136;
 
-/// Shared memory of `prompt_*`: its stages, a kilobyte of ones and the totals of its threads.
+/// Shared memory of `prompt_*` (`Stage` of prompt.cu): stages of digits, a kilobyte of ones, rings of tiles of weights, the totals of its threads.
 pub(crate) fn prompt_bytes(format: WeightFormat) -> u32 {
-    let stage = BLOCKED_BYTES as u32 + PROMPT_ROWS as u32 / 16 * tile_bytes(format);
-    let stages = if lane_words(format) == 8 { 4 } else { 8 };
-    stages * stage.next_multiple_of(1024) + 1024 + (PROMPT_ROWS * PROMPT_TOKENS * 4) as u32
+    let slots = if lane_words(format) == 8 { 4 } else { 8 };
+    let weights = slots * (PROMPT_ROWS / 16) as u32 * tile_bytes(format);
+    8 * (BLOCKED_BYTES as u32).next_multiple_of(1024) + 1024 + weights + (PROMPT_ROWS * PROMPT_TOKENS * 4) as u32
 }
 
 /// Bytes of a tile with its scales behind it.

@@ -146,7 +146,7 @@ impl CudaBackend {
                 _ => "plain_bf16",
             })?;
             let warps = plain_warps(w.cols);
-            let few = (2..=GEMV_ROWS as u32).contains(&x.x.rows) && routing.ids == 0 && count == 1;
+            let few = x.x.rows > 1 && routing.ids == 0 && count == 1;
             let wide = w.cols.is_multiple_of(8) && x.x.stride.is_multiple_of(4) && x.x.p.is_multiple_of(16);
             if few && wide && warps == WARPS {
                 return self.plain_few(weight, x, out);
@@ -230,7 +230,7 @@ impl CudaBackend {
             experts: args.num_experts,
         };
         let kernel = kernels.prompt("block_digits")?;
-        device.launch(&kernel, [col_tiles.div_ceil(8), row_tiles, heads], 256, 0, &block)?;
+        device.launch(&kernel, [4 * col_tiles.div_ceil(8), row_tiles, heads], 256, 0, &block)?;
         args.digits = blocked;
         let kernel = kernels.prompt(&format!("prompt_{name}"))?;
         device.launch(&kernel, [blocks, row_tiles, heads], 512, prompt_bytes(format), &args)
