@@ -1,6 +1,6 @@
 """Compiles CUDA sources with NVRTC for every architecture that Moellon supports: no GPU, driver or toolkit needed.
 
-usage: nvrtc_check.py [--write FOLDER ARCHITECTURE] FILE.cu..
+usage: nvrtc_check.py [--write FOLDER ARCHITECTURE] [-DNAME ..] FILE.cu..
 
 With --write the CUBINs for one architecture are written to FOLDER/<stem>.cubin.gz instead.
 
@@ -66,13 +66,14 @@ def compile_one(nvrtc, path, options):
 
 def compile_job(job):
     """One file for one architecture, in a process of its own: NVRTC uses one core."""
-    file, architecture = job
+    file, architecture, defines = job
     folder = wheel_folder()
     options = [
         f"--gpu-architecture={architecture}",
         "--std=c++17",
         f"--include-path={folder / 'include'}",
         f"--include-path={file.parent}",
+        *defines,
     ]
     return (file, architecture, *compile_one(open_nvrtc(folder), file, options))
 
@@ -84,7 +85,9 @@ def main(arguments):
     if arguments[:1] == ["--write"]:
         write_to, architectures = pathlib.Path(arguments[1]), [arguments[2]]
         arguments = arguments[3:]
-    jobs = [(pathlib.Path(file), architecture) for file in arguments for architecture in architectures]
+    defines = [argument for argument in arguments if argument.startswith("-D")]
+    files = [pathlib.Path(argument) for argument in arguments if argument not in defines]
+    jobs = [(file, architecture, defines) for file in files for architecture in architectures]
     with concurrent.futures.ProcessPoolExecutor() as pool:
         for file, architecture, cubin, log in pool.map(compile_job, jobs):
             if not cubin:

@@ -6,6 +6,7 @@
 //
 // The result has the bits of the kernels for few rows: the same integer sums of 64 columns, the same steps from them to a float, in the
 // same order. Only on GPUs with wgmma (sm_90a); others have `gemm_*` of matmul.cu.
+#include "barriers.cuh"
 #include "product.cuh"
 
 #define TOKENS 64
@@ -87,13 +88,6 @@ template <int F> struct Stage {
   static constexpr u32 SLOTS = F == AFFINE8 ? 4 : 8;  // what fits
   static constexpr u32 ONES = COUNT * BYTES, WEIGHTS = ONES + 1024, TOTALS = WEIGHTS + 4 * CONSUMERS * SLOTS * TILE;
 };
-
-DEVICE void barrier_init(u32 bar, u32 count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory"); }
-DEVICE void barrier_wait(u32 bar, u32 parity) {
-  asm volatile(
-      "{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra done; bra again; done: }" ::"r"(bar), "r"(parity) : "memory");
-}
-DEVICE void barrier_arrive(u32 bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory"); }
 
 // A matrix in shared memory, rows of 128 swizzled bytes, groups of eight rows 1024 bytes apart.
 DEVICE u64 descriptor(u32 at) { return (u64)(at >> 4 & 0x3fff) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62; }
@@ -224,7 +218,7 @@ template <int F> DEVICE void prompt_product(const MatmulArgs& a) {
 #pragma unroll
     for (int s = 0; s < S::COUNT; s++) {
       barrier_init(bar + 8 * s, 1);
-      barrier_init(bar + 8 * (S::COUNT + s), 4 * CONSUMERS);
+      barrier_init(bar + 8 * (S::COUNT + s), 4 * CONSUMERS * WARP_ARRIVALS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -269,8 +263,7 @@ template <int F> DEVICE void prompt_product(const MatmulArgs& a) {
       issue(j + S::SLOTS - 1);
       barrier_wait(bar + 8 * (j % S::COUNT), j / S::COUNT & 1);
       add_products<F>(acc, o, scales, stage, ones);
-      __syncwarp();
-      if (lane == 0) barrier_arrive(bar + 8 * (S::COUNT + j % S::COUNT));
+      warp_arrives(bar + 8 * (S::COUNT + j % S::COUNT));
     }
 #pragma unroll
     for (int i = 0; i < 8; i++) {

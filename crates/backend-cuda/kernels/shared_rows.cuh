@@ -4,20 +4,8 @@
 // What a block reads of the rows does not grow with its warps, so that row tiles of weights no longer read their rows again each, which
 // was as many bytes as the weights and more; and rows are asked for long before they are multiplied.
 #pragma once
+#include "barriers.cuh"
 #include "pipe.cuh"
-
-// Barriers in shared memory that count arrivals, and bytes of bulk copies.
-DEVICE void barrier_init(u32 bar, u32 count) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory"); }
-DEVICE void barrier_arrive(u32 bar) { asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(bar) : "memory"); }
-DEVICE void barrier_wait(u32 bar, u32 parity) {
-  u32 done = 0;
-  while (!done)
-#if __CUDA_ARCH__ >= 900
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(bar), "r"(parity) : "memory");
-#else
-    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(bar), "r"(parity) : "memory");
-#endif
-}
 
 // D slots of C tiles of up to ROWS rows, in the form that F wants.
 template <int F, int C, int D, int ROWS> struct SharedRows {
@@ -40,7 +28,7 @@ template <int F, int C, int D, int ROWS> struct SharedRows {
 #pragma unroll
       for (int d = 0; d < D; d++) {
         barrier_init(full + 8 * d, 32);
-        barrier_init(empty + 8 * d, warps);
+        barrier_init(empty + 8 * d, warps * WARP_ARRIVALS);
       }
     }
     __syncthreads();
@@ -77,8 +65,7 @@ template <int F, int C, int D, int ROWS> struct SharedRows {
   }
   // The warp is done with it.
   METHOD void release() {
-    __syncwarp();
-    if ((threadIdx.x & 31) == 0) barrier_arrive(empty + 8 * at);
+    warp_arrives(empty + 8 * at);
     next();
   }
 };
