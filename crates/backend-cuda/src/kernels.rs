@@ -37,8 +37,7 @@ macro_rules! headers {
 }
 
 /// What kernel files include, by name.
-const HEADERS: [(&str, &str); 9] =
-    headers!["attend.cuh" "barriers.cuh" "common.cuh" "packed.cuh" "pipe.cuh" "product.cuh" "route.cuh" "row.cuh" "shared_rows.cuh"];
+const HEADERS: [(&str, &str); 9] = headers!["attend.cuh" "barriers.cuh" "common.cuh" "packed.cuh" "pipe.cuh" "product.cuh" "route.cuh" "row.cuh" "shared_rows.cuh"];
 
 /// The oldest GPUs whose instructions the kernels need (bfloat16 products, asynchronous copies).
 const OLDEST: (i32, i32) = (8, 0);
