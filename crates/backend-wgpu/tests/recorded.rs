@@ -99,6 +99,15 @@ fn bundled_shape_with_few_bindings() {
     assert_same("bundled, few bindings", &bundled_shape(), FORMATS[0], &[7, 80], &mut backend);
 }
 
+/// Routers of several workgroups: the one that is done last chooses, out of what the others wrote.
+#[test]
+fn a_router_of_several_workgroups() {
+    let Some(mut backend) = open() else { return };
+    let mut config = bundled_shape();
+    config.moe.num_experts = 300;
+    assert_same("300 experts", &config, FORMATS[0], &[7, 80], &mut backend);
+}
+
 /// Several rows by the kernel for prompts, each alone by the others: what writes a step's activations must write the rows that tiles are made of.
 #[test]
 fn bundled_shape_by_tiles() {

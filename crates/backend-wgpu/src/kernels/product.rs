@@ -326,10 +326,12 @@ impl Shape {
     pub(super) fn keep(&self, put: &str) -> String {
         let mut pick = String::new();
         for weight in 0..self.weights.count() {
-            let _ = writeln!(pick, "      var sums{weight} = sum0_{weight};");
+            let _ = writeln!(pick, "      var picked{weight} = sum0_{weight};");
             for token in 1..self.tokens {
-                let _ = writeln!(pick, "      if (t == {token}u) {{ sums{weight} = sum{token}_{weight}; }}");
+                let _ = writeln!(pick, "      if (t == {token}u) {{ picked{weight} = sum{token}_{weight}; }}");
             }
+            // A value: an element of a variable by its index would be a load from memory.
+            let _ = writeln!(pick, "      let sums{weight} = picked{weight};");
         }
         include_str!("../../kernels/keep.wgsl").replace("{{PICK}}", &pick).replace("{{PUT}}", put)
     }

@@ -63,6 +63,8 @@ pub(crate) fn cases() -> Vec<Case> {
     vec![
         case("random", normal_rows(3, 4, 1000)),
         case("one column", normal_rows(4, 2, 1)),
+        // Devices share out a row's columns.
+        case("columns of a vocabulary", normal_rows(6, 3, 6001)),
         case(
             "a NaN is chosen, the first one",
             vec![with_nan(&[37]), with_nan(&[3, 69]), with_nan(&[69]), with_nan(&[])],
