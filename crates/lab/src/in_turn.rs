@@ -15,9 +15,6 @@ const WARM_UP_PAIRS: usize = 2;
 /// Pairs that the same two arms run, at least.
 pub const BLOCK_PAIRS: usize = 20;
 
-/// Running takes at least that many times as long as building: a large model is not read again and again.
-const RUNNING_PER_BUILDING: f64 = 3.0;
-
 /// Discarded pairs at most, for each that may count.
 const DISCARDS_PER_PAIR: usize = 3;
 
@@ -110,7 +107,7 @@ pub fn in_turn(
         if out_of_time || seen.windows.discarded > DISCARDS_PER_PAIR * rule.max_pairs {
             break;
         }
-        if bench.is_worn(seen.block()) {
+        if bench.is_worn(seen.block(), rule) {
             bench.renew()?;
             seen.blocks.push(0);
         }
@@ -181,8 +178,9 @@ impl<'a> Workbench<'a> {
         Ok(())
     }
 
-    fn is_worn(&self, pairs: usize) -> bool {
-        pairs >= BLOCK_PAIRS && self.built.elapsed().as_secs_f64() >= RUNNING_PER_BUILDING * self.build_seconds
+    fn is_worn(&self, pairs: usize, rule: &Rule) -> bool {
+        let running = self.built.elapsed().as_secs_f64();
+        pairs >= BLOCK_PAIRS && running >= rule.running_per_building * self.build_seconds
     }
 
     /// A window of each. Whoever is second finds the caches as the first left them: each is second as often.
@@ -324,7 +322,9 @@ mod tests {
 
     #[test]
     fn what_an_engine_owes_to_its_place_in_memory_is_no_gain() {
-        let rule = Rule { min_pairs: 320, max_pairs: 320, ..Rule::default() };
+        // Built anew after so many pairs, however long that takes here.
+        let endless = Rule { max_seconds: f64::INFINITY, running_per_building: 0.0, ..Rule::default() };
+        let rule = Rule { min_pairs: 320, max_pairs: 320, ..endless };
         let compare = |spread: f64| {
             let mut builds = 0;
             let mut fresh = || -> Result<Arms, String> {

@@ -239,10 +239,11 @@ impl Lever {
             && (0.5..1.0).contains(&rule.confidence)
             && rule.min_pairs >= 5
             && rule.max_pairs >= rule.min_pairs
-            && rule.max_seconds > 0.0;
+            && rule.max_seconds > 0.0
+            && rule.running_per_building >= 0.0;
         if !sane {
             return Err(form(format!(
-                "rule is {rule:?}, expected minimum_effect 0.001 to 1, confidence 0.5 to 1, 5 pairs or more, max_pairs not below min_pairs, max_seconds above 0"
+                "rule is {rule:?}, expected minimum_effect 0.001 to 1, confidence 0.5 to 1, 5 pairs or more, max_pairs not below min_pairs, max_seconds above 0, running_per_building 0 or more"
             )));
         }
         let settings = lever.b.iter().chain([&lever.a, &lever.common]);

@@ -122,11 +122,20 @@ pub struct Rule {
     pub max_pairs: usize,
     /// Seconds at most.
     pub max_seconds: f64,
+    /// Arms are built anew when they have run at least this many times as long as building them took: a large model is not read again and again.
+    pub running_per_building: f64,
 }
 
 impl Default for Rule {
     fn default() -> Self {
-        Rule { minimum_effect: 0.02, confidence: 0.95, min_pairs: 10, max_pairs: 320, max_seconds: 15.0 }
+        Rule {
+            minimum_effect: 0.02,
+            confidence: 0.95,
+            min_pairs: 10,
+            max_pairs: 320,
+            max_seconds: 15.0,
+            running_per_building: 3.0,
+        }
     }
 }
 
