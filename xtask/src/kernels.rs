@@ -28,9 +28,13 @@ struct Kernels {
     wgsl: Vec<String>,
 }
 
+/// Where measurements are: CUDA there has a host's part, which needs nvcc, and includes the kernels that are checked.
+const PROGRAMS: &str = "bench/";
+
 impl Kernels {
     fn among(paths: &[String]) -> Self {
-        let ending = |suffix: &str| paths.iter().filter(|p| p.ends_with(suffix)).cloned().collect();
+        let is_kernel = |p: &&String, suffix: &str| p.ends_with(suffix) && !p.starts_with(PROGRAMS);
+        let ending = |suffix: &str| paths.iter().filter(|p| is_kernel(p, suffix)).cloned().collect();
         Kernels { cuda: ending(".cu"), wgsl: ending(".wgsl") }
     }
 }
@@ -98,7 +102,12 @@ mod tests {
 
     #[test]
     fn kernels_are_found_by_their_ending() {
-        let paths = ["crates/backend-cuda/src/moe_down.cu", "crates/backend-wgpu/src/add.wgsl", "docs/cuda.md"];
+        let paths = [
+            "crates/backend-cuda/src/moe_down.cu",
+            "crates/backend-wgpu/src/add.wgsl",
+            "docs/cuda.md",
+            "bench/layer.cu",
+        ];
         let kernels = Kernels::among(&paths.map(str::to_owned));
         assert_eq!(kernels.cuda, [paths[0]]);
         assert_eq!(kernels.wgsl, [paths[1]]);

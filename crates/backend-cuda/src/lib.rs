@@ -8,10 +8,9 @@
 //! | `loader` | copying them there and repacking them, piece by piece |
 //! | `buffers` | device buffers and their bfloat16 twins |
 //! | `backend` | memory, weights and caches; the operations: which kernel, which grid; steps, recorded and replayed |
-//! | `program` | operations as values, so that a step can be looked at before it is launched |
 //!
 //! Kernels are CUDA C++ in `kernels/`; `packed.cuh` says how quantized weights lie in memory and why, `matmul.cu` and, for one row,
-//! `decode.cu` how they are multiplied. Activations are f32; products with quantized weights round them to bfloat16 (what these models were trained
+//! `decode.cu`, for a few `few.cu`, for a prompt `prompt.cu` how they are multiplied. Activations are f32; products with quantized weights round them to bfloat16 (what these models were trained
 //! with) and sum in f32 on the tensor cores. Plain weights are multiplied in f32.
 
 mod args;
