@@ -285,12 +285,11 @@ def operations(stolen, shapes):
         report = json.loads(subprocess.run([program, *words], check=True, capture_output=True, text=True).stdout)
         reports.append(report)
         commands.append("target/release/examples/step_operations " + " ".join(words))
-        # A barrier costs what a region costs: both are a meeting of all threads.
-        meetings_us = (report["regions"] + report["barriers"]) * report["region_us"]
+        meetings_us = report["regions"] * report["region_us"] + report["barriers"] * report["barrier_us"]
         steps.append({
             "shape": shape, "format": "affine-4", "batch": batch, "ms a step": f"{report['step_ms']:.2f}",
             "quartiles": "-".join(f"{ms:.2f}" for ms in report["step_ms_quartiles"]), "regions": report["regions"],
-            "barriers in them": report["barriers"], "us of an empty region": f"{report['region_us']:.2f}",
+            "barriers in them": report["barriers"], "us of an empty region": f"{report['region_us']:.2f}", "us of a barrier": f"{report['barrier_us']:.2f}",
             "all of them, of a step": f"{meetings_us / report['step_ms'] / 10:.1f} %",
         })
         for operation in report["operations"]:
