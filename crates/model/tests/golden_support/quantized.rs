@@ -52,17 +52,11 @@ impl Encoded<'_> {
 }
 
 impl WeightProvider for Encoded<'_> {
+    moellon_model::forward_weights!(checkpoint: vector num_experts expert_biases has);
+
     fn linear(&self, path: &str, shape: [usize; 2]) -> Result<Matrix<'_>> {
         let matrix = WeightProvider::linear(self.checkpoint, path, shape)?;
         if path.ends_with(".gate") || path.ends_with(".router") { Ok(matrix) } else { self.encode(&matrix) }
-    }
-
-    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
-        WeightProvider::vector(self.checkpoint, name, len)
-    }
-
-    fn num_experts(&self, path: &str) -> Result<usize> {
-        WeightProvider::num_experts(self.checkpoint, path)
     }
 
     fn experts(
@@ -75,10 +69,6 @@ impl WeightProvider for Encoded<'_> {
         self.encode_all(&WeightProvider::experts(self.checkpoint, path, projection, num_experts, shape)?)
     }
 
-    fn expert_biases(&self, path: &str, projection: Projection, rows: usize) -> Result<Option<Vec<f32>>> {
-        WeightProvider::expert_biases(self.checkpoint, path, projection, rows)
-    }
-
     fn mla_kv_b(&self, path: &str, shape: MlaShape) -> Result<KvB<'_>> {
         let KvB { embed_q, unembed_out } = WeightProvider::mla_kv_b(self.checkpoint, path, shape)?;
         Ok(KvB { embed_q: self.encode_all(&embed_q)?, unembed_out: self.encode_all(&unembed_out)? })
@@ -86,10 +76,6 @@ impl WeightProvider for Encoded<'_> {
 
     fn fused_kv_b_format(&self, _path: &str, _shape: MlaShape) -> Result<Option<WeightFormat>> {
         Ok(None)
-    }
-
-    fn has(&self, name: &str) -> bool {
-        WeightProvider::has(self.checkpoint, name)
     }
 
     fn release(&self, _matrix: &MatrixView<'_>) {}
