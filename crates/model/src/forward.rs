@@ -50,8 +50,8 @@ macro_rules! forward_weights {
         }
     };
     (@ $field:ident release) => {
-        fn release(&self, matrix: &moellon_tensor::MatrixView<'_>) {
-            $crate::provider::WeightProvider::release(self.$field, matrix);
+        fn release(&self, matrices: &[moellon_tensor::MatrixView<'_>]) {
+            $crate::provider::WeightProvider::release(self.$field, matrices);
         }
     };
 }

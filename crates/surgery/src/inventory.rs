@@ -304,5 +304,5 @@ impl WeightProvider for Recorder<'_> {
         Ok(fused)
     }
 
-    fn release(&self, _matrix: &MatrixView<'_>) {}
+    fn release(&self, _matrices: &[MatrixView<'_>]) {}
 }

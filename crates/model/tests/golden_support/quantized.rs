@@ -78,7 +78,7 @@ impl WeightProvider for Encoded<'_> {
         Ok(None)
     }
 
-    fn release(&self, _matrix: &MatrixView<'_>) {}
+    fn release(&self, _matrices: &[MatrixView<'_>]) {}
 }
 
 /// What a step showed of itself, in its order.
