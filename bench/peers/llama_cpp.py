@@ -3,8 +3,8 @@
     cargo build --release -p moellon
     pip install numpy gguf
     npm pack @node-llama-cpp/linux-x64 && tar xzf node-llama-cpp-linux-x64-*.tgz     # llama.cpp prebuilt for every CPU
-    git clone https://github.com/ikawrakow/ik_llama.cpp                              # ik_llama.cpp is built for this one (15 minutes)
-    cmake -S ik_llama.cpp -B ik_llama.cpp/build -DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+    git clone https://github.com/ikawrakow/ik_llama.cpp                              # ik_llama.cpp is built for this one (4 minutes)
+    cmake -S ik_llama.cpp -B ik_llama.cpp/build -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON -DGGML_IQK_FA_ALL_QUANTS=OFF
     cmake --build ik_llama.cpp/build --target llama -j2
     python3 bench/peers/llama_cpp.py DIRECTORY --llama.cpp package/bins/linux-x64 --ik_llama.cpp ik_llama.cpp [--shape S] [--format F]
     cargo xtask docs --write
