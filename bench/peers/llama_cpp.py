@@ -18,6 +18,7 @@ to 2.8 GB) or three of GLM-5.2 with 77 experts (5 GB). We run `moellon bench` on
 | q3_k | Q3_K (3.44 bits), head in Q6_K | affine-3 (3.5 bits), head in affine-6 |
 | nvfp4 | NVFP4 (llama.cpp alone has it) | NVFP4 |
 | q4_0 | Q4_0 (as many bits as NVFP4), head in Q6_K | NVFP4 |
+| iq4_xs | IQ4_XS (4.25 bits), head in Q6_K | affine-4, groups of 64 |
 | mxfp4 | experts in MXFP4, the rest in Q8_0 | MXFP4, head in affine-6 |
 
 Each measurement is a process of its own. Rounds alternate and begin with another engine each, so that a noisy neighbour meets all; a number

@@ -94,6 +94,16 @@ def mxfp4(rng, rows, cols):
     return blocks, gguf.GGMLQuantizationType.MXFP4
 
 
+def iq4_xs(rng, rows, cols):
+    """Blocks of 256: d, upper 2 bits of eight 6-bit scales (48 or 16, that is 16 or -16: values are -127 to 113), lower 4, codes."""
+    blocks = random_blocks(rng, rows, cols, 256, 136)
+    blocks[:, 2:4] = blocks[:, 2:4] & 0xAA | 0x55
+    blocks[:, 4:8] = 0
+    # The sixteen values have a mean square of 4548.
+    blocks[:, 0:2] = half(1 / math.sqrt(cols * 4548) / 16)
+    return blocks, gguf.GGMLQuantizationType.IQ4_XS
+
+
 class Format(NamedTuple):
     name: str  # what its users call it
     ours: str  # `moellon bench --format` beside it
@@ -108,6 +118,7 @@ FORMATS = {
     "q4_0": Format("Q4_0", "nvfp4", q4_0, q4_0, q4_0, q6_k),
     "q3_k": Format("Q3_K", "affine-3", q3_k, q3_k, q3_k, q6_k),
     "nvfp4": Format("NVFP4", "nvfp4", nvfp4, nvfp4, nvfp4, nvfp4),
+    "iq4_xs": Format("IQ4_XS", "affine-4", iq4_xs, iq4_xs, iq4_xs, q6_k),
     "mxfp4": Format("MXFP4, rest Q8_0", "mxfp4", mxfp4, mxfp4, q8_0, q8_0),
 }
 
