@@ -234,8 +234,8 @@ impl WgpuBackend {
         self.device.compiled()
     }
 
-    /// The kernels of the recorded step that ran last: name, workgroups, and seconds by the adapter's clock. Each has a pass of its own,
-    /// whose start is part of its time. Nothing where there is no such clock.
+    /// The kernels of the recorded step that ran last: name, workgroups, and seconds by the adapter's clock. Where
+    /// commands are wgpu's each has a pass of its own, whose start is part of its time. Nothing where there is no such clock.
     ///
     /// # Errors
     /// A failing device.

@@ -37,6 +37,9 @@ pub(crate) struct Dispatch {
     pub(crate) stage: Stage,
 }
 
+/// Name, workgroups, seconds.
+pub(crate) type TimedKernel = (Arc<str>, [u32; 3], f64);
+
 /// A step that can run again.
 struct Recording {
     dispatches: Vec<Dispatch>,
@@ -58,7 +61,7 @@ pub(crate) struct Stream {
     pending: Vec<Dispatch>,
     recordings: HashMap<u64, Recording>,
     recording: Option<(u64, Vec<Dispatch>)>,
-    /// Whose command buffers are encoded ahead.
+    /// The recorded step that ran last, whose command buffers wgpu has encoded ahead.
     ahead: Option<u64>,
     /// The last piece of the step that runs. It is submitted with what comes next, which is usually the choice of a token: a submission waits
     /// for the one before.
@@ -171,8 +174,9 @@ impl Stream {
         self.flush(device);
         if complete {
             self.recordings.insert(key, Recording { dispatches, encoded: None, own: None });
-            if device.vulkan.is_none() {
-                self.encode_ahead(key, device);
+            match device.vulkan {
+                Some(_) => self.ahead = Some(key),
+                None => self.encode_ahead(key, device),
             }
         }
     }
@@ -209,7 +213,7 @@ impl Stream {
         self.flush(device);
         let Some(recording) = self.recordings.get(&key) else { return Ok(None) };
         if device.vulkan.is_some() {
-            return own::time_step(&recording.dispatches, device).map(Some);
+            return own::time_step(&recording.dispatches, device);
         }
         if self.clock.is_none() {
             self.clock = Clock::new(device)?;
@@ -227,14 +231,11 @@ impl Stream {
 
     /// The kernels of the step that ran last, each with its grid and the seconds that it took alone, where they are wgpu's with the start of a
     /// pass.
-    pub(crate) fn time_kernels(&mut self, device: &Device) -> Result<Vec<(Arc<str>, [u32; 3], f64)>> {
+    pub(crate) fn time_kernels(&mut self, device: &Device) -> Result<Vec<TimedKernel>> {
         self.flush(device);
         let Some(recording) = self.ahead.and_then(|key| self.recordings.get(&key)) else { return Ok(Vec::new()) };
         if device.vulkan.is_some() {
-            let ends: Vec<usize> = (0..recording.dispatches.len()).collect();
-            let seconds = own::time_parts(&recording.dispatches, &ends, device)?;
-            let named = recording.dispatches.iter().zip(seconds);
-            return Ok(named.map(|(d, seconds)| (Arc::clone(&d.name), d.grid, seconds)).collect());
+            return own::time_kernels(&recording.dispatches, device);
         }
         if self.clock.is_none() {
             self.clock = Clock::new(device)?;

@@ -2,12 +2,13 @@
 //! a token submits as they are. What comes behind a step (the choice of a token and its copy to the host) is known from the time before, so
 //! that both go to the queue at once: the adapter has nothing to do between two submissions for 16 us.
 
-use super::{Dispatch, Stream};
+use super::{Dispatch, Stream, TimedKernel};
 use crate::device::{Device, Memory, device_error};
 use crate::inputs::Known;
 use crate::vulkan::{Commands, Mapped, Program, Vulkan};
 use moellon_ops::{Result, Stage, StepTimes};
 use std::collections::HashSet;
+use std::sync::Arc;
 
 /// Submissions that are kept before the host waits for all of them.
 const MOST_PARKED: usize = 64;
@@ -179,7 +180,7 @@ impl Stream {
 }
 
 /// Seconds of parts of a step by the adapter's clock: each ends with the dispatch of that index.
-pub(super) fn time_parts(dispatches: &[Dispatch], ends: &[usize], device: &Device) -> Result<Vec<f64>> {
+fn time_parts(dispatches: &[Dispatch], ends: &[usize], device: &Device) -> Result<Vec<f64>> {
     let own = vulkan(device)?;
     device.submit_writes(false);
     let stamps = own.stamps(ends.len() + 1)?;
@@ -191,8 +192,11 @@ pub(super) fn time_parts(dispatches: &[Dispatch], ends: &[usize], device: &Devic
     Ok(ticks.windows(2).map(|pair| pair[1].saturating_sub(pair[0]) as f64 * tick).collect())
 }
 
-/// A step by the adapter's clock: once as always, once stage by stage.
-pub(super) fn time_step(dispatches: &[Dispatch], device: &Device) -> Result<StepTimes> {
+/// A step by the adapter's clock, if it has one: once as always, once stage by stage.
+pub(super) fn time_step(dispatches: &[Dispatch], device: &Device) -> Result<Option<StepTimes>> {
+    if dispatches.is_empty() || !device.device.features().contains(wgpu::Features::TIMESTAMP_QUERY) {
+        return Ok(None);
+    }
     let whole = time_parts(dispatches, &[dispatches.len() - 1], device)?;
     let mut times = StepTimes { step: whole[0], ..StepTimes::default() };
     let mut ends = Vec::new();
@@ -204,5 +208,15 @@ pub(super) fn time_step(dispatches: &[Dispatch], device: &Device) -> Result<Step
         let index = Stage::ALL.iter().position(|other| *other == stage).expect("ALL names every stage");
         times.stages[index] += seconds;
     }
-    Ok(times)
+    Ok(Some(times))
+}
+
+/// Every kernel of a step by the adapter's clock, if it has one.
+pub(super) fn time_kernels(dispatches: &[Dispatch], device: &Device) -> Result<Vec<TimedKernel>> {
+    if !device.device.features().contains(wgpu::Features::TIMESTAMP_QUERY) {
+        return Ok(Vec::new());
+    }
+    let ends: Vec<usize> = (0..dispatches.len()).collect();
+    let named = dispatches.iter().zip(time_parts(dispatches, &ends, device)?);
+    Ok(named.map(|(dispatch, seconds)| (Arc::clone(&dispatch.name), dispatch.grid, seconds)).collect())
 }
