@@ -95,10 +95,12 @@ struct Arena {
 #[derive(Clone)]
 pub(crate) enum Compiled {
     Wgpu(wgpu::ComputePipeline),
+    #[cfg_attr(target_vendor = "apple", allow(dead_code))] // There is no Vulkan to read it.
     Vulkan(Arc<vulkan::Pipeline>),
 }
 
 impl Compiled {
+    #[cfg_attr(target_vendor = "apple", allow(dead_code))]
     pub(crate) fn vulkan(&self) -> Option<&Arc<vulkan::Pipeline>> {
         match self {
             Compiled::Vulkan(pipeline) => Some(pipeline),

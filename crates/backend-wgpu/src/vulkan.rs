@@ -633,6 +633,8 @@ fn options(features: wgpu::Features) -> naga::back::spv::Options<'static> {
         },
         zero_initialize_workgroup_memory: ZeroInitializeWorkgroupMemoryMode::None,
         force_loop_bounding: false,
+        // Of stages of drawing.
+        use_storage_input_output_16: false,
         emit_int_div_checks: false,
         ..Options::default()
     }

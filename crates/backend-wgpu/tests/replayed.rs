@@ -126,6 +126,36 @@ fn assert_steps_read_what_was_written(options: &WgpuOptions) {
     }
 }
 
+/// A step that is timed reads what was written before it too; adapters without a clock time nothing.
+fn assert_timed_steps_run(options: &WgpuOptions) {
+    let Ok(mut backend) = WgpuBackend::new(options) else { return };
+    let step = Step::new(&mut backend);
+    let x: Vec<f32> = (0..ROWS * COLS).map(|i| number(i / COLS, i % COLS, 1)).collect();
+    backend.write_f32(step.x, &x).expect("is written");
+    backend.write_u32(step.rows, &[0, 1]).expect("is written");
+    step.replay(0, &mut backend);
+    let expected = |rows: [usize; 2]| rows.map(|row| x[row * COLS..][..COLS].to_vec()).concat();
+    assert_eq!(read(step.out, &mut backend), expected([0, 1]));
+    backend.write_u32(step.rows, &[3, 2]).expect("is written");
+    if backend.time_replay(0).expect("runs").is_none() {
+        eprintln!("SKIP timed steps of the wgpu back end: no clock");
+        return;
+    }
+    assert_eq!(read(step.out, &mut backend), expected([3, 2]));
+    backend.write_u32(step.rows, &[2, 0]).expect("is written");
+    let kernels = backend.time_kernels().expect("runs");
+    let names: Vec<&str> = kernels.iter().map(|(name, ..)| &**name).collect();
+    assert!(names.contains(&"gather_rows") && names.contains(&"add"), "{names:?}");
+    assert_eq!(read(step.out, &mut backend), expected([2, 0]));
+    assert!(!backend.replay(7).expect("runs"), "a step that was never recorded");
+}
+
+#[test]
+fn timed_steps_run() {
+    assert_timed_steps_run(&WgpuOptions::default());
+    assert_timed_steps_run(&WgpuOptions { without_vulkan: true, ..WgpuOptions::default() });
+}
+
 #[test]
 fn steps_read_what_the_host_wrote() {
     assert_steps_read_what_was_written(&WgpuOptions::default());
