@@ -11,12 +11,6 @@ use crate::layout::BLOCK_COLS;
 use crate::simd::math::abs;
 use crate::simd::{Kernel, Level, Simd};
 
-/// The bits of [`FLOAT_VALUE`]. A whole number below 2^22 added to them is added to the value: such a sum is a float without a
-/// conversion.
-pub(crate) const FLOAT_BITS: i32 = 0x4b40_0000;
-/// 1.5 * 2^23
-pub(crate) const FLOAT_VALUE: f32 = 12_582_912.0;
-
 /// The parts of one 8-bit row, as byte offsets from its start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Int8Layout {
@@ -34,8 +28,7 @@ pub(crate) struct Int8Layout {
     /// `[num_scales / 2]` f32, rounded up: the same of two scales, where these are of 64 columns.
     pair_sums: usize,
     /// `[2 * blocks]` i32: -12 times the sum of the codes of 16 columns, where scales are of 32. E2M1 weights are looked up
-    /// as `2 value + 12`, unsigned; a sum that starts here ends as if they were signed. Those of first halves start at
-    /// [`FLOAT_BITS`] in addition.
+    /// as `2 value + 12`, unsigned; a sum that starts here ends as if they were signed.
     pub(crate) e2m1_starts_16: usize,
     /// `[blocks]` i32: the same for 32 columns.
     pub(crate) e2m1_starts_32: usize,
@@ -242,9 +235,7 @@ impl Kernel for RoundToInt8 {
                         let (block, sum) = (four + i, low_sums[i].wrapping_add(high_sums[i]));
                         scales.add(block).write_unaligned(group_scales[i]);
                         sums.add(block).write_unaligned(group_scales[i] * sum as f32);
-                        starts_16
-                            .add(2 * block)
-                            .write_unaligned(low_sums[i].wrapping_mul(-12).wrapping_add(FLOAT_BITS));
+                        starts_16.add(2 * block).write_unaligned(low_sums[i].wrapping_mul(-12));
                         starts_16.add(2 * block + 1).write_unaligned(high_sums[i].wrapping_mul(-12));
                         starts_32.add(block).write_unaligned(sum.wrapping_mul(-12));
                     }

@@ -4,7 +4,7 @@
 
 use super::codes::{Codes, E2M1_FACTOR, prefetch_line};
 use super::{TileArgs, TileKernel, fetch_ahead, finish, load_e8m0, load_scales, nvfp4_scales};
-use crate::activations::{FLOAT_VALUE, Int8Layout};
+use crate::activations::Int8Layout;
 use crate::layout::{BLOCK_COLS, LINE_BYTES, TILE_ROWS};
 use crate::simd::Simd;
 use std::marker::PhantomData;
@@ -460,11 +460,8 @@ impl<C: Codes> TileKernel for Nvfp4<C> {
                             (low, high)
                         };
                         at[t] = at[t].add(C::LINES * LINE_BYTES);
-                        // Four significant bits: this product is exact, and so is `sum * scale_low`, in one instruction and
-                        // not in a conversion and one.
-                        let minus = s.mul(scale_low, s.splat(-FLOAT_VALUE));
                         for r in 0..R {
-                            float[t][r] = s.mul_add(s.cast_to_f(low.acc[t][r]), scale_low, minus);
+                            float[t][r] = s.mul(s.to_f(low.acc[t][r]), scale_low);
                             float[t][r] = s.mul_add(s.to_f(high.acc[t][r]), scale_high, float[t][r]);
                         }
                     }
