@@ -120,8 +120,7 @@ fn tiles_with_room<const ROOM: usize>(
         } else {
             up_product.side_by_side(&up.rows_of_block(&range), &mut up_space)
         };
-        let [gate_streams, up_streams] = [&gate_product, &up_product].map(|product| product.streams_of(count));
-        let streams = if gate_streams.max < up_streams.max { gate_streams } else { up_streams };
+        let streams = gate_product.max_streams(count).min(up_product.max_streams(count));
         for_each_tile_group(streams, tiles.clone(), |first, step, streams| {
             let tile = |t: usize| first + t * step;
             for (product, half, rows, out) in

@@ -63,14 +63,6 @@ impl TileMap {
     pub(crate) fn tile_offset(&self, matrix: usize, tile: usize) -> usize {
         self.offset + matrix * self.matrix_stride + tile * self.tile_stride
     }
-
-    /// From the end of a tile to what its stream reads next, when it is one of `streams` neighbours that are read together.
-    #[cfg(target_arch = "x86_64")]
-    pub(crate) fn bytes_to_next(&self, streams: usize) -> usize {
-        let is_gate_of_pairs = self.offset == 0 && self.tile_stride > self.layout.tile_bytes;
-        // The same tile of up stands behind one of gate; behind others a neighbour, and what comes next is behind all of these.
-        if is_gate_of_pairs { 0 } else { (streams - 1) * self.tile_stride }
-    }
 }
 
 /// Matrices of one shape and format, one after the other.

@@ -182,8 +182,8 @@ impl Product<'_> {
                 _ => self.multiply_wide(&rows, streams, parts, blocks, out),
             }
         }
-        // Row by row, those of neighbouring tiles together: outputs of many rows stand whole pages apart, and those of one tile share a set of
-        // the nearest cache. A prompt's attention products took 130 ms so and 150 to 180 ms tile by tile.
+        // Row by row: outputs of many rows stand whole pages apart, and those of one tile share a set of the nearest cache. A prompt's
+        // attention products took 130 ms so and 150 to 180 ms tile by tile.
         for i in 0..count {
             for t in 0..streams {
                 let at = (i / group_rows * streams + t) * group_room + i % group_rows;
@@ -246,7 +246,6 @@ impl Product<'_> {
         assert!(end <= rows.len_bytes, "rows end at {end} of {} bytes", rows.len_bytes);
         // The next part of a tile stands behind this one, or is that of the next tile.
         let next_offset = layout.block_offset(blocks.end);
-        let skipped = if blocks.end == layout.blocks { self.map.bytes_to_next(streams) } else { 0 };
         let mut args = AmxArgs {
             layout,
             int8,
@@ -264,7 +263,7 @@ impl Product<'_> {
         };
         for (t, part) in parts.into_iter().enumerate().take(streams) {
             args.part = part;
-            args.next = tiles[t].wrapping_add(next_offset + skipped);
+            args.next = tiles[t].wrapping_add(next_offset);
             args.out = out.wrapping_add(t * num_rows.next_multiple_of(Across::ROWS)).cast();
             // SAFETY: the parts were expanded, rows are whole and at equal distances, more of them and their numbers may be
             // read, `out` has room for all of them.
@@ -341,7 +340,7 @@ impl Product<'_> {
             match streams {
                 1 => self.level.call::<Sized<B, 1, WIDE_ROWS>>(args),
                 2 => self.level.call::<Sized<B, 2, WIDE_ROWS>>(args),
-                streams => unreachable!("`Product::streams_of` never gives {streams} expanded tiles"),
+                streams => unreachable!("`Product::max_streams` never gives {streams} expanded tiles"),
             }
         }
     }

@@ -259,7 +259,7 @@ pub(crate) fn multiply(
     let mut gathered = Gathered::default();
     for (number, ids) in rows.ids.chunks(ROW_BLOCK).enumerate() {
         let rows = product.side_by_side(&rows.with_ids(ids), &mut gathered);
-        for_each_tile_group(product.streams_of(ids.len()), tiles.clone(), |first, step, streams| {
+        for_each_tile_group(product.max_streams(ids.len()), tiles.clone(), |first, step, streams| {
             let tile = |t| first + t * step;
             product.run(&rows, tile, streams, &mut |t, i, values| sink(tile(t), number * ROW_BLOCK + i, values));
         });
@@ -284,10 +284,9 @@ pub(crate) fn fetch_starts(
 ) {
     let product = Product { level, mode, bytes, map, matrix, row_bytes: 0 };
     let mut starts = Starts { lines: [std::ptr::null(); MAX_STREAMS], count: 0 };
-    let streams = product.streams_of(num_rows);
-    starts.count = streams.max.min(tiles.len());
+    starts.count = product.max_streams(num_rows).min(tiles.len());
     for t in 0..starts.count {
-        let tile = tiles.start + if streams.are_neighbours { t } else { t * (tiles.len() / starts.count) };
+        let tile = tiles.start + t * (tiles.len() / starts.count);
         starts.lines[t] = bytes[map.tile_offset(matrix, tile)..].as_ptr();
     }
     // SAFETY: fetching is a hint, allowed for any address.
@@ -313,32 +312,15 @@ impl Kernel for Starts {
     }
 }
 
-/// How tiles are read at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Streams {
-    /// How many at most.
-    pub(crate) max: usize,
-    /// Tile after tile, so that a row's results of tiles that are multiplied together stand together. Else a stream runs through
-    /// consecutive tiles, so that hardware prefetchers and our own find the next one where they look for it.
-    pub(crate) are_neighbours: bool,
-}
-
-/// Calls `each(first, step, streams)`: tiles `first + t * step` for `t < streams` are read at once.
-pub(crate) fn for_each_tile_group(
-    Streams { max, are_neighbours }: Streams,
-    tiles: Range<usize>,
-    mut each: impl FnMut(usize, usize, usize),
-) {
+/// Calls `each(first, step, streams)`: tiles `first + t * step` for `t < streams` are read at once. A stream runs through
+/// consecutive tiles, so that hardware prefetchers and our own find the next one where they look for it.
+pub(crate) fn for_each_tile_group(max_streams: usize, tiles: Range<usize>, mut each: impl FnMut(usize, usize, usize)) {
     let mut rest = tiles;
-    let mut streams = max;
+    let mut streams = max_streams;
     while !rest.is_empty() {
         let steps = rest.len() / streams;
         for step in 0..steps {
-            if are_neighbours {
-                each(rest.start + step * streams, 1, streams);
-            } else {
-                each(rest.start + step, steps, streams);
-            }
+            each(rest.start + step, steps, streams);
         }
         rest.start += steps * streams;
         streams = (streams / 2).max(1);
@@ -386,7 +368,7 @@ impl<'a> Product<'a> {
     }
 
     /// Multiplies tiles `tile(0..streams)` with all of `rows` (up to [`ROW_BLOCK`] of those that [`Product::new`] saw, or
-    /// others of the same buffer; `streams` is [`Product::streams_of`] of their number, or less) and hands `sink(t, i, values)` the
+    /// others of the same buffer; `streams` is [`Product::max_streams`] of their number, or less) and hands `sink(t, i, values)` the
     /// results of tile `tile(t)` and rows `rows.ids()[i..i + values.len()]`, as often as it takes.
     #[inline]
     pub(crate) fn run(
@@ -460,17 +442,16 @@ impl<'a> Product<'a> {
         rows.first.wrapping_add(id as usize * rows.stride_bytes)
     }
 
-    /// How tiles are read when `num_rows` rows are multiplied.
-    pub(crate) fn streams_of(&self, num_rows: usize) -> Streams {
+    /// How many tiles to read at once when `num_rows` rows are multiplied.
+    pub(crate) fn max_streams(&self, num_rows: usize) -> usize {
         match self.expansion(num_rows) {
             // Five to seven rows are four and the rest, each in a pass of its own (`run`).
-            Expansion::Packed => {
-                let num_rows = if matches!(num_rows, 5..=7) { 4 } else { num_rows };
-                Streams { max: streams_for(self.streams(), num_rows).max(1), are_neighbours: false }
-            }
+            Expansion::Packed => match num_rows {
+                5..=7 => streams_for(self.streams(), 4).max(1),
+                _ => streams_for(self.streams(), num_rows).max(1),
+            },
             Expansion::Wide | Expansion::Amx => {
-                let max = expanded::STREAMS.min(streams_for(self.level.streams(), expanded::WIDE_ROWS));
-                Streams { max, are_neighbours: true }
+                expanded::STREAMS.min(streams_for(self.level.streams(), expanded::WIDE_ROWS))
             }
         }
     }
