@@ -270,6 +270,18 @@ mod tests {
     }
 
     #[test]
+    fn groups_are_whole_numbers_of_scales_of_activations() {
+        for (group, scale_blocks) in [(32, 1), (64, 2), (128, 2)] {
+            let format = WeightFormat::Affine { bits: 4, group, scale: ScaleDtype::Bf16 };
+            let layout = TileLayout::new(format, 256, false);
+            assert_eq!(layout.scale_blocks, scale_blocks, "groups of {group}");
+            assert!(layout.record_blocks.is_multiple_of(scale_blocks), "groups of {group}");
+        }
+        assert_eq!(activation_scale_blocks(WeightFormat::Nvfp4), 1);
+        assert_eq!(activation_scale_blocks(WeightFormat::Mxfp4), 1);
+    }
+
+    #[test]
     fn every_e4m3_magnitude_is_kept() {
         for code in 0..=255u8 {
             let expected = E4M3_WITHOUT_NAN[usize::from(code)].abs();

@@ -120,6 +120,10 @@ fn fp8_with_odd_blocks() -> WeightFormat {
 fn formats() -> Vec<WeightFormat> {
     let mut formats = all_formats();
     formats.push(fp8_with_odd_blocks());
+    // Two scales of activations a group, and codes of a whole byte with one.
+    let scale = moellon_tensor::ScaleDtype::Bf16;
+    formats.push(WeightFormat::Affine { bits: 4, group: 128, scale });
+    formats.push(WeightFormat::Affine { bits: 8, group: 64, scale });
     formats
 }
 
