@@ -75,15 +75,11 @@ DEVICE void norm_weights(const RowInput& in, u32 cols, float weight[8]) {
   for (u32 c = ROW_COLUMNS + threadIdx.x * 32; c < cols; c += blockDim.x * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(in.weight + c));
 }
 
-// The sums of rows g and g + 8 of a lane into [16].
-DEVICE void put_one(float* red, const float acc[4], u32 lane) {
-  if (lane % 4 == 0) { red[lane / 4] = acc[0]; red[lane / 4 + 8] = acc[2]; }
-}
-// Row `lane` of a unit: its slices in order.
-DEVICE float sum_slices(const float red[][16], u32 slices, u32 row) {
+// Row `row` of a unit of R row tiles: its slices in order.
+template <int R> DEVICE float sum_slices(const float red[][R][16], u32 slices, u32 row) {
   float sum = 0.f;
 #pragma unroll
-  for (u32 s = 0; s < WARPS; s++) sum += s < slices ? red[s][row] : 0.f;
+  for (u32 s = 0; s < WARPS; s++) sum += s < slices ? red[s][row / 16][row % 16] : 0.f;
   return sum;
 }
 
@@ -91,21 +87,22 @@ DEVICE float sum_slices(const float red[][16], u32 slices, u32 row) {
 
 struct LineArgs {
   Part part[4];
-  u32 first_unit[5];   // of each part, in row tiles
+  u32 first_unit[5];   // of each part, in TALL row tiles
   u32 num_parts, slices, pad;
   RowInput in;
   Mat residual;        // the result is added to it too (p null: none)
 };
-template <int F> DEVICE void line(const LineArgs& a, u32 block, u32 blocks) {
+// A warp has a slice of TALL neighbouring row tiles at a time.
+template <int F, int TALL> DEVICE void line(const LineArgs& a, u32 block, u32 blocks) {
   extern __shared__ __align__(16) u8 shared[];
-  __shared__ float red[2][WARPS][16];
+  __shared__ float red[2][WARPS][TALL][16];
   __shared__ float scratch[32];
   pdl_launch();
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 S = a.slices, side = WARPS / S, team = warp / S, slice = warp % S, step = blocks * side, total = a.first_unit[a.num_parts];
   u32 cols = a.part[0].w.cols, tiles = num_tiles(a.part[0].w);
   u32 first = slice_start(slice, S, tiles), count = slice_start(slice + 1, S, tiles) - first;
-  Pipe<F, 1> pipe;
+  Pipe<F, TALL> pipe;
   pipe.start(shared);
   auto part_of = [&](u32 u) {
     u32 k = 0;
@@ -116,8 +113,7 @@ template <int F> DEVICE void line(const LineArgs& a, u32 block, u32 blocks) {
   auto issue = [&] {
     if (pipe.left == 0 && ahead < total) {
       u32 k = part_of(ahead);
-      const Packed* w[1] = {&a.part[k].w};
-      pipe.aim(w, 0, ahead - a.first_unit[k], first, count);
+      pipe.aim(a.part[k].w, 0, (ahead - a.first_unit[k]) * TALL, first, count);
       ahead += step;
     }
     pipe.issue();
@@ -130,16 +126,15 @@ template <int F> DEVICE void line(const LineArgs& a, u32 block, u32 blocks) {
   const u8* x = prepare<F>(a.in, cols, shared + WARPS * pipe.RING, scratch, block == 0, weight);
   for (u32 buffer = 0; unit < total; unit += step, buffer ^= 1) {
     const Part& part = a.part[part_of(unit)];
-    u32 row_tile = unit - a.first_unit[part_of(unit)];
-    u32 row = row_tile * 16 + lane;
-    bool writes = slice == 0 && lane < 16 && row < part.w.rows;
+    u32 row = (unit - a.first_unit[part_of(unit)]) * (16 * TALL) + lane;
+    bool writes = slice == 0 && lane < 16 * TALL && row < part.w.rows;
     float old = writes && a.residual.p ? a.residual.p[row] : 0.f;
-    float acc[1][4] = {};
+    float acc[pipe.SUMS] = {};
     pipe.unit(acc, x, first, count, cols, issue);
-    put_one(red[buffer][warp], acc[0], lane);
+    pipe.put_sums(red[buffer][warp][0], acc);
     team_barrier(team, S);
     if (writes) {
-      float y = finish<F>(part.w, 0, row, sum_slices(red[buffer] + warp, S, lane));
+      float y = finish<F>(part.w, 0, row, sum_slices<TALL>(red[buffer] + warp, S, lane));
       store(part.out, 0, row, y);
       if (a.residual.p) a.residual.p[row] = old + y;
     }
@@ -157,10 +152,10 @@ struct HeadsArgs {
   AttendArgs attend;    // joins: the input is attention's result
   Latent latent;        // has_latent: blocks of one more row of the grid
 };
-// Grid (blocks of 8 / slices row tiles, heads and one more with a latent).
-template <int F> DEVICE void heads(const HeadsArgs& a) {
+// Grid (blocks of 8 / slices times TALL row tiles, heads and one more with a latent).
+template <int F, int TALL> DEVICE void heads(const HeadsArgs& a) {
   extern __shared__ __align__(16) u8 shared[];
-  __shared__ float red[WARPS][16], results[WARPS * 16], scratch[32];
+  __shared__ float red[WARPS][TALL][16], results[WARPS * TALL * 16], scratch[32];
   pdl_launch();
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y;
   if (head == gridDim.y - a.has_latent) {
@@ -168,14 +163,13 @@ template <int F> DEVICE void heads(const HeadsArgs& a) {
     latent_row(a.latent, 0, scratch);
     return;
   }
-  u32 S = a.slices, side = WARPS / S, slice = warp % S, row_tile = blockIdx.x * side + warp / S;
+  u32 S = a.slices, side = WARPS / S, slice = warp % S, row_tile = (blockIdx.x * side + warp / S) * TALL;
   u32 cols = a.w.cols, tiles = num_tiles(a.w), row_tiles = (a.w.rows + 15) / 16;
   bool active = row_tile < row_tiles;
   u32 first = slice_start(slice, S, tiles), count = active ? slice_start(slice + 1, S, tiles) - first : 0;
-  const Packed* w[1] = {&a.w};
-  Pipe<F, 1> pipe;
+  Pipe<F, TALL> pipe;
   pipe.start(shared);
-  pipe.aim(w, head, active ? row_tile : 0, first, count);
+  pipe.aim(a.w, head, active ? row_tile : 0, first, count);
 #pragma unroll
   for (int i = 0; i < pipe.D; i++) pipe.issue();
   u32 first_key, keys = 0;
@@ -197,15 +191,15 @@ template <int F> DEVICE void heads(const HeadsArgs& a) {
     else if (inside) *(uint4*)(x + c * 2) = pack8(v);
   }
   __syncthreads();
-  float acc[1][4] = {};
+  float acc[pipe.SUMS] = {};
   pipe.unit(acc, x, first, count, cols, [&] { pipe.issue(); });
-  put_one(red[warp], acc[0], lane);
+  pipe.put_sums(red[warp][0], acc);
   __syncthreads();
-  u32 i = threadIdx.x, row = blockIdx.x * side * 16 + i;
-  if (i < side * 16) {
+  u32 rows = side * (16 * TALL), i = threadIdx.x, row = blockIdx.x * rows + i;
+  if (i < rows) {
     float y = 0.f;
     if (row < a.w.rows) {
-      y = finish<F>(a.w, head, row, sum_slices(red + i / 16 * S, S, i % 16));
+      y = finish<F>(a.w, head, row, sum_slices<TALL>(red + i / (16 * TALL) * S, S, i % (16 * TALL)));
       store(a.out, 0, head * a.w.rows + row, y);
     }
     results[i] = y;
@@ -215,9 +209,9 @@ template <int F> DEVICE void heads(const HeadsArgs& a) {
   if (warp == 0) {
     float v[8];
 #pragma unroll
-    for (int k = 0; k < 8; k++) v[k] = lane * 8 < side * 16 ? results[(lane * 8 + k) % (WARPS * 16)] : 0.f;
-    u32 column = head * a.w.rows + blockIdx.x * side * 16 + lane * 8;
-    digits8(v, lane * 8 < side * 16 && blockIdx.x * side * 16 + lane * 8 < a.w.rows ? a.out_digits + column / 64 * DIGITS_BYTES : nullptr);
+    for (int k = 0; k < 8; k++) v[k] = lane * 8 < rows ? results[(lane * 8 + k) % (WARPS * TALL * 16)] : 0.f;
+    u32 column = blockIdx.x * rows + lane * 8;
+    digits8(v, lane * 8 < rows && column < a.w.rows ? a.out_digits + (head * a.w.rows + column) / 64 * DIGITS_BYTES : nullptr);
   }
 }
 
@@ -294,12 +288,10 @@ template <int KIND> DEVICE void router(const RouterArgs& a) {
 
 // Gate and up of one group of matrices: h = f(x gate, x up).
 struct UpPair { Packed gate, up; Mat out; const u8* x; };
-// The sums of a unit's slices, by its first warp: half a warp a matrix. Lanes below 16 get h of the row tile's row `lane`.
+// Of a unit's slices, by its first warp, half a warp a matrix: lanes below 16 get h of the row tile's row `lane`.
 template <int F> DEVICE float up_row(const UpPair& pair, const Activation& activation, const float red[][2][16], u32 slices, u32 matrix, u32 row_tile) {
   u32 lane = threadIdx.x % 32, row = row_tile * 16 + lane % 16;
-  float sum = 0.f;
-#pragma unroll
-  for (u32 s = 0; s < WARPS; s++) sum += s < slices ? red[s][lane / 16][lane % 16] : 0.f;
+  float sum = sum_slices<2>(red, slices, lane);
   if (row < pair.gate.rows) sum = finish<F>(lane < 16 ? pair.gate : pair.up, matrix, row, sum);
   return activate(activation, sum, __shfl_down_sync(0xffffffffu, sum, 16));
 }
@@ -338,10 +330,9 @@ template <int F> DEVICE void pair(const PairArgs& a, u32 block, u32 blocks) {
   pdl_wait();
   const u8* x = prepare<F>(a.in, cols, shared + WARPS * pipe.RING, scratch, false, weight);
   for (u32 buffer = 0; unit < total; unit += step, buffer ^= 1) {
-    float acc[2][4] = {};
+    float acc[pipe.SUMS] = {};
     pipe.unit(acc, x, first, count, cols, issue);
-    put_one(red[buffer][warp][0], acc[0], lane);
-    put_one(red[buffer][warp][1], acc[1], lane);
+    pipe.put_sums(red[buffer][warp][0], acc);
     team_barrier(team, S);
     if (slice != 0) continue;
     float h = up_row<F>(pair, a.activation, red[buffer] + warp, S, 0, unit);
@@ -402,10 +393,9 @@ template <int F> DEVICE void up(const UpArgs& a, u32 block, u32 blocks) {
   u32 first_unit = unit;
   for (u32 buffer = 0; unit < total; unit += step, buffer ^= 1) {
     u32 k = unit / row_tiles, row_tile = unit % row_tiles;
-    float acc[2][4] = {};
+    float acc[pipe.SUMS] = {};
     pipe.unit(acc, pair.x, first, count, pair.gate.cols, issue);
-    put_one(red[buffer][warp][0], acc[0], lane);
-    put_one(red[buffer][warp][1], acc[1], lane);
+    pipe.put_sums(red[buffer][warp][0], acc);
     team_barrier(team, S);
     if (slice != 0) continue;
     float h = up_row<F>(pair, a.activation, red[buffer] + warp, S, ids[k], row_tile);
@@ -438,7 +428,7 @@ template <int F> DEVICE void up(const UpArgs& a, u32 block, u32 blocks) {
 }
 template <int F, int G> DEVICE void experts_up(const UpArgs& a) {
   pdl_launch();
-  if (blockIdx.x < a.shared_blocks) line<G>(a.shared, blockIdx.x, a.shared_blocks);
+  if (blockIdx.x < a.shared_blocks) line<G, 1>(a.shared, blockIdx.x, a.shared_blocks);
   else up<F>(a, blockIdx.x - a.shared_blocks, gridDim.x - a.shared_blocks);
 }
 
@@ -451,17 +441,28 @@ struct DownArgs {
   u64 part_bytes;
   u32 slices, top_k;
 };
+#ifndef DOWN_TALL
+#define DOWN_TALL 1
+#endif
+#ifndef LINE_TALL
+#define LINE_TALL 1
+#endif
+#ifndef HEADS_TALL
+#define HEADS_TALL 1
+#endif
 template <int F> DEVICE void experts_down(const DownArgs& a) {
   extern __shared__ __align__(16) u8 shared[];
   __shared__ u32 ids[32];
   __shared__ float weights[32];
-  Pipe<F, 1> pipe;
+  Pipe<F, DOWN_TALL> pipe;
   float* results = (float*)(shared + WARPS * pipe.RING);  // [2][top_k][slices][16]
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 S = a.slices, side = WARPS / S, team = warp / S, slice = warp % S;
   u32 row_tiles = (a.w.rows + 15) / 16, tiles = num_tiles(a.w);
   u32 first = slice_start(slice, S, tiles), count = slice_start(slice + 1, S, tiles) - first;
-  const Packed* w[1] = {&a.w};
+  const Packed* w[DOWN_TALL];
+#pragma unroll
+  for (int r = 0; r < DOWN_TALL; r++) w[r] = &a.w;
   pdl_launch();
   pipe.start(shared);
   pdl_wait();
@@ -472,8 +473,15 @@ template <int F> DEVICE void experts_down(const DownArgs& a) {
     if (pipe.left == 0) {
       if (ahead_k >= a.top_k) { ahead_k = team; ahead_tile += gridDim.x; }
       if (ahead_tile < row_tiles && ahead_k < a.top_k) {
-        pipe.aim(w, ids[ahead_k], ahead_tile, first, count);
-        ahead_k += side;
+        u32 matrices[DOWN_TALL], row_tiles[DOWN_TALL];
+#pragma unroll
+        for (int r = 0; r < DOWN_TALL; r++) {
+          u32 k = ahead_k + r * side;
+          matrices[r] = ids[k < a.top_k ? k : ahead_k];
+          row_tiles[r] = ahead_tile;
+        }
+        pipe.aim(w, matrices, row_tiles, first, count);
+        ahead_k += DOWN_TALL * side;
       }
     }
     pipe.issue();
@@ -482,15 +490,20 @@ template <int F> DEVICE void experts_down(const DownArgs& a) {
   for (int i = 0; i < pipe.D; i++) issue();
   u32 turn = 0;
   for (u32 row_tile = blockIdx.x; row_tile < row_tiles; row_tile += gridDim.x, turn++) {
-    float* here = results + (turn & 1) * a.top_k * S * 16;
+    float* here = results + (turn & 1) * (a.top_k + 1) * S * 16;
     u32 row = row_tile * 16 + lane;
     // Another warp each time, so that no one falls behind.
     bool writes = warp == turn % WARPS && lane < 16 && row < a.w.rows;
     float sum = writes && a.plus.p ? a.plus.p[row] : 0.f, old = writes && a.residual.p ? a.residual.p[row] : 0.f;
-    for (u32 k = team; k < a.top_k; k += side) {
-      float acc[1][4] = {};
-      pipe.unit(acc, a.x + k * a.part_bytes, first, count, a.w.cols, issue);
-      put_one(here + (k * S + slice) * 16, acc[0], lane);
+    for (u32 k = team; k < a.top_k; k += DOWN_TALL * side) {
+      float acc[pipe.SUMS] = {};
+      const u8* x[DOWN_TALL];
+#pragma unroll
+      for (int r = 0; r < DOWN_TALL; r++) x[r] = a.x + (k + r * side < a.top_k ? k + r * side : k) * a.part_bytes;
+      pipe.template unit<false>(acc, x, first, count, a.w.cols, issue);
+      // The second of two experts may be none: its sums go where nobody reads them.
+      u32 second = k + side < a.top_k ? side : a.top_k - k;
+      pipe.put_sums(here + (k * S + slice) * 16, acc, second * S * 16);
     }
     __syncthreads();
     if (writes) {
@@ -507,9 +520,10 @@ template <int F> DEVICE void experts_down(const DownArgs& a) {
   }
 }
 
+#ifndef NO_KERNELS  // programs under bench/ want the arguments alone
 #define KERNELS(NAME, F) \
-  KERNEL __launch_bounds__(256, 3) line_##NAME(const __grid_constant__ LineArgs a) { line<F>(a, blockIdx.x, gridDim.x); } \
-  KERNEL __launch_bounds__(256, 3) heads_##NAME(const __grid_constant__ HeadsArgs a) { heads<F>(a); } \
+  KERNEL __launch_bounds__(256, 3) line_##NAME(const __grid_constant__ LineArgs a) { line<F, LINE_TALL>(a, blockIdx.x, gridDim.x); } \
+  KERNEL __launch_bounds__(256, 3) heads_##NAME(const __grid_constant__ HeadsArgs a) { heads<F, HEADS_TALL>(a); } \
   KERNEL __launch_bounds__(256, 2) pair_##NAME(const __grid_constant__ PairArgs a) { router_pair<F>(a); } \
   KERNEL __launch_bounds__(256, 3) up_##NAME##_##NAME(const __grid_constant__ UpArgs a) { experts_up<F, F>(a); } \
   KERNEL __launch_bounds__(256, 3) experts_down_##NAME(const __grid_constant__ DownArgs a) { experts_down<F>(a); }
@@ -531,3 +545,4 @@ MIXED(affine3, AFFINE3, affine6, AFFINE6)
 MIXED(affine4, AFFINE4, affine6, AFFINE6)
 MIXED(affine4, AFFINE4, affine8, AFFINE8)
 MIXED(nvfp4, NVFP4, fp8, FP8)
+#endif

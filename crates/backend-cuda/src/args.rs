@@ -359,6 +359,33 @@ pub(crate) struct Attend {
     pub(crate) scale: f32,
 }
 
+/// `StepHeads` of `attend_rows.cuh`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct StepHeads {
+    pub(crate) k: Mat,
+    pub(crate) v: Mat,
+    pub(crate) table: Mat,
+    pub(crate) q_norm: DevicePtr,
+    pub(crate) k_norm: DevicePtr,
+    pub(crate) slots: DevicePtr,
+    pub(crate) cache: DevicePtr,
+    pub(crate) digits: DevicePtr,
+    pub(crate) arrived: DevicePtr,
+    pub(crate) rows: u32,
+    pub(crate) interleaved: u32,
+    pub(crate) eps: f32,
+    pub(crate) pad: u32,
+}
+
+/// `GqaArgs` of `gqa.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Gqa {
+    pub(crate) attend: Attend,
+    pub(crate) heads: StepHeads,
+}
+
 /// `JoinArgs` of `attention.cu`.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]

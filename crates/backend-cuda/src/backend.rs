@@ -2,6 +2,7 @@
 
 mod decode;
 mod few;
+mod gqa;
 mod operations;
 mod products;
 

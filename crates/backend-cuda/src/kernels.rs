@@ -30,14 +30,14 @@ macro_rules! files {
     };
 }
 
-static FILES: [File; 8] = files!["rows" "pack" "matmul" "prompt" "attention" "decode" "few" "sample"];
+static FILES: [File; 9] = files!["rows" "pack" "matmul" "prompt" "attention" "gqa" "decode" "few" "sample"];
 
 macro_rules! headers {
     ($($name:literal)*) => { [$(($name, include_str!(concat!("../kernels/", $name)))),*] };
 }
 
 /// What kernel files include, by name.
-const HEADERS: [(&str, &str); 9] = headers!["attend.cuh" "barriers.cuh" "common.cuh" "packed.cuh" "pipe.cuh" "product.cuh" "route.cuh" "row.cuh" "shared_rows.cuh"];
+const HEADERS: [(&str, &str); 10] = headers!["attend.cuh" "attend_rows.cuh" "barriers.cuh" "common.cuh" "packed.cuh" "pipe.cuh" "product.cuh" "route.cuh" "row.cuh" "shared_rows.cuh"];
 
 /// The oldest GPUs whose instructions the kernels need (bfloat16 products, asynchronous copies).
 const OLDEST: (i32, i32) = (8, 0);
@@ -221,6 +221,11 @@ impl Kernels {
     pub(crate) fn has_few(&mut self, name: &str) -> Result<bool> {
         let shared = few_shared(name).min(self.most_shared);
         Ok(self.module("few").find(name, shared)?.is_some())
+    }
+
+    /// A kernel for a step's attention with grouped queries.
+    pub(crate) fn gqa(&mut self, name: &str) -> Result<Kernel> {
+        self.kernel("gqa", name, ATTENTION_SHARED)
     }
 
     pub(crate) fn attention(&mut self, name: &str) -> Result<Kernel> {

@@ -11,6 +11,7 @@
 //! | `gate_up` | `pair` without a router |
 //! | `linear` whose output the next `rms_norm` adds | `line` with a residual |
 //! | `rms_norm` of the latent, two `rope`, `kv_store`, `linear_heads` | `heads` with a latent |
+//! | `rms_norm` of queries' and keys' heads, two `rope`, `kv_store`, `attend_gqa` | `gqa` |
 //! | `attend_mla`, `linear_heads` | `attend`, `heads` that joins |
 //! | `rms_norm`, `linear` of the router, `route`, `gate_up` and `linear` of the shared expert, `moe_gate_up`, `moe_down` | `pair`: the router and the shared expert's first half; `up`: the chosen experts' first half and the shared expert's second; `experts_down` |
 
@@ -86,6 +87,11 @@ impl CudaBackend {
     /// Launches what starts at the cursor as a kernel of its own, if there is one, and moves past it.
     fn fused(&mut self, cursor: &mut Cursor<'_>) -> Result<bool> {
         if self.router_and_experts(cursor)? {
+            return Ok(true);
+        }
+        if let Some(count) = self.grouped_attention(cursor.rest())? {
+            cursor.at += count;
+            cursor.added = false;
             return Ok(true);
         }
         let rest = cursor.rest();
@@ -670,7 +676,7 @@ impl CudaBackend {
         self.device.launch(&kernel, [blocks as u32, 1, 1], 256, ring, &args)
     }
 
-    fn cache_address(&self, cache: Cache) -> DevicePtr {
+    pub(super) fn cache_address(&self, cache: Cache) -> DevicePtr {
         self.caches[cache.id as usize].memory.pointer()
     }
 }
