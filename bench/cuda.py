@@ -214,7 +214,9 @@ def golden(stolen):
 
 def golden_formats(stolen, test):
     """What the test says of each format: it fails beyond the tolerance."""
-    done = subprocess.run([test, "--nocapture"], capture_output=True, text=True, cwd=ROOT / "crates/model", check=True)
+    done = subprocess.run([test, "--nocapture"], capture_output=True, text=True, cwd=ROOT / "crates/model")
+    if done.returncode != 0:
+        raise SystemExit(f"{test} failed\n{done.stderr[-3000:]}")
     line = re.compile(r"^(.+): ([0-9.]+) of the tolerance; (\d+) of (\d+) positions and layers compared, (\d+) other choices$", re.M)
     found = line.findall(done.stdout + done.stderr)
     if not found:

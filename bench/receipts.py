@@ -285,12 +285,11 @@ def operations(stolen, shapes):
         report = json.loads(subprocess.run([program, *words], check=True, capture_output=True, text=True).stdout)
         reports.append(report)
         commands.append("target/release/examples/step_operations " + " ".join(words))
-        # A barrier costs what a region costs: both are a meeting of all threads.
-        meetings_us = (report["regions"] + report["barriers"]) * report["region_us"]
+        meetings_us = report["regions"] * report["region_us"] + report["barriers"] * report["barrier_us"]
         steps.append({
             "shape": shape, "format": "affine-4", "batch": batch, "ms a step": f"{report['step_ms']:.2f}",
             "quartiles": "-".join(f"{ms:.2f}" for ms in report["step_ms_quartiles"]), "regions": report["regions"],
-            "barriers in them": report["barriers"], "us of an empty region": f"{report['region_us']:.2f}",
+            "barriers in them": report["barriers"], "us of an empty region": f"{report['region_us']:.2f}", "us of a barrier": f"{report['barrier_us']:.2f}",
             "all of them, of a step": f"{meetings_us / report['step_ms'] / 10:.1f} %",
         })
         for operation in report["operations"]:
@@ -494,7 +493,8 @@ def cuda_kernels(stolen):
 
 
 def cuda_sanitizer(stolen, conformance, recorded, kernels=None):
-    """The tests of the CUDA back end under compute-sanitizer, side by side: each waits for its own process most of the time."""
+    """The tests of the CUDA back end under compute-sanitizer, MOELLON_SANITIZER_JOBS side by side: each waits for its own process most
+    of the time, but two dozen of them at once take conformance from one minute to more than three."""
     tools = ("memcheck", "racecheck", "initcheck")
     one_row = {"MOELLON_TEST_FORMATS": "affine-4,q3a4,nvfp4"}
     plans = [(tool, "conformance, every operation", [conformance], {}) for tool in tools]
@@ -525,7 +525,7 @@ def cuda_sanitizer(stolen, conformance, recorded, kernels=None):
         print(f"{tool}, {what}: {summary}, {time.monotonic() - start:.0f} s", flush=True)
         return {"tool": tool, "what": what, "summary": summary, "status": done.returncode, "seconds": round(time.monotonic() - start, 1)}
 
-    with concurrent.futures.ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(int(os.environ.get("MOELLON_SANITIZER_JOBS", 6))) as pool:
         samples = [sample for sample in pool.map(check, plans) if sample]
     rows = [{"tool": sample["tool"], "tests": sample["what"], "found": ", ".join(sample["summary"])} for sample in samples]
     commands = [f"compute-sanitizer --tool {sample['tool']} {sample['what']}" for sample in samples]

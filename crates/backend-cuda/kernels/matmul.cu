@@ -296,7 +296,7 @@ template <int F, bool FAST> DEVICE void gemm(const MatmulArgs& a) {
       u64 at = routing.ids ? (routing.slots_in_x ? flat : flat / routing.top_k) : (u64)flat * a.digits_parts + (a.digits_parts > 1 ? matrix : 0);
       source[i] = a.digits + at * tiles * DIGITS_BYTES + piece % PIECES * 16;
     } else {
-      const u16* twin = routing.ids ? a.x.twin + (u64)(flat / routing.top_k) * a.x.stride + (routing.slots_in_x ? flat % routing.top_k * w.cols : 0)
+      const u16* twin = routing.ids ? a.x.twin + (u64)(flat / routing.top_k) * a.x.stride + (routing.slots_in_x ? flat % routing.top_k * a.x_head_stride : 0)
                                     : a.x.twin + (u64)flat * a.x.stride + matrix * a.x_head_stride;
       source[i] = (const u8*)(twin + piece % PIECES * 8);
     }

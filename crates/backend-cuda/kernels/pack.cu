@@ -113,6 +113,19 @@ KERNEL __launch_bounds__(256) write_digits(const __grid_constant__ DigitsArgs a)
   digits8(v, inside ? a.out + (((u64)blockIdx.y * a.parts + part) * tiles + j) * DIGITS_BYTES : nullptr);
 }
 
+// Activations as bfloat16, each part from a multiple of 16 bytes on, zeros behind its last column. Eight columns a thread; grid
+// (eights of all parts of a row / 256, rows).
+KERNEL __launch_bounds__(256) write_padded(const __grid_constant__ DigitsArgs a) {
+  pdl_launch();
+  pdl_wait();
+  u32 eights = (a.cols + 7) / 8, i = blockIdx.x * 256 + threadIdx.x, part = i / eights, c = i % eights * 8;
+  if (part >= a.parts) return;
+  const float* x = a.x.p + (u64)blockIdx.y * a.x.stride + part * a.part_stride;
+  float v[8];
+  load8(v, x, c, a.cols, is_wide(x, a.cols));
+  ((uint4*)a.out)[((u64)blockIdx.y * a.parts + part) * eights + c / 8] = pack8(v);
+}
+
 // One row of a packed matrix as floats. Grid (rows, blocks of a row).
 struct EmbedArgs { Packed table; const u32* token_ids; Mat out; };
 template <int F> DEVICE void embed_row(const EmbedArgs& a) {

@@ -17,7 +17,7 @@ struct MatmulArgs {
   u32 first_block[5];     // of each part, in blocks of row tiles
   u32 num_parts;
   u32 slices;
-  u32 x_head_stride;      // columns between the inputs of two matrices of a weight (heads)
+  u32 x_head_stride;      // columns between the inputs of two matrices of a weight (heads), or of two slots of a token
   Mat x;                  // with a twin, for formats that are multiplied as bfloat16
   const u8* digits;       // x as digits, for affine formats: a part of a row (head, slot of an expert) after another
   u32 digits_parts;       // parts of a row
@@ -392,7 +392,7 @@ template <int F, typename Flat> DEVICE Row row_of(const MatmulArgs& a, u32 nt, u
   } else if (n < count) row.twin = [&] {
     u32 f = flat(n);
     if (!r.ids) return a.x.twin + (u64)f * a.x.stride + matrix * a.x_head_stride;
-    return a.x.twin + (u64)(f / r.top_k) * a.x.stride + (r.slots_in_x ? (f % r.top_k) * a.part[0].w.cols : 0);
+    return a.x.twin + (u64)(f / r.top_k) * a.x.stride + (r.slots_in_x ? (f % r.top_k) * a.x_head_stride : 0);
   }();
   return row;
 }

@@ -2,7 +2,9 @@
 //!
 //! - a *twin*, for formats that are multiplied as bfloat16: the same elements at the same offsets, which producers write too
 //!   once it exists;
-//! - *digits* (`kernels/packed.cuh`), for affine formats: whole views, written by a kernel of their own.
+//! - *digits* (`kernels/packed.cuh`), for affine formats: whole views, written by a kernel of their own;
+//! - *padded parts*, for formats that are multiplied as bfloat16 where the twin's parts would not start at multiples of 16 bytes or
+//!   not end there: each part from such a place on, zeros behind it.
 //!
 //! What is current is tracked here; what is not is written before it is read.
 
@@ -16,13 +18,22 @@ pub(crate) struct DeviceBuffer {
     twin: Option<Memory>,
     /// Regions of the twin that hold what the buffer holds.
     current: Vec<Region>,
-    digits: Vec<DigitsOf>,
+    forms: Vec<FormOf>,
 }
 
-/// A view of a buffer whose rows are cut into parts, as digits.
-struct DigitsOf {
+/// What the parts of a row are made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    Digits,
+    /// bfloat16, [`Parts::padded`] columns a part.
+    Padded,
+}
+
+/// A view of a buffer whose rows are cut into parts, in another form.
+struct FormOf {
     region: Region,
     parts: Parts,
+    form: Form,
     memory: Memory,
     current: bool,
 }
@@ -33,6 +44,13 @@ pub(crate) struct Parts {
     pub(crate) count: usize,
     pub(crate) stride: usize,
     pub(crate) cols: usize,
+}
+
+impl Parts {
+    /// Columns of a part that starts and ends at multiples of 16 bytes in bfloat16.
+    pub(crate) fn padded(&self) -> usize {
+        self.cols.next_multiple_of(8)
+    }
 }
 
 /// Bytes of 64 columns as digits (`DIGITS_BYTES` of packed.cuh).
@@ -69,7 +87,7 @@ impl Region {
 
 impl DeviceBuffer {
     pub(crate) fn new(memory: Memory) -> Self {
-        DeviceBuffer { memory, twin: None, current: Vec::new(), digits: Vec::new() }
+        DeviceBuffer { memory, twin: None, current: Vec::new(), forms: Vec::new() }
     }
 
     /// Address of element `offset`, 4 bytes each.
@@ -96,7 +114,7 @@ impl DeviceBuffer {
     /// The view for writing: the twin is written beside it, if there is one.
     pub(crate) fn output(&mut self, tensor: Tensor) -> Mat {
         let region = Region::of(tensor);
-        self.digits.iter_mut().for_each(|d| d.current = false);
+        self.forms.iter_mut().for_each(|f| f.current = false);
         if self.twin.is_some() && !self.current.iter().any(|r| r.contains(&region)) {
             // Views that share elements with this one and have another shape are not worth telling apart.
             self.current.clear();
@@ -118,32 +136,48 @@ impl DeviceBuffer {
         Ok((self.mat(tensor), stale))
     }
 
-    /// Address of the view as digits, and whether they have to be written first (which the caller then does).
-    pub(crate) fn digits(&mut self, tensor: Tensor, parts: Parts, device: &mut Device) -> Result<(DevicePtr, bool)> {
-        let region = Region::of(tensor);
-        let known = self.digits.iter().position(|d| d.region == region && d.parts == parts);
-        let index = match known {
+    /// Address of the view in another form, and whether it has to be written first (which the caller then does).
+    pub(crate) fn form(
+        &mut self,
+        tensor: Tensor,
+        parts: Parts,
+        form: Form,
+        device: &mut Device,
+    ) -> Result<(DevicePtr, bool)> {
+        let index = match self.find(tensor, parts, form) {
             Some(index) => index,
             None => {
-                let bytes = tensor.rows * parts.count * parts.cols.div_ceil(64) * DIGITS_BYTES;
-                let memory = device.alloc("activations as digits", bytes as u64)?;
-                self.digits.push(DigitsOf { region, parts, memory, current: false });
-                self.digits.len() - 1
+                let (what, bytes) = match form {
+                    Form::Digits => ("activations as digits", parts.cols.div_ceil(64) * DIGITS_BYTES),
+                    Form::Padded => ("bfloat16 activations, padded", 2 * parts.padded()),
+                };
+                let memory = device.alloc(what, (tensor.rows * parts.count * bytes) as u64)?;
+                self.forms.push(FormOf { region: Region::of(tensor), parts, form, memory, current: false });
+                self.forms.len() - 1
             }
         };
-        let digits = &mut self.digits[index];
-        let stale = !std::mem::replace(&mut digits.current, true);
-        Ok((digits.memory.pointer(), stale))
+        let found = &mut self.forms[index];
+        let stale = !std::mem::replace(&mut found.current, true);
+        Ok((found.memory.pointer(), stale))
+    }
+
+    /// [`DeviceBuffer::form`] as digits.
+    pub(crate) fn digits(&mut self, tensor: Tensor, parts: Parts, device: &mut Device) -> Result<(DevicePtr, bool)> {
+        self.form(tensor, parts, Form::Digits, device)
+    }
+
+    fn find(&self, tensor: Tensor, parts: Parts, form: Form) -> Option<usize> {
+        let region = Region::of(tensor);
+        self.forms.iter().position(|f| f.region == region && f.parts == parts && f.form == form)
     }
 
     /// Address of the view as digits where somebody reads it so; the caller, who writes the view, then writes them. 0: nobody.
     pub(crate) fn digits_written(&mut self, tensor: Tensor) -> DevicePtr {
-        let region = Region::of(tensor);
         let parts = Parts { count: 1, stride: tensor.cols, cols: tensor.cols };
-        match self.digits.iter_mut().find(|d| d.region == region && d.parts == parts) {
-            Some(digits) => {
-                digits.current = true;
-                digits.memory.pointer()
+        match self.find(tensor, parts, Form::Digits) {
+            Some(index) => {
+                self.forms[index].current = true;
+                self.forms[index].memory.pointer()
             }
             None => 0,
         }
@@ -151,13 +185,12 @@ impl DeviceBuffer {
 
     /// Whether the view's digits are current.
     pub(crate) fn has_digits(&self, tensor: Tensor, parts: Parts) -> bool {
-        let region = Region::of(tensor);
-        self.digits.iter().any(|d| d.current && d.region == region && d.parts == parts)
+        self.find(tensor, parts, Form::Digits).is_some_and(|index| self.forms[index].current)
     }
 
     /// Floats were written without the other forms.
     pub(crate) fn written_by_host(&mut self) {
         self.current.clear();
-        self.digits.iter_mut().for_each(|d| d.current = false);
+        self.forms.iter_mut().for_each(|f| f.current = false);
     }
 }

@@ -126,11 +126,12 @@ fn run() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let probe = ReadProbe::new(PROBE_BYTES)?;
     let chosen = backend.alloc("chosen tokens", ElementType::U32, batch_size)?.tensor(batch_size, 1);
     let mut rng = SplitMix64::new(7);
-    let (mut plain, mut reads, mut regions) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut plain, mut reads, mut regions, mut barriers) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let (mut seconds, mut meetings) = (BTreeMap::new(), [0; 2]);
     for _ in 0..rounds {
         reads.push(probe.pass(backend.pool()));
-        regions.push(backend.pool().barrier_latency().as_secs_f64());
+        regions.push(backend.pool().region_latency().as_secs_f64());
+        barriers.push(backend.pool().barrier_latency().as_secs_f64());
         let batches = (0..2 * STEPS).map(|_| {
             let mut batch = Batch::default();
             for sequence in 0..batch_size {
@@ -173,7 +174,7 @@ fn run() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let report = serde_json::json!({
         "shape": shape, "format": format, "batch": batch_size, "context": context, "steps": steps,
         "step_ms": step_ms, "step_ms_quartiles": quartiles, "read_gb_s": median(&mut reads),
-        "region_us": median(&mut regions) * 1e6, "regions": meetings[0], "barriers": meetings[1],
+        "region_us": median(&mut regions) * 1e6, "barrier_us": median(&mut barriers) * 1e6, "regions": meetings[0], "barriers": meetings[1],
         "operations": operations,
     });
     println!("{report}");

@@ -7,8 +7,9 @@
 //! - work is split statically ([`partition`]); the caller is thread 0 and works too;
 //! - one epoch counter starts a region and one flag a thread ends it; the closure is borrowed, nothing is allocated;
 //! - inside a region threads meet at [`Pool::barrier`], so that a longer piece of a step can be one region;
-//! - while a step is active ([`Pool::enter`], [`Pool::begin_step`]) idle threads spin with PAUSE; otherwise they park
-//!   after a short grace;
+//! - a step is one stretch in which the team stays together: [`Pool::begin_step`] (or [`Pool::enter`]) says that it begins, and from
+//!   then on threads that wait spin with PAUSE, so that the next region is to them what the other side of a barrier is, at the
+//!   price of one ([`Pool::region_latency`], [`Pool::barrier_latency`]); between steps they park after a short grace;
 //! - when a machine is oversubscribed (the measured latency is far above its best), spinning takes the processor from
 //!   whoever we wait for: threads then yield at once and park early.
 //!
@@ -40,6 +41,9 @@ const STEPS_PER_PROBE: u64 = 64;
 const OVERSUBSCRIBED_FACTOR: u32 = 16;
 /// ...and at least this long.
 const OVERSUBSCRIBED_FLOOR: Duration = Duration::from_micros(8);
+
+/// Meetings in a row whose time is taken at once.
+const MEETINGS: u32 = 32;
 
 /// A value alone on its cache lines (two: adjacent lines are fetched in pairs).
 #[repr(align(128))]
@@ -262,13 +266,23 @@ impl Pool {
         assert!(before > 0, "a step ends that did not begin");
     }
 
-    /// Time of an empty region now: the median of 33.
+    /// Time of an empty region now: the median of 33 times 32 in a row, as they follow each other in a step.
+    pub fn region_latency(&self) -> Duration {
+        self.latency(|| (0..MEETINGS).for_each(|_| self.run(|_, _| {})))
+    }
+
+    /// Time of a barrier inside of a region now, measured as [`Pool::region_latency`] is.
     pub fn barrier_latency(&self) -> Duration {
+        self.latency(|| self.run(|_, _| (0..MEETINGS).for_each(|_| self.barrier())))
+    }
+
+    /// The time of one of [`MEETINGS`] that `meet` has: the median of 33.
+    fn latency(&self, meet: impl Fn()) -> Duration {
         let mut samples = [Duration::ZERO; 33];
         for sample in &mut samples {
             let start = Instant::now();
-            self.run(|_, _| {});
-            *sample = start.elapsed();
+            meet();
+            *sample = start.elapsed() / MEETINGS;
         }
         samples.sort_unstable();
         samples[samples.len() / 2]

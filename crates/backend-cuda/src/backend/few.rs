@@ -129,9 +129,6 @@ impl CudaBackend {
     pub(super) fn few_heads(&mut self, op: &LinearHeads) -> Result<bool> {
         let (format, cols, heads) = (op.weight.format, op.weight.cols, op.weight.count);
         let Some(name) = few_format(op.weight) else { return Ok(false) };
-        if !op.x_head_stride.is_multiple_of(8) {
-            return Ok(false);
-        }
         op.validate()?;
         let input = self.product_input(op.x, format, Parts { count: heads, stride: op.x_head_stride, cols })?;
         let (from, bytes) = rows_of(&input, format, cols);

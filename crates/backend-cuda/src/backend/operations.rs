@@ -313,9 +313,6 @@ impl CudaBackend {
     pub(super) fn linear_heads_now(&mut self, op: &LinearHeads) -> Result<()> {
         op.validate()?;
         let format = self.weights[op.weight.id as usize].format;
-        if format_name(format).is_some() && !op.x_head_stride.is_multiple_of(8) {
-            return Err(device_error(format!("stride of heads is {}, expected a multiple of 8", op.x_head_stride)));
-        }
         let parts = Parts { count: op.weight.count, stride: op.x_head_stride, cols: op.weight.cols };
         let x = self.product_input(op.x, format, parts)?;
         let out = self.output(op.out)?;

@@ -3,7 +3,7 @@
 use super::{CudaBackend, DeviceExperts, GEMV_ROWS, WARPS};
 use crate::args;
 use crate::args::{Mat, Matmul, Part, Routing};
-use crate::buffers::Parts;
+use crate::buffers::{Form, Parts};
 use crate::driver::{DevicePtr, device_error};
 use crate::weights::{
     BLOCKED_BYTES, DeviceWeight, PROMPT_ROWS, PROMPT_TOKENS, fast_format, format_name, product_suffix, prompt_bytes,
@@ -112,6 +112,14 @@ const WGMMA: (i32, i32) = (9, 0);
 /// Whether `prompt_*` multiplies such weights, where the GPU can.
 fn takes_wgmma(format: WeightFormat) -> bool {
     takes_digits(format) && fast_format(format).is_some()
+}
+
+/// Whether the parts of a view's bfloat16 twin start at multiples of 16 bytes and end there, as kernels read them.
+fn is_aligned(x: Tensor, parts: Parts) -> bool {
+    x.offset.is_multiple_of(8)
+        && parts.cols.is_multiple_of(8)
+        && (x.rows == 1 || x.stride.is_multiple_of(8))
+        && (parts.count == 1 || parts.stride.is_multiple_of(8))
 }
 
 impl CudaBackend {
@@ -269,28 +277,38 @@ impl CudaBackend {
     pub(super) fn product_input(&mut self, x: Tensor, format: WeightFormat, parts: Parts) -> Result<Input> {
         let head_stride = if parts.count > 1 { parts.stride as u32 } else { 0 };
         let part_count = parts.count as u32;
-        if !takes_digits(format) {
+        let form = if takes_digits(format) { Form::Digits } else { Form::Padded };
+        if form == Form::Padded && (format_name(format).is_none() || is_aligned(x, parts)) {
             let x = if format_name(format).is_some() { self.twin(x)? } else { self.input(x)? };
             return Ok(Input { x, digits: 0, parts: part_count, head_stride });
         }
         let buffer = self.buffers.get_mut(&x.buffer.id);
         let buffer = buffer.ok_or_else(|| device_error(format!("buffer {} was freed", x.buffer.id)))?;
-        let (digits, stale) = buffer.digits(x, parts, &mut self.device)?;
+        let (out, stale) = buffer.form(x, parts, form, &mut self.device)?;
         let x = buffer.input(x);
         if stale {
+            let (name, threads_a_part) = match form {
+                Form::Digits => ("write_digits", 8 * parts.cols.div_ceil(64)),
+                Form::Padded => ("write_padded", parts.padded() / 8),
+            };
             let args = args::Digits {
                 x,
-                out: digits,
+                out,
                 cols: parts.cols as u32,
                 part_stride: parts.stride as u32,
                 parts: part_count,
                 pad: 0,
             };
-            let kernel = self.kernels.pack("write_digits")?;
-            let grid = [(parts.count * parts.cols.div_ceil(64)).div_ceil(32) as u32, x.rows, 1];
+            let kernel = self.kernels.pack(name)?;
+            let grid = [(parts.count * threads_a_part).div_ceil(256) as u32, x.rows, 1];
             self.device.launch(&kernel, grid, 256, 0, &args)?;
         }
-        Ok(Input { x, digits, parts: part_count, head_stride })
+        if form == Form::Digits {
+            return Ok(Input { x, digits: out, parts: part_count, head_stride });
+        }
+        let padded = parts.padded() as u32;
+        let x = Mat { twin: out, stride: part_count * padded, ..x };
+        Ok(Input { x, digits: 0, parts: part_count, head_stride: padded })
     }
 
     /// [`CudaBackend::product_input`] for rows in one piece.

@@ -6,6 +6,7 @@ use crate::conformance::{Case, Tolerance, all_formats, floats, load_random, norm
 use crate::error::expect;
 use crate::reference::Memory;
 use crate::weight::Weight;
+use moellon_tensor::WeightFormat;
 
 /// `out[:, h] = x[:, h] W[h]ᵀ` for every head `h`. Head `h` of `x` is the columns
 /// `[h * x_head_stride, h * x_head_stride + weight.cols)`; head `h` of `out` is `[h * weight.rows, (h + 1) * weight.rows)`.
@@ -56,22 +57,21 @@ impl LinearHeads {
 }
 
 pub(crate) fn cases() -> Vec<Case> {
+    let case = |format: WeightFormat, cols: usize, stride: usize| {
+        let name = if cols == 128 { format.to_string() } else { format!("{format}, odd heads") };
+        Case::new("linear_heads", name, 3, Tolerance::product(cols, format, 1), move |backend, picked| {
+            let weight = load_random(backend, 12, format, [3, 20, cols], None)?;
+            let x = upload(backend, &normal_rows(13, 3, 3 * stride), picked)?;
+            let out = zeros(backend, picked.len(), 60)?;
+            backend.linear_heads(&LinearHeads { x, x_head_stride: stride, weight, out })?;
+            Ok(vec![floats(backend, "out", out)?])
+        })
+    };
+    // Heads that neither start nor end at whole vectors, which formats without groups along a row may have.
+    let odd = all_formats().into_iter().filter(|format| format.validate(13).is_ok());
     all_formats()
         .into_iter()
-        .map(|format| {
-            Case::new(
-                "linear_heads",
-                format.to_string(),
-                3,
-                Tolerance::product(128, format, 1),
-                move |backend, picked| {
-                    let weight = load_random(backend, 12, format, [3, 20, 128], None)?;
-                    let x = upload(backend, &normal_rows(13, 3, 3 * 144), picked)?;
-                    let out = zeros(backend, picked.len(), 60)?;
-                    backend.linear_heads(&LinearHeads { x, x_head_stride: 144, weight, out })?;
-                    Ok(vec![floats(backend, "out", out)?])
-                },
-            )
-        })
+        .map(|format| case(format, 128, 144))
+        .chain(odd.map(|format| case(format, 13, 21)))
         .collect()
 }

@@ -72,8 +72,8 @@ impl MoeDown {
 }
 
 pub(crate) fn cases() -> Vec<Case> {
-    let case = |name: &'static str, format: WeightFormat, choices: Vec<Vec<u32>>, biased: bool| {
-        let (num_experts, intermediate, hidden) = (5, 128, 80);
+    let case = |name: &'static str, format: WeightFormat, intermediate: usize, choices: Vec<Vec<u32>>, biased: bool| {
+        let (num_experts, hidden) = (5, 80);
         let tokens = choices.len();
         // FP8 blocks and odd groups want whole groups in every matrix, gate and up included.
         let hidden = if format.is_quantized() { 128 } else { hidden };
@@ -98,9 +98,13 @@ pub(crate) fn cases() -> Vec<Case> {
     };
     let mut cases = Vec::new();
     for format in all_formats() {
-        cases.push(case("one token", format, vec![vec![4, 0]], false));
-        cases.push(case("shared and empty experts", format, vec![vec![0, 1], vec![3, 0], vec![1, 3]], true));
+        cases.push(case("one token", format, 128, vec![vec![4, 0]], false));
+        cases.push(case("shared and empty experts", format, 128, vec![vec![0, 1], vec![3, 0], vec![1, 3]], true));
+        // Slots that neither start nor end at whole vectors, which formats without groups along a row may have.
+        if format.validate(18).is_ok() {
+            cases.push(case("odd width", format, 18, vec![vec![0, 1], vec![3, 0], vec![1, 3]], false));
+        }
     }
-    cases.push(case("all tokens on one expert", WeightFormat::Nvfp4, vec![vec![2]; 11], false));
+    cases.push(case("all tokens on one expert", WeightFormat::Nvfp4, 128, vec![vec![2]; 11], false));
     cases
 }

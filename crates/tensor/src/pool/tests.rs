@@ -100,6 +100,7 @@ fn steps_keep_workers_awake_and_end() {
         pool.run(|_, _| {});
     }
     assert_eq!(pool.shared.active.0.load(Ordering::Relaxed), 0);
+    assert!(pool.region_latency() > Duration::ZERO);
     assert!(pool.barrier_latency() > Duration::ZERO);
 }
 
