@@ -41,12 +41,12 @@ static float* build(int R) {
     u16* router_w = (u16*)dev(E * HID * 2); fill_bf16<<<64, 256>>>(router_w, E * HID, 0.05f, seed_++);
     float* correction = floats(E, 0.3f);
     auto line = [&](const char* tag, std::vector<std::pair<Packed, float*>> parts, RowInput in, float* residual, u32 cols, bool made) {
-      LineArgs a = {}; u32 units = 0; double mb = 0;
-      for (size_t i = 0; i < parts.size(); i++) { a.part[i].w = parts[i].first; a.part[i].out = mat(parts[i].second, parts[i].first.rows); a.first_unit[i] = units; units += parts[i].first.rows / (16 * LINE_TALL); a.first_unit[i + 1] = units; mb += parts[i].first.rows * (cols / 64) * tile_bytes(4) / 16e6; }
+      LineArgs a = {}; u32 units = 0; double mb = 0; bool deep = DEEP && !strncmp(tag, "q", 1); u32 tall = deep ? 2 : 1;
+      for (size_t i = 0; i < parts.size(); i++) { a.part[i].w = parts[i].first; a.part[i].out = mat(parts[i].second, parts[i].first.rows); a.first_unit[i] = units; units += parts[i].first.rows / (16 * tall); a.first_unit[i + 1] = units; mb += parts[i].first.rows * (cols / 64) * tile_bytes(4) / 16e6; }
       a.num_parts = parts.size(); a.slices = slices(cols); a.in = in; if (residual) a.residual = mat(residual, HID);
-      u32 shared = 8 * (12 * tile_bytes(4) + 64) + (made ? cols / 64 * 144 : 0);
+      u32 shared = 8 * ((deep ? 24 : 12) * tile_bytes(4) + 64) + (made ? cols / 64 * 144 : 0);
       u32 side = 8 / slices(cols);
-      add(tag, kernel("decode", "line_affine4"), dim3(even((units + side - 1) / side, resident(shared))), 256, shared, a, mb);
+      add(tag, kernel("decode", deep ? "deep_affine4" : "line_affine4"), dim3(even((units + side - 1) / side, resident(shared))), 256, shared, a, mb);
     };
     auto norm_in = [&](float* from, u32 cols, float* w) { RowInput in = {}; in.x = mat(from, cols); in.kind = 2; in.eps = 1e-6f; in.weight = w; return in; };
     line("qkv_a", {{w_qa, qa}, {w_kv, kv}}, norm_in(x, HID, n1), nullptr, HID, true);
@@ -60,18 +60,19 @@ static float* build(int R) {
       if (joins) a.attend = t;
       if (latent) { Latent& l = a.latent; l.latent = mat(kv, KVL); l.latent.stride = KVL + ROPE; l.k_pe = mat(kv + KVL, ROPE); l.k_pe.stride = KVL + ROPE; l.q = mat(q + NOPE, HEADS * (NOPE + ROPE)); l.table = mat(table, ROPE); l.weight = n3; l.slots = slots; l.cache = cache; l.cache_width = KVL + ROPE; l.cache_bf16 = 1; l.num_heads = HEADS; l.head_stride = NOPE + ROPE; l.interleaved = 1; l.eps = 1e-6f; }
       u32 side = 8 / a.slices, shared = 8 * (12 * tile_bytes(4) + 64) + (w.cols + 63) / 64 * 144;
-      add(tag, kernel("decode", "heads_affine4"), dim3((w.rows / (16 * HEADS_TALL) + side - 1) / side, HEADS + (latent ? 1 : 0)), 256, shared, a, HEADS * w.rows / 16.0 * ((w.cols + 63) / 64) * tile_bytes(4) / 1e6);
+      add(tag, kernel("decode", "heads_affine4"), dim3((w.rows / 16 + side - 1) / side, HEADS + (latent ? 1 : 0)), 256, shared, a, HEADS * w.rows / 16.0 * ((w.cols + 63) / 64) * tile_bytes(4) / 1e6);
     };
     heads("heads_k", w_k, q, NOPE + ROPE, ql, nullptr, false, true);
     { u32 stride = KVL + ROPE + 8, shared = 2 * (32 + 32) * stride + 2 * 16 * 4 * 33 + 2 * 16 * 2 * 40; u32 splits = 32, b = std::min(132u * 2 / 4, splits); add("attend", kernel("attention", "attend_mla"), dim3(b, HEADS / 16, 1), 256, shared, t, 0.15); }
     heads("heads_v", w_v, nullptr, 0, ao, d_ao, true, false);
     { RowInput in = {}; in.digits = d_ao; line("o_proj", {{w_o, out}}, in, x, HEADS * VD, false); }
     { PairArgs a = {}; RouterArgs& r = a.router; r.weights = (u8*)router_w; r.out = mat(logits, E); r.in = norm_in(x, HID, n4); r.in.out = mat(normed, HID); r.in.out_digits = d_x; r.rows = E; r.cols = HID;
+      RouteArgs& c = a.route; c.logits = mat(logits, E); c.weights = mat(weights, TOPK); c.correction_bias = correction; c.ids = ids; c.ids_stride = TOPK; c.scoring = 0; c.n_group = 1; c.topk_group = 1; c.norm_topk_prob = 1; c.top_k = TOPK; c.factor = 2.5f; a.arrived = arrived;
       a.router_kind = 2; a.pair = {s_g, s_u, mat(hs, INTER), nullptr}; a.in = norm_in(x, HID, n4); a.slices = 8;
       u32 shared = 8 * (12 * tile_bytes(4) + 64) + HID / 64 * 144; u32 blocks = E + even(INTER / 16, resident(shared) - E);
       add("router_pair", kernel("decode", "pair_affine4"), dim3(blocks), 256, shared, a, E * HID * 2e-6 + 2 * INTER / 16 * (HID / 64) * tile_bytes(4) / 1e6); }
     { UpArgs a = {}; a.slices = 8; a.routed = {w_g, w_u, mat(h, TOPK * INTER), d_x};
-      RouteArgs& r = a.route; r.logits = mat(logits, E); r.weights = mat(weights, TOPK); r.correction_bias = correction; r.ids = ids; r.ids_stride = TOPK; r.scoring = 0; r.n_group = 1; r.topk_group = 1; r.norm_topk_prob = 1; r.top_k = TOPK; r.factor = 2.5f;
+      a.ids = ids; a.top_k = TOPK;
       a.h_digits = d_h; a.arrived = arrived;
       LineArgs& l = a.shared; l.part[0].w = s_d; l.part[0].out = mat(plus, HID); l.first_unit[1] = HID / 16; l.num_parts = 1; l.slices = slices(INTER); l.in.x = mat(hs, INTER); l.in.kind = 1;
       u32 ring = std::max(8 * (12 * tile_bytes(R) + 64), 8 * (12 * tile_bytes(4) + 64) + INTER / 64 * 144), most = resident(ring), units_r = TOPK * INTER / 16, units_s = HID / 16 / 2, best = 1; u64 best_t = ~0ull;
@@ -80,7 +81,7 @@ static float* build(int R) {
       if (layer == 0) printf("up: %u + %u blocks\n", a.shared_blocks, total - a.shared_blocks);
       add("up", kernel("decode", R == 3 ? "up_affine3_affine4" : "up_affine4_affine4"), dim3(total), 256, ring, a, (2 * INTER / 16 * (HID / 64) * (TOPK * tile_bytes(R)) + HID / 16 * (INTER / 64) * tile_bytes(4)) / 1e6); }
     { DownArgs a = {}; a.w = w_d; a.weights = mat(weights, TOPK); a.plus = mat(plus, HID); a.out = mat(out, HID); a.residual = mat(x, HID); a.ids = ids; a.x = d_h; a.part_bytes = INTER / 64 * 144; a.slices = slices(INTER); a.top_k = TOPK;
-      u32 shared = 8 * (12 * tile_bytes(R) + 64) + 2 * (TOPK + 1) * a.slices * 64;
+      u32 shared = 8 * (12 * tile_bytes(R) + 64) + 2 * TOPK * a.slices * 64;
       add("experts_down", kernel("decode", R == 3 ? "experts_down_affine3" : "experts_down_affine4"), dim3(even(HID / 16, resident(shared))), 256, shared, a, TOPK * HID / 16 * (INTER / 64) * tile_bytes(R) / 1e6); }
   }
   return x;

@@ -1,7 +1,7 @@
-// Times the dense products of a layer of GLM-5.2-77 for ROWS rows (few_line of few.cu), as decode_layer.cu does for one row, and prints a hash of
+// Times the dense products of a layer of GLM-5.2-77 for NUM_ROWS rows (few_line of few.cu), as decode_layer.cu does for one row, and prints a hash of
 // their results.
 //
-//     nvcc -std=c++20 -O2 -arch=sm_90 -Icrates/backend-cuda/kernels -DNO_KERNELS -DROWS=32 bench/few_layer.cu -lcuda
+//     nvcc -std=c++20 -O2 -arch=sm_90 -Icrates/backend-cuda/kernels -DNO_KERNELS -DNUM_ROWS=32 bench/few_layer.cu -lcuda
 //     ./a.out FOLDER [NAME]
 #include <cuda.h>
 #include <cstdio>
@@ -16,11 +16,11 @@
 #include "few.cu"
 #include "layer.cuh"
 
-#ifndef ROWS
-#define ROWS 32
+#ifndef NUM_ROWS
+#define NUM_ROWS 32
 #endif
 static u32 shares_of(u32 groups, u32 slices, u32 tiles) {
-  double hidden = ROWS <= 8 ? 1.5 : ROWS <= 16 ? 2 : 3, best = 1e30; u32 found = 1;
+  double hidden = NUM_ROWS <= 8 ? 1.5 : NUM_ROWS <= 16 ? 2 : 3, best = 1e30; u32 found = 1;
   for (u32 n = 1; n <= slices; n *= 2) {
     double blocks = groups * n / 132.0; if (blocks <= 3) blocks = std::ceil(blocks);
     double time = ((tiles + n - 1) / n) * std::max(blocks, hidden) + (n > 1 ? 20 : 0);
@@ -32,21 +32,21 @@ static std::vector<std::pair<float*, u64>> outputs;
 
 // As crates/backend-cuda/src/backend/few.rs launches it.
 static void line(const char* tag, std::vector<u32> part_rows, u32 cols, u32 heads, bool residual) {
-  const u32 variant = ROWS <= 4 ? 4 : ROWS <= 8 ? 8 : ROWS <= 16 ? 16 : 32;
+  const u32 variant = NUM_ROWS <= 4 ? 4 : NUM_ROWS <= 8 ? 8 : NUM_ROWS <= 16 ? 16 : 32;
   FewLineArgs a = {}; double mb = 0; u32 units = 0;
   for (u32 i = 0; i < part_rows.size(); i++) {
     u32 rows = part_rows[i];
-    Mat m = {}; m.p = floats((u64)ROWS * rows * heads); m.rows = ROWS; m.cols = m.stride = rows * heads;
-    outputs.push_back({m.p, (u64)ROWS * rows * heads * 4});
+    Mat m = {}; m.p = floats((u64)NUM_ROWS * rows * heads); m.rows = NUM_ROWS; m.cols = m.stride = rows * heads;
+    outputs.push_back({m.p, (u64)NUM_ROWS * rows * heads * 4});
     a.part[i].w = weight(heads, rows, cols, 4); a.part[i].out = m; a.first_unit[i] = units; units += (rows + 127) / 128; a.first_unit[i + 1] = units;
     mb += heads * (rows / 16.0) * ((cols + 63) / 64) * tile_bytes(4) / 1e6;
   }
-  a.num_parts = part_rows.size(); a.slices = slices(cols); a.rows = ROWS; a.matrices = heads;
+  a.num_parts = part_rows.size(); a.slices = slices(cols); a.rows = NUM_ROWS; a.matrices = heads;
   u32 tiles = (cols + 63) / 64, bytes = tiles * DIGITS_BYTES;
-  u8* digits = (u8*)dev((u64)ROWS * heads * bytes);
-  fill_digits<<<256, 256>>>(digits, (u64)ROWS * heads * tiles, seed_++);
+  u8* digits = (u8*)dev((u64)NUM_ROWS * heads * bytes);
+  fill_digits<<<256, 256>>>(digits, (u64)NUM_ROWS * heads * tiles, seed_++);
   a.x = digits; a.x_bytes = (u64)bytes * heads; a.x_matrix_bytes = bytes;
-  if (residual) { Mat m = {}; m.p = floats((u64)ROWS * part_rows[0], 1.f); m.rows = ROWS; m.cols = m.stride = part_rows[0]; a.residual = m; }
+  if (residual) { Mat m = {}; m.p = floats((u64)NUM_ROWS * part_rows[0], 1.f); m.rows = NUM_ROWS; m.cols = m.stride = part_rows[0]; a.residual = m; }
   u32 groups = units * heads;
   a.shares = shares_of(groups, a.slices, tiles);
   a.sums = floats((u64)groups * a.slices * 16 * 2 * 4 * std::max(8u, variant)); a.arrived = (u32*)dev(65536);
@@ -71,7 +71,7 @@ static void print_stamps(cudaStream_t s) {
   for (auto& l : launches) {
     if (seen.find(l.tag) != std::string::npos) continue;
     seen += l.tag;
-    std::string name = "few_line" + std::to_string(ROWS <= 8 ? 8 : 32) + "_affine4";
+    std::string name = "few_line" + std::to_string(NUM_ROWS <= 8 ? 8 : 32) + "_affine4";
     cuModuleGetFunction(&l.fn, m, name.c_str());
     cuFuncSetAttribute(l.fn, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 200 << 10);
     std::vector<u64> t(bytes / 8);
@@ -94,7 +94,7 @@ static void print_stamps(cudaStream_t s) {
 int main(int argc, char** argv) {
   if (argc > 1) folder = argv[1];
   cudaStream_t s; OK(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking));
-  printf("== %s, %d rows\n", argc > 2 ? argv[2] : folder.c_str(), ROWS);
+  printf("== %s, %d rows\n", argc > 2 ? argv[2] : folder.c_str(), NUM_ROWS);
   for (int layer = 0; layer < LAYERS; layer++) {
     line("queries, latent", {QL, KVL + ROPE}, HID, 1, false);
     line("queries, second", {HEADS * (NOPE + ROPE)}, QL, 1, false);

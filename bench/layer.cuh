@@ -10,6 +10,9 @@
 #ifndef ROUTED_BITS
 #define ROUTED_BITS 3
 #endif
+#ifndef DEEP
+#define DEEP 0
+#endif
 #ifndef LAYERS
 #define LAYERS 5
 #endif
@@ -85,6 +88,7 @@ struct Launch { const char* tag; CUfunction fn; dim3 grid; u32 block, shared; st
 static std::vector<Launch> launches;
 template <typename A> static void add(const char* tag, CUfunction fn, dim3 grid, u32 block, u32 shared, A a, double mb) {
   Launch l; l.tag = tag; l.fn = fn; l.grid = grid; l.block = block; l.shared = shared; l.mb = mb;
+  if (const char* pad = getenv((std::string("PAD_") + tag).c_str())) l.shared = std::max(l.shared, (u32)atoi(pad));
   l.args.resize(sizeof(A)); memcpy(l.args.data(), &a, sizeof(A));
   launches.push_back(l);
 }

@@ -2,7 +2,7 @@
 //
 // - Grids are as large as what is resident, three blocks a multiprocessor (two: 2.41 ms a step, one: 3.24, three: 2.09; four with
 //   smaller rings: 2.41; 12 layers of GLM-5.2-77 in affine-4, H200). A warp goes from row tile to row tile with its ring full.
-// - What comes before a product (norm, rotation, the joining of attention's parts, the router's choice) is done by every block for
+// - What comes before a product (norm, rotation, the joining of attention's parts) is done by every block for
 //   itself; what comes after (activation, weighted sum, residual, digits) by whoever has the sums. A layer is nine kernels.
 // - Every kernel lets the one behind it start at once: its blocks ask for their weights, which do not depend on anything, while the last blocks
 //   before them still work (117 us a layer of GLM-5.2-77 in q3a4 without, 106 with; H200, cuda-decode-layer).
@@ -93,16 +93,15 @@ struct LineArgs {
   Mat residual;        // the result is added to it too (p null: none)
 };
 // A warp has a slice of TALL neighbouring row tiles at a time.
-template <int F, int TALL> DEVICE void line(const LineArgs& a, u32 block, u32 blocks) {
+template <int F, int TALL, int TILES = 0, int SLOTS = 0> DEVICE void line(const LineArgs& a, u32 block, u32 blocks) {
   extern __shared__ __align__(16) u8 shared[];
   __shared__ float red[2][WARPS][TALL][16];
   __shared__ float scratch[32];
-  pdl_launch();
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 S = a.slices, side = WARPS / S, team = warp / S, slice = warp % S, step = blocks * side, total = a.first_unit[a.num_parts];
   u32 cols = a.part[0].w.cols, tiles = num_tiles(a.part[0].w);
   u32 first = slice_start(slice, S, tiles), count = slice_start(slice + 1, S, tiles) - first;
-  Pipe<F, TALL> pipe;
+  Pipe<F, TALL, TILES, SLOTS> pipe;
   pipe.start(shared);
   auto part_of = [&](u32 u) {
     u32 k = 0;
@@ -152,10 +151,10 @@ struct HeadsArgs {
   AttendArgs attend;    // joins: the input is attention's result
   Latent latent;        // has_latent: blocks of one more row of the grid
 };
-// Grid (blocks of 8 / slices times TALL row tiles, heads and one more with a latent).
-template <int F, int TALL> DEVICE void heads(const HeadsArgs& a) {
+// Grid (blocks of 8 / slices row tiles, heads and one more with a latent).
+template <int F> DEVICE void heads(const HeadsArgs& a) {
   extern __shared__ __align__(16) u8 shared[];
-  __shared__ float red[WARPS][TALL][16], results[WARPS * TALL * 16], scratch[32];
+  __shared__ float red[WARPS][1][16], results[WARPS * 16], scratch[32];
   pdl_launch();
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y;
   if (head == gridDim.y - a.has_latent) {
@@ -163,11 +162,11 @@ template <int F, int TALL> DEVICE void heads(const HeadsArgs& a) {
     latent_row(a.latent, 0, scratch);
     return;
   }
-  u32 S = a.slices, side = WARPS / S, slice = warp % S, row_tile = (blockIdx.x * side + warp / S) * TALL;
+  u32 S = a.slices, side = WARPS / S, slice = warp % S, row_tile = blockIdx.x * side + warp / S;
   u32 cols = a.w.cols, tiles = num_tiles(a.w), row_tiles = (a.w.rows + 15) / 16;
   bool active = row_tile < row_tiles;
   u32 first = slice_start(slice, S, tiles), count = active ? slice_start(slice + 1, S, tiles) - first : 0;
-  Pipe<F, TALL> pipe;
+  Pipe<F, 1> pipe;
   pipe.start(shared);
   pipe.aim(a.w, head, active ? row_tile : 0, first, count);
 #pragma unroll
@@ -195,11 +194,11 @@ template <int F, int TALL> DEVICE void heads(const HeadsArgs& a) {
   pipe.unit(acc, x, first, count, cols, [&] { pipe.issue(); });
   pipe.put_sums(red[warp][0], acc);
   __syncthreads();
-  u32 rows = side * (16 * TALL), i = threadIdx.x, row = blockIdx.x * rows + i;
+  u32 rows = side * 16, i = threadIdx.x, row = blockIdx.x * rows + i;
   if (i < rows) {
     float y = 0.f;
     if (row < a.w.rows) {
-      y = finish<F>(a.w, head, row, sum_slices<TALL>(red + i / (16 * TALL) * S, S, i % (16 * TALL)));
+      y = finish<F>(a.w, head, row, sum_slices<1>(red + i / 16 * S, S, i % 16));
       store(a.out, 0, head * a.w.rows + row, y);
     }
     results[i] = y;
@@ -209,7 +208,7 @@ template <int F, int TALL> DEVICE void heads(const HeadsArgs& a) {
   if (warp == 0) {
     float v[8];
 #pragma unroll
-    for (int k = 0; k < 8; k++) v[k] = lane * 8 < rows ? results[(lane * 8 + k) % (WARPS * TALL * 16)] : 0.f;
+    for (int k = 0; k < 8; k++) v[k] = lane * 8 < rows ? results[(lane * 8 + k) % (WARPS * 16)] : 0.f;
     u32 column = blockIdx.x * rows + lane * 8;
     digits8(v, lane * 8 < rows && column < a.w.rows ? a.out_digits + (head * a.w.rows + column) / 64 * DIGITS_BYTES : nullptr);
   }
@@ -296,9 +295,11 @@ template <int F> DEVICE float up_row(const UpPair& pair, const Activation& activ
   return activate(activation, sum, __shfl_down_sync(0xffffffffu, sum, 16));
 }
 
-// The router, a block a row, beside a dense pair, which may be alone.
+// The router, a block a row, beside a dense pair; either may be alone.
 struct PairArgs {
   RouterArgs router;      // its input is the pair's too, where it has rows
+  RouteArgs route;        // the choice, by the router's last block; of no experts: somebody else makes it
+  u32* arrived;           // a counter
   UpPair pair;
   RowInput in;
   u32 router_kind, slices;
@@ -339,12 +340,33 @@ template <int F> DEVICE void pair(const PairArgs& a, u32 block, u32 blocks) {
     if (lane < 16 && unit * 16 + lane < pair.gate.rows) store(pair.out, 0, unit * 16 + lane, h);
   }
 }
+// The choice, by the block whose logit is the last one; the pair's blocks take longer than both.
+DEVICE void choose_last(const PairArgs& a) {
+  __shared__ Choice choice;
+  __shared__ u32 last;
+  const RouteArgs& route = a.route;
+  u32 e = threadIdx.x;
+  bool mine = e < route.logits.cols;
+  float bias = mine && route.correction_bias ? route.correction_bias[e] : 0.f;
+  if (e == 0) {
+    __threadfence();
+    last = atomicInc(a.arrived, a.router.rows - 1) == a.router.rows - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!last) return;
+  choose(route, choice, mine ? *(volatile const float*)(route.logits.p + e) : 0.f, bias);
+  if (e >= 32) return;
+  float weight = chosen_weight(route, e < route.top_k ? choice.scores[e] : 0.f);
+  if (e < route.top_k) { route.ids[e] = choice.ids[e]; route.weights.p[e] = weight; }
+}
 template <int F> DEVICE void router_pair(const PairArgs& a) {
   pdl_launch();
   if (blockIdx.x >= a.router.rows) return pair<F>(a, blockIdx.x - a.router.rows, gridDim.x - a.router.rows);
   if (a.router_kind == 0) router<0>(a.router);
   else if (a.router_kind == 1) router<1>(a.router);
   else router<2>(a.router);
+  if (a.route.top_k) choose_last(a);
 }
 
 // The chosen experts' gate and up, beside the second product of the shared expert.
@@ -352,7 +374,8 @@ struct UpArgs {
   UpPair routed;
   u32 shared_blocks;      // the first blocks of the grid: a product of a row, or none
   u32 slices;
-  RouteArgs route;        // the choice is made by every block for itself, and written by one
+  const u32* ids;         // of the chosen experts
+  u32 top_k, pad;
   Activation activation;
   u8* h_digits;           // h as digits, a part an expert, or null
   u32* arrived;           // a counter for 64 rows of h
@@ -361,13 +384,12 @@ struct UpArgs {
 template <int F> DEVICE void up(const UpArgs& a, u32 block, u32 blocks) {
   extern __shared__ __align__(16) u8 shared[];
   __shared__ float red[2][WARPS][2][16];
-  __shared__ Choice choice;
+  __shared__ u32 ids[32];
   const UpPair& pair = a.routed;
-  const u32* ids = choice.ids;
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 S = a.slices, side = WARPS / S, team = warp / S, slice = warp % S, step = blocks * side;
   const Packed* w[2] = {&pair.gate, &pair.up};
-  u32 row_tiles = (pair.gate.rows + 15) / 16, tiles = num_tiles(pair.gate), total = a.route.top_k * row_tiles;
+  u32 row_tiles = (pair.gate.rows + 15) / 16, tiles = num_tiles(pair.gate), total = a.top_k * row_tiles;
   u32 first = slice_start(slice, S, tiles), count = slice_start(slice + 1, S, tiles) - first;
   Pipe<F, 2> pipe;
   pipe.start(shared);
@@ -379,16 +401,13 @@ template <int F> DEVICE void up(const UpArgs& a, u32 block, u32 blocks) {
     }
     pipe.issue();
   };
-  bool mine = threadIdx.x < a.route.logits.cols;
-  float bias = mine && a.route.correction_bias ? a.route.correction_bias[threadIdx.x] : 0.f;
   pdl_wait();
-  choose(a.route, choice, mine ? a.route.logits.p[threadIdx.x] : 0.f, bias);
+  // Not before: what starts then reads the choice, which is there.
+  pdl_launch();
+  if (threadIdx.x < a.top_k) ids[threadIdx.x] = a.ids[threadIdx.x];
+  __syncthreads();
 #pragma unroll
   for (int i = 0; i < pipe.D; i++) issue();
-  if (block == 0 && warp == 0) {
-    float weight = chosen_weight(a.route, lane < a.route.top_k ? choice.scores[lane] : 0.f);
-    if (lane < a.route.top_k) { a.route.ids[lane] = ids[lane]; a.route.weights.p[lane] = weight; }
-  }
   bool reports = a.h_digits && slice == 0;
   u32 first_unit = unit;
   for (u32 buffer = 0; unit < total; unit += step, buffer ^= 1) {
@@ -427,7 +446,6 @@ template <int F> DEVICE void up(const UpArgs& a, u32 block, u32 blocks) {
   }
 }
 template <int F, int G> DEVICE void experts_up(const UpArgs& a) {
-  pdl_launch();
   if (blockIdx.x < a.shared_blocks) line<G, 1>(a.shared, blockIdx.x, a.shared_blocks);
   else up<F>(a, blockIdx.x - a.shared_blocks, gridDim.x - a.shared_blocks);
 }
@@ -441,69 +459,49 @@ struct DownArgs {
   u64 part_bytes;
   u32 slices, top_k;
 };
-#ifndef DOWN_TALL
-#define DOWN_TALL 1
-#endif
-#ifndef LINE_TALL
-#define LINE_TALL 1
-#endif
-#ifndef HEADS_TALL
-#define HEADS_TALL 1
-#endif
 template <int F> DEVICE void experts_down(const DownArgs& a) {
   extern __shared__ __align__(16) u8 shared[];
   __shared__ u32 ids[32];
   __shared__ float weights[32];
-  Pipe<F, DOWN_TALL> pipe;
+  Pipe<F, 1> pipe;
   float* results = (float*)(shared + WARPS * pipe.RING);  // [2][top_k][slices][16]
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 S = a.slices, side = WARPS / S, team = warp / S, slice = warp % S;
   u32 row_tiles = (a.w.rows + 15) / 16, tiles = num_tiles(a.w);
   u32 first = slice_start(slice, S, tiles), count = slice_start(slice + 1, S, tiles) - first;
-  const Packed* w[DOWN_TALL];
-#pragma unroll
-  for (int r = 0; r < DOWN_TALL; r++) w[r] = &a.w;
   pdl_launch();
   pipe.start(shared);
-  pdl_wait();
-  if (threadIdx.x < a.top_k) { ids[threadIdx.x] = a.ids[threadIdx.x]; weights[threadIdx.x] = a.weights.p[threadIdx.x]; }
+  // The choice is older than the kernel before, which lets this one start only when it has read it: weights are asked for while that one ends.
+  if (threadIdx.x < a.top_k) {
+    ids[threadIdx.x] = *(volatile const u32*)(a.ids + threadIdx.x);
+    weights[threadIdx.x] = *(volatile const float*)(a.weights.p + threadIdx.x);
+  }
   __syncthreads();
   u32 ahead_tile = blockIdx.x, ahead_k = team;
   auto issue = [&] {
     if (pipe.left == 0) {
       if (ahead_k >= a.top_k) { ahead_k = team; ahead_tile += gridDim.x; }
       if (ahead_tile < row_tiles && ahead_k < a.top_k) {
-        u32 matrices[DOWN_TALL], row_tiles[DOWN_TALL];
-#pragma unroll
-        for (int r = 0; r < DOWN_TALL; r++) {
-          u32 k = ahead_k + r * side;
-          matrices[r] = ids[k < a.top_k ? k : ahead_k];
-          row_tiles[r] = ahead_tile;
-        }
-        pipe.aim(w, matrices, row_tiles, first, count);
-        ahead_k += DOWN_TALL * side;
+        pipe.aim(a.w, ids[ahead_k], ahead_tile, first, count);
+        ahead_k += side;
       }
     }
     pipe.issue();
   };
 #pragma unroll
   for (int i = 0; i < pipe.D; i++) issue();
+  pdl_wait();
   u32 turn = 0;
   for (u32 row_tile = blockIdx.x; row_tile < row_tiles; row_tile += gridDim.x, turn++) {
-    float* here = results + (turn & 1) * (a.top_k + 1) * S * 16;
+    float* here = results + (turn & 1) * a.top_k * S * 16;
     u32 row = row_tile * 16 + lane;
     // Another warp each time, so that no one falls behind.
     bool writes = warp == turn % WARPS && lane < 16 && row < a.w.rows;
     float sum = writes && a.plus.p ? a.plus.p[row] : 0.f, old = writes && a.residual.p ? a.residual.p[row] : 0.f;
-    for (u32 k = team; k < a.top_k; k += DOWN_TALL * side) {
+    for (u32 k = team; k < a.top_k; k += side) {
       float acc[pipe.SUMS] = {};
-      const u8* x[DOWN_TALL];
-#pragma unroll
-      for (int r = 0; r < DOWN_TALL; r++) x[r] = a.x + (k + r * side < a.top_k ? k + r * side : k) * a.part_bytes;
-      pipe.template unit<false>(acc, x, first, count, a.w.cols, issue);
-      // The second of two experts may be none: its sums go where nobody reads them.
-      u32 second = k + side < a.top_k ? side : a.top_k - k;
-      pipe.put_sums(here + (k * S + slice) * 16, acc, second * S * 16);
+      pipe.unit(acc, a.x + k * a.part_bytes, first, count, a.w.cols, issue);
+      pipe.put_sums(here + (k * S + slice) * 16, acc);
     }
     __syncthreads();
     if (writes) {
@@ -522,8 +520,8 @@ template <int F> DEVICE void experts_down(const DownArgs& a) {
 
 #ifndef NO_KERNELS  // programs under bench/ want the arguments alone
 #define KERNELS(NAME, F) \
-  KERNEL __launch_bounds__(256, 3) line_##NAME(const __grid_constant__ LineArgs a) { line<F, LINE_TALL>(a, blockIdx.x, gridDim.x); } \
-  KERNEL __launch_bounds__(256, 3) heads_##NAME(const __grid_constant__ HeadsArgs a) { heads<F, HEADS_TALL>(a); } \
+  KERNEL __launch_bounds__(256, 3) line_##NAME(const __grid_constant__ LineArgs a) { pdl_launch(); line<F, 1>(a, blockIdx.x, gridDim.x); } \
+  KERNEL __launch_bounds__(256, 3) heads_##NAME(const __grid_constant__ HeadsArgs a) { heads<F>(a); } \
   KERNEL __launch_bounds__(256, 2) pair_##NAME(const __grid_constant__ PairArgs a) { router_pair<F>(a); } \
   KERNEL __launch_bounds__(256, 3) up_##NAME##_##NAME(const __grid_constant__ UpArgs a) { experts_up<F, F>(a); } \
   KERNEL __launch_bounds__(256, 3) experts_down_##NAME(const __grid_constant__ DownArgs a) { experts_down<F>(a); }

@@ -123,19 +123,19 @@ template <int F, int R, int TILES = 0, int SLOTS = 0> struct Pipe {
     else if constexpr (F == FP8) { uint2 v = shared_load<uint2>(p + g * 8); scales.s[0] = __uint_as_float(v.x); scales.s[1] = __uint_as_float(v.y); }
     else scales.v = shared_load<uint2>(p + g * 8);
   }
-  // Sums of a lane. Affine formats: rows g and g + 8 of matrix t % R, as every pair of columns of a product holds the same digits. Others: those of all
-  // matrices as the tensor cores have them, rows g and g + 8 in the first and third of four where t is 0.
+  // Sums of a lane. Affine formats: rows g and g + 8 of matrix t % R, as every pair of columns of a product holds the same digits. Others:
+  // those of all matrices as the tensor cores have them, rows g and g + 8 in the first and third of four where t is 0.
   static constexpr int SUMS = Is<F>::affine ? 2 : 4 * R;
-  // acc += a tile of each matrix times 64 columns of its row, which start at `x` (this lane's part of them); ONE: of the same row.
-  template <bool ONE> METHOD void tile(float acc[SUMS], u32 at, const u8* const x[R], u32 column, u32 cols) {
+  // acc += a tile of each matrix times 64 columns of the row, which start at `x` (this lane's part of them).
+  METHOD void tile(float acc[SUMS], u32 at, const u8* x, u32 column, u32 cols) {
     u32 g = lane / 4, t = lane % 4;
     if constexpr (Is<F>::affine) {
+      // Even columns of the product are the high digits, odd ones the low ones.
+      uint4 b = *(const uint4*)(x + 16 * t + (g & 1) * 64);
       const int bias[4] = {BIAS_BITS, BIAS_BITS, BIAS_BITS, BIAS_BITS};
       int d[R][4];
-      uint4 b;
 #pragma unroll
       for (int r = 0; r < R; r++) {
-        if (r == 0 || !ONE) b = *(const uint4*)(x[r] + 16 * t + (g & 1) * 64);
         Codes<F> codes;
         read_codes(codes, at + r * (C * TILE));
         u32 a0[4] = {code_bytes<F>(codes, 0), code_bytes<F>(codes, 4), code_bytes<F>(codes, 1), code_bytes<F>(codes, 5)};
@@ -144,9 +144,9 @@ template <int F, int R, int TILES = 0, int SLOTS = 0> struct Pipe {
         mma_bytes_biased(c, a0, b.x, b.y, bias);
         mma_bytes_biased(d[r], a1, b.z, b.w, c);
       }
-      // What is made of the integers is the larger part of the instructions: each lane does it for one matrix, not all lanes for all of them.
+      // A lane makes floats of one matrix: those of all matrices are in all lanes.
       u32 mine = R == 2 ? t & 1 : 0;
-      float4 about = *(const float4*)((ONE || mine == 0 ? x[0] : x[R - 1]) + 128);
+      float4 about = *(const float4*)(x + 128);
       uint2 v = shared_load<uint2>(at + mine * (C * TILE) + N * 128 + g * 8);
       int e[4];
 #pragma unroll
@@ -158,11 +158,9 @@ template <int F, int R, int TILES = 0, int SLOTS = 0> struct Pipe {
     } else {
       Columns<false> columns;
 #pragma unroll
-      for (int r = 0; r < R; r++) {
-        if (r == 0 || !ONE)
+      for (int h = 0; h < 2; h++) columns.b[h] = column + 32 * h + 8 * t < cols ? *(const uint4*)(x + 16 * t + 64 * h) : make_uint4(0, 0, 0, 0);
 #pragma unroll
-          for (int h = 0; h < 2; h++)
-            columns.b[h] = column + 32 * h + 8 * t < cols ? *(const uint4*)(x[r] + 16 * t + 64 * h) : make_uint4(0, 0, 0, 0);
+      for (int r = 0; r < R; r++) {
         Codes<F> codes;
         Scales<F, true> scales;
         read(codes, scales, at + r * (C * TILE));
@@ -172,48 +170,36 @@ template <int F, int R, int TILES = 0, int SLOTS = 0> struct Pipe {
       }
     }
   }
-  // The sums of a lane, 16 of each matrix, which start `step` floats apart.
-  METHOD void put_sums(float* red, const float acc[SUMS], u32 step = 16) {
+  // The sums of a lane into [R][16].
+  METHOD void put_sums(float* red, const float acc[SUMS]) {
     u32 g = lane / 4, t = lane % 4;
     if constexpr (Is<F>::affine) {
-      if (t < R) { red[t * step + g] = acc[0]; red[t * step + g + 8] = acc[1]; }
+      if (t < R) { red[t * 16 + g] = acc[0]; red[t * 16 + g + 8] = acc[1]; }
     } else if (t == 0) {
 #pragma unroll
-      for (int r = 0; r < R; r++) { red[r * step + g] = acc[4 * r]; red[r * step + g + 8] = acc[4 * r + 2]; }
+      for (int r = 0; r < R; r++) { red[r * 16 + g] = acc[4 * r]; red[r * 16 + g + 8] = acc[4 * r + 2]; }
     }
   }
-  // Multiplies `count` tiles from `first` on, which have been issued in this order, with a row for each matrix; `refill` keeps the ring full.
-  template <bool ONE, typename Refill>
-  METHOD void unit(float acc[SUMS], const u8* const rows[R], u32 first, u32 count, u32 cols, Refill refill) {
-    const u8* x[R];
-#pragma unroll
-    for (int r = 0; r < R; r++) x[r] = rows[r] + first * Form<F>::tile;
+  // Multiplies `count` tiles from `first` on, which have been issued in this order; `refill` keeps the ring full.
+  template <typename Refill>
+  METHOD void unit(float acc[SUMS], const u8* x, u32 first, u32 count, u32 cols, Refill refill) {
+    x += first * Form<F>::tile;
     u32 column = first * 64;
-    auto next = [&](u32 n) {
-#pragma unroll
-      for (int r = 0; r < R; r++) x[r] += n * Form<F>::tile;
-      column += n * 64;
-    };
     for (u32 j = 0; j < count; j += C) {
       wait();
       u32 slot = ring + take * SLOT;
       take = take + 1 == D ? 0 : take + 1;
       if (count - j >= C) {
 #pragma unroll
-        for (int i = 0; i < C; i++) { tile<ONE>(acc, slot + i * TILE, x, column, cols); next(1); }
+        for (int i = 0; i < C; i++) tile(acc, slot + i * TILE, x + i * Form<F>::tile, column + i * 64, cols);
       } else {
-        for (u32 i = 0; i < count - j; i++) { tile<ONE>(acc, slot + i * TILE, x, column, cols); next(1); }
+        for (u32 i = 0; i < count - j; i++) tile(acc, slot + i * TILE, x + i * Form<F>::tile, column + i * 64, cols);
       }
+      x += C * Form<F>::tile;
+      column += C * 64;
       __syncwarp();
       refill();
     }
-  }
-  // The same with one row for all matrices.
-  template <typename Refill> METHOD void unit(float acc[SUMS], const u8* x, u32 first, u32 count, u32 cols, Refill refill) {
-    const u8* rows[R];
-#pragma unroll
-    for (int r = 0; r < R; r++) rows[r] = x;
-    unit<true>(acc, rows, first, count, cols, refill);
   }
 };
 

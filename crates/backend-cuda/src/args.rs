@@ -537,6 +537,8 @@ pub(crate) struct UpPair {
 #[repr(C)]
 pub(crate) struct Pair {
     pub(crate) router: Router,
+    pub(crate) route: Route,
+    pub(crate) arrived: DevicePtr,
     pub(crate) pair: UpPair,
     pub(crate) input: RowInput,
     pub(crate) router_kind: u32,
@@ -551,7 +553,9 @@ pub(crate) struct Up {
     pub(crate) routed: UpPair,
     pub(crate) shared_blocks: u32,
     pub(crate) slices: u32,
-    pub(crate) route: Route,
+    pub(crate) ids: DevicePtr,
+    pub(crate) top_k: u32,
+    pub(crate) pad: u32,
     pub(crate) activation: Activation,
     pub(crate) h_digits: DevicePtr,
     pub(crate) arrived: DevicePtr,

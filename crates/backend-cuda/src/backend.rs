@@ -1,6 +1,7 @@
 //! The back end: memory, weights, caches, and steps that are recorded and replayed.
 
 mod decode;
+mod experts;
 mod few;
 mod gqa;
 mod operations;

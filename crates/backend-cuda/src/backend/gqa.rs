@@ -138,3 +138,78 @@ impl CudaBackend {
         Ok(Some(grouped.count))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moellon_ops::{Buffer, CacheDtype, ElementType, Paging, Weight};
+    use moellon_tensor::WeightFormat;
+
+    fn tensor(id: u32, rows: usize, cols: usize) -> Tensor {
+        Buffer { id, element: ElementType::F32, len: 1 << 20 }.tensor(rows, cols)
+    }
+
+    /// Attention of Qwen3-30B-A3B for `rows` rows, as a decoder asks for it.
+    fn attention(rows: usize) -> Vec<Op> {
+        let (q, out) = (tensor(0, rows, 32 * 128), tensor(2, rows, 32 * 128));
+        let k = tensor(1, rows, 4 * 128);
+        let v = Tensor { offset: rows * 4 * 128, ..k };
+        let norm = |x: Tensor| Op::RmsNorm(RmsNorm { x, delta: None, weight: tensor(3, 1, 128), eps: 1e-6, out: x });
+        let rope = |x, num_heads| {
+            let (table, pairs) = (tensor(4, rows, 128), RopePairs::HalfSplit);
+            Op::Rope(Rope { x, num_heads, head_stride: 128, table, pairs })
+        };
+        let cache = Cache { id: 0, dtype: CacheDtype::Bf16, num_slots: 64, width: 2 * 4 * 128 };
+        let row = tensor(5, 1, rows);
+        let paging =
+            Paging { positions: row, sequences: row, block_table: tensor(6, 1, 2), block_size: 32, max_context: 64 };
+        vec![
+            norm(q.split_rows(32)),
+            norm(k.split_rows(4)),
+            rope(q, 32),
+            rope(k, 4),
+            Op::KvStore { parts: vec![k, v], slots: row, cache },
+            Op::AttendGqa(AttendGqa {
+                q,
+                cache,
+                num_heads: 32,
+                num_kv_heads: 4,
+                head_dim: 128,
+                scale: 0.1,
+                window: None,
+                sinks: None,
+                paging,
+                out,
+            }),
+        ]
+    }
+
+    #[test]
+    fn attention_of_a_step_is_one_kernel() {
+        let count = |ops: &[Op]| Grouped::parse(ops).map(|grouped| grouped.count);
+        assert_eq!([1, 32, 33].map(|rows| count(&attention(rows))), [Some(6), Some(6), None]);
+        // Without norms, and with that of the keys alone.
+        assert_eq!([1, 2].map(|first| count(&attention(1)[first..])), [Some(5), Some(4)]);
+        assert_eq!(
+            Grouped::parse(&attention(1)[1..]).map(|grouped| grouped.norms.map(|norm| norm.is_some())),
+            Some([false, true])
+        );
+        let mut ops = attention(1);
+        ops.swap(2, 3);
+        assert_eq!(count(&ops), None, "keys are rotated as queries");
+    }
+
+    #[test]
+    fn heads_that_somebody_reads_stay() {
+        let format = WeightFormat::Bf16;
+        let weight = Weight { id: 0, format, count: 1, rows: 32 * 128, cols: 32 * 128, has_bias: false };
+        let product = |x, out| Op::Linear { x, parts: vec![(weight, out)] };
+        let (q, other) = (tensor(0, 1, 32 * 128), tensor(9, 1, 32 * 128));
+        let mut ops = attention(1);
+        ops.push(product(other, q));
+        ops.push(product(q, other));
+        assert!(Grouped::parse(&ops).is_some(), "they were written anew");
+        ops.swap(6, 7);
+        assert!(Grouped::parse(&ops).is_none(), "the kernel does not write them");
+    }
+}
