@@ -255,7 +255,7 @@ def load(stolen, directory):
     middle = statistics.median(sample["s"] for sample in samples[1:])
     size = samples[0]["GB"]
     row = {
-        "checkpoint": f"{size:.1f} GB, affine-4", "first load, s": samples[0]["s"], "from the page cache, s": f"{middle:.1f}", "GB/s": f"{size / middle:.1f}",
+        "checkpoint": f"{size:.1f} GB, affine-4", "first load, s": samples[0]["s"], "from the page cache, s": f"{middle:.2f}", "GB/s": f"{size / middle:.1f}",
         "bus, GB/s": f"{bus:.1f}", "host threads": os.cpu_count(),
     }
     write("cuda-load", ["python3 bench/large_checkpoint.py DIRECTORY", f"{NAME} {' '.join(map(str, command)).replace(str(directory), 'DIRECTORY')}"], {"loads": samples, "bus_gb_s": bus}, {"cuda-load": [row]}, stolen)

@@ -12,6 +12,7 @@
     python3 bench/receipts.py operations [SHAPE ..] # a step operation by operation, and its parallel regions (examples/step_operations)
     python3 bench/receipts.py variants NAME=COMMIT=PROGRAM .. -- FORMAT/ROWS ..  # builds of examples/kernel_speed in turns; the first is compared with
     python3 bench/receipts.py step-variants NAME=COMMIT=FILE,FILE,..  # what `moellon bench --json` of each commit printed, run in turns
+    python3 bench/receipts.py activations NAME=COMMIT=PROGRAM ..  # what rounding activations changes, for each build
     python3 bench/receipts.py pages             # what huge pages are worth on this machine (moellon-tensor's examples/page_walks)
     python3 bench/receipts.py cuda [SHAPE/FORMAT[/BATCHES[/PROMPTS]] ..]  # the same on an NVIDIA GPU, up to the whole GLM-5.2-77; text against the CPU's
     python3 bench/receipts.py wgpu              # a slice on the portable GPU back end, stages by the adapter's clock; text against the CPU's
@@ -28,6 +29,7 @@ import csv
 import datetime
 import hashlib
 import json
+import math
 import os
 import statistics
 import struct
@@ -354,6 +356,59 @@ def step_variants(stolen, *words):
     write("cpu-step-variants", [command], samples, {"cpu-step-variants": rows}, stolen)
 
 
+def activations(stolen, *words):
+    """The bundled model in formats of several groups: predictions with rounded activations against those with exact ones, on the same weights, of
+    each build. Texts are sources of this repository."""
+    from serving import Server
+
+    builds = [word.split("=", 2) for word in words]
+    sequence, texts = 256, ["crates/engine/src/engine.rs", "crates/engine/src/sampler.rs", "bench/serving.py", "crates/text/src/lib.rs"]
+    with Server() as server:
+        ids = [server.post("/tokenize", {"prompt": (ROOT / text).read_text()})[0]["tokens"][:sequence] for text in texts]
+    rows, samples = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for form in ("affine-3-g64", "affine-4-g64", "affine-4-g128", "affine-6-g64", "affine-4-g32", "nvfp4"):
+            model, out = Path(folder) / form, Path(folder) / "out.safetensors"
+            run("quantize", "--format", form, "--method", "search", "--out", model)
+
+            def logits(program, how):
+                for tokens in ids:
+                    command = [program, "logits", "-m", model, "--backend", "cpu", "--ids", ",".join(map(str, tokens)), "--activations", how, "--out", out]
+                    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                    yield tensors(out)["logits"]
+
+            exact = list(logits(builds[0][2], "exact"))
+            for name, commit, program in builds:
+                found = [far(a, b, tokens) for a, b, tokens in zip(logits(program, "int8"), exact, ids, strict=True)]
+                mean = lambda key: statistics.fmean(value for each in found for value in each[key])
+                samples.append({"variant": name, "commit": commit, "format": form, "kl": [statistics.fmean(each["kl"]) for each in found]})
+                rows.append({
+                    "format": form, "variant": name, "commit": commit[:7], "error of a logit, of their spread": f"{100 * mean('error'):.2f} %",
+                    "KL, nats": f"{mean('kl'):.5f}", "same first choice": f"{100 * mean('same'):.1f} %",
+                    "perplexity": f"{math.exp(mean('nats')):.3f}", "with exact activations": f"{math.exp(mean('exact_nats')):.3f}",
+                })
+                print(rows[-1], flush=True)
+    commands = [f"{NAME} quantize --format FORMAT --method search --out MODEL", f"{NAME} logits -m MODEL --ids .. --activations exact", f"{NAME} logits -m MODEL --ids .. --activations int8"]
+    kept = {"texts": texts, "tokens of each": sequence, "samples": samples}
+    write("cpu-activations", commands, kept, {"cpu-activations": rows}, stolen)
+
+
+def far(found, exact, tokens):
+    """By position: root mean square error over the spread of the exact logits, divergence, whether both choose alike, nats of the next token."""
+    size = len(found) // len(tokens)
+    result = {"error": [], "kl": [], "same": [], "nats": [], "exact_nats": []}
+    for at, token in enumerate(tokens[1:]):
+        a, b = found[at * size : (at + 1) * size], exact[at * size : (at + 1) * size]
+        log_a, log_b = (math.log(math.fsum(map(math.exp, row))) for row in (a, b))
+        middle = math.fsum(b) / size
+        result["error"].append(math.dist(a, b) / math.dist(b, [middle] * size))
+        result["kl"].append(math.fsum(math.exp(y - log_b) * ((y - log_b) - (x - log_a)) for x, y in zip(a, b)))
+        result["same"].append(a.index(max(a)) == b.index(max(b)))
+        result["nats"].append(log_a - a[token])
+        result["exact_nats"].append(log_b - b[token])
+    return result
+
+
 def pages(stolen):
     program = Path(os.environ.get("MOELLON_PAGE_WALKS", ROOT / "target/release/examples/page_walks"))
     samples = [subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines() for _ in range(5)]
@@ -533,7 +588,7 @@ def cuda_sanitizer(stolen, conformance, recorded, kernels=None):
 
 
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "operations", "variants", "step-variants", "pages", "cuda", "wgpu", "wgpu-steps", "cuda-kernels", "cuda-sanitizer"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "operations", "variants", "step-variants", "activations", "pages", "cuda", "wgpu", "wgpu-steps", "cuda-kernels", "cuda-sanitizer"):
         raise SystemExit(__doc__)
     stolen = steal_ticks()
     match sys.argv[1]:
@@ -559,6 +614,8 @@ def main():
             variants(stolen, *sys.argv[2:])
         case "step-variants":
             step_variants(stolen, *sys.argv[2:])
+        case "activations":
+            activations(stolen, *sys.argv[2:])
         case "pages":
             pages(stolen)
         case "cuda":

@@ -148,7 +148,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &GateUp) -> Result<()> {
     let (level, mode) = (backend.level, backend.mode);
     let (gate, up) = (&backend.weights[op.gate.id as usize], &backend.weights[op.up.id as usize]);
     let (gate_map, up_map) = (&gate.packed.map, &up.packed.map);
-    let forms = [gate_map, up_map].map(|map| mode.row_form(map.layout.coding));
+    let forms = [gate_map, up_map].map(|map| mode.row_form(&map.layout));
     let source = RowSource::rows(&backend.memory.floats(op.x));
     let num_rows = source.num_rows();
     let prepared = backend.space.prepare(level, source, forms.into_iter()).map_err(crate::backend::no_memory)?;

@@ -75,6 +75,8 @@ pub(crate) struct TileLayout {
     pub(crate) blocks: usize,
     /// Bytes of the codes (or floats) of one block.
     pub(crate) block_bytes: usize,
+    /// Blocks of 8-bit activations that share a scale: [`activation_scale_blocks`].
+    pub(crate) scale_blocks: usize,
     /// Blocks between two groups of scales; all of them where scales are elsewhere or absent.
     pub(crate) record_blocks: usize,
     /// Bytes of the scales of a record, whole lines.
@@ -139,6 +141,7 @@ impl TileLayout {
             cols,
             blocks,
             block_bytes,
+            scale_blocks: activation_scale_blocks(format),
             record_blocks,
             record_scale_bytes: scale_bytes,
             fp8_block_cols,
@@ -164,6 +167,23 @@ impl TileLayout {
     /// Columns of activations that kernels read: a multiple of 32.
     pub(crate) fn padded_cols(&self) -> usize {
         self.blocks * BLOCK_COLS
+    }
+}
+
+/// Blocks of 8-bit activations that share a scale where they meet weights of `format`: the one place that says so, for
+/// every kernel and level. 64 columns where the weights' own groups have 64 or more, else 32.
+pub(crate) const fn activation_scale_blocks(format: WeightFormat) -> usize {
+    match format {
+        WeightFormat::Affine { group: 64.., .. } => 2,
+        // Their kernels scale sums of 16 or 32 columns anyway. What is not quantized, or as 8-bit floats, takes f32.
+        WeightFormat::Affine { .. }
+        | WeightFormat::Mxfp4
+        | WeightFormat::Nvfp4
+        | WeightFormat::F32
+        | WeightFormat::F16
+        | WeightFormat::Bf16
+        | WeightFormat::Fp8Block { .. }
+        | WeightFormat::Mxfp8 => 1,
     }
 }
 
@@ -247,6 +267,18 @@ mod tests {
             }
             assert!(taken.iter().all(|byte| *byte == 0xff), "{bits} bits: {taken:x?}");
         }
+    }
+
+    #[test]
+    fn groups_are_whole_numbers_of_scales_of_activations() {
+        for (group, scale_blocks) in [(32, 1), (64, 2), (128, 2)] {
+            let format = WeightFormat::Affine { bits: 4, group, scale: ScaleDtype::Bf16 };
+            let layout = TileLayout::new(format, 256, false);
+            assert_eq!(layout.scale_blocks, scale_blocks, "groups of {group}");
+            assert!(layout.record_blocks.is_multiple_of(scale_blocks), "groups of {group}");
+        }
+        assert_eq!(activation_scale_blocks(WeightFormat::Nvfp4), 1);
+        assert_eq!(activation_scale_blocks(WeightFormat::Mxfp4), 1);
     }
 
     #[test]

@@ -60,7 +60,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &Linear<'_>) -> Result<()> {
     let (level, mode) = (backend.level, backend.mode);
     let weights = &backend.weights;
     let weight = |part: usize| &weights[op.parts[part].0.id as usize];
-    let form = |part: usize| mode.row_form(weight(part).packed.map.layout.coding);
+    let form = |part: usize| mode.row_form(&weight(part).packed.map.layout);
     let source = RowSource::rows(&backend.memory.floats(op.x));
     let num_rows = source.num_rows();
     let prepared =

@@ -14,7 +14,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &LinearHeads) -> Result<()> {
     let (level, mode) = (backend.level, backend.mode);
     let loaded = &backend.weights[op.weight.id as usize];
     let map = &loaded.packed.map;
-    let form = mode.row_form(map.layout.coding);
+    let form = mode.row_form(&map.layout);
     let num_tokens = op.x.rows;
     let source = RowSource::heads(&backend.memory.floats(op.x), op.weight.count, op.x_head_stride, op.weight.cols);
     let prepared = backend.space.prepare(level, source, std::iter::once(form)).map_err(crate::backend::no_memory)?;

@@ -94,7 +94,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &MoeDown) -> Result<()> {
     let loaded = &backend.experts[op.experts.id as usize];
     let packed = &loaded.down;
     let map = &packed.map;
-    let form = mode.row_form(map.layout.coding);
+    let form = mode.row_form(&map.layout);
     let (top_k, hidden_size) = (op.ids.cols, op.experts.hidden_size);
     backend.lists.build("moe_down", &backend.memory.integers(op.ids), op.experts.num_experts)?;
     backend.lists.gather_weights(&backend.memory.floats(op.weights));

@@ -16,7 +16,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &MoeGateUp) -> Result<()> {
     let loaded = &backend.experts[op.experts.id as usize];
     let pairs = &loaded.gate_up;
     let (gate_map, up_map) = (&pairs.gate, &pairs.up);
-    let forms = [gate_map, up_map].map(|map| mode.row_form(map.layout.coding));
+    let forms = [gate_map, up_map].map(|map| mode.row_form(&map.layout));
     let (top_k, width) = (op.ids.cols, op.experts.intermediate_size);
     backend.lists.build("moe_gate_up", &backend.memory.integers(op.ids), op.experts.num_experts)?;
     let lists = &backend.lists;

@@ -12,6 +12,14 @@ use crate::simd::Level;
 use moellon_tensor::arena::AlignedBuf;
 use moellon_tensor::pool::partition;
 
+/// Layouts of 8-bit rows: with a scale for one block and for two.
+const INT8_FORMS: usize = 2;
+
+/// Which of [`INT8_FORMS`] has a scale for `scale_blocks` blocks.
+const fn int8_form(scale_blocks: usize) -> usize {
+    scale_blocks - 1
+}
+
 /// Blocks that one thread rounds at least: sums over 128 columns belong together.
 const BLOCKS_PER_UNIT: usize = 4;
 
@@ -97,22 +105,37 @@ impl<'a> RowSource<'a> {
 /// Memory for prepared rows, reused.
 #[derive(Default)]
 pub(crate) struct PrepareSpace {
-    int8: Option<AlignedBuf<u8>>,
-    across: Option<AlignedBuf<u8>>,
+    int8: [Int8Space; INT8_FORMS],
     float: Option<AlignedBuf<u8>>,
     /// 0, 1, 2, ..: the ids of all rows.
     identity: Vec<u32>,
 }
 
+/// Memory for 8-bit rows of one layout.
+#[derive(Default)]
+struct Int8Space {
+    rows: Option<AlignedBuf<u8>>,
+    across: Option<AlignedBuf<u8>>,
+}
+
 /// Rows in the forms asked for, filled by [`Prepared::fill`].
 pub(crate) struct Prepared<'a> {
     source: RowSource<'a>,
-    int8_layout: Int8Layout,
-    int8: Option<*mut u8>,
-    /// Numbers of 8-bit rows, for tile registers.
-    across: Option<Across>,
+    /// Blocks of a row.
+    blocks: usize,
+    /// By [`int8_form`].
+    int8: [Option<Int8Rows>; INT8_FORMS],
     float: Option<FloatRows>,
     identity: &'a [u32],
+}
+
+/// 8-bit rows of one layout.
+#[derive(Clone, Copy)]
+struct Int8Rows {
+    layout: Int8Layout,
+    first: *mut u8,
+    /// Numbers of the rows, for tile registers.
+    across: Option<Across>,
 }
 
 #[derive(Clone, Copy)]
@@ -134,31 +157,20 @@ impl PrepareSpace {
         source: RowSource<'a>,
         forms: impl Iterator<Item = RowForm>,
     ) -> std::io::Result<Prepared<'a>> {
-        let int8_layout = Int8Layout::new(source.cols);
-        let num_rows = source.num_rows();
-        let (mut wants_int8, mut wants_float) = (false, false);
+        let (blocks, num_rows) = (source.cols.div_ceil(BLOCK_COLS), source.num_rows());
+        let across = reads_rows_across(level, num_rows);
+        let (mut int8, mut wants_float) = ([None; INT8_FORMS], false);
         for form in forms {
-            match form {
-                RowForm::Int8 => wants_int8 = true,
-                RowForm::F32 => wants_float = true,
+            let RowForm::Int8 { scale_blocks } = form else {
+                wants_float = true;
+                continue;
+            };
+            let number = int8_form(scale_blocks);
+            if int8[number].is_none() {
+                let layout = Int8Layout::new(source.cols, scale_blocks);
+                int8[number] = Some(self.int8[number].room(layout, num_rows, across)?);
             }
         }
-        let across = wants_int8 && reads_rows_across(level, num_rows);
-        let int8 = match wants_int8 {
-            true => {
-                // Tile registers read whole groups of rows.
-                let room = if across { num_rows + Across::ROWS } else { num_rows };
-                Some(grown(&mut self.int8, room * int8_layout.row_bytes)?)
-            }
-            false => None,
-        };
-        let across = match across {
-            true => {
-                let floats = grown(&mut self.across, 4 * Across::num_floats(&int8_layout, num_rows))?;
-                Some(Across::new(floats.cast(), num_rows))
-            }
-            false => None,
-        };
         let float = match (wants_float, source.uniform_stride()) {
             (false, _) => None,
             // Whole blocks at equal distances: kernels read them where they are.
@@ -166,14 +178,31 @@ impl PrepareSpace {
                 Some(FloatRows { first: source.pointer.cast(), stride_bytes: stride * 4, copy: None })
             }
             (true, _) => {
-                let stride_bytes = int8_layout.blocks * BLOCK_COLS * 4;
+                let stride_bytes = blocks * BLOCK_COLS * 4;
                 let copy = grown(&mut self.float, num_rows * stride_bytes)?;
                 Some(FloatRows { first: copy, stride_bytes, copy: Some(copy) })
             }
         };
         let known = self.identity.len() as u32;
         self.identity.extend(known..(num_rows as u32).max(known));
-        Ok(Prepared { source, int8_layout, int8, across, float, identity: &self.identity[..num_rows] })
+        Ok(Prepared { source, blocks, int8, float, identity: &self.identity[..num_rows] })
+    }
+}
+
+impl Int8Space {
+    /// Room for `num_rows` rows, with `across` for their numbers side by side as well.
+    fn room(&mut self, layout: Int8Layout, num_rows: usize, across: bool) -> std::io::Result<Int8Rows> {
+        // Tile registers read whole groups of rows.
+        let room = if across { num_rows + Across::ROWS } else { num_rows };
+        let first = grown(&mut self.rows, room * layout.row_bytes)?;
+        let across = match across {
+            true => {
+                let floats = grown(&mut self.across, 4 * Across::num_floats(&layout, num_rows))?;
+                Some(Across::new(floats.cast(), num_rows))
+            }
+            false => None,
+        };
+        Ok(Int8Rows { layout, first, across })
     }
 }
 
@@ -189,7 +218,7 @@ fn grown(space: &mut Option<AlignedBuf<u8>>, size_bytes: usize) -> std::io::Resu
 impl Prepared<'_> {
     /// Whether [`Prepared::fill`] has anything to do.
     pub(crate) fn needs_fill(&self) -> bool {
-        self.int8.is_some() || self.float.is_some_and(|f| f.copy.is_some())
+        self.int8.iter().any(Option::is_some) || self.float.is_some_and(|f| f.copy.is_some())
     }
 
     /// Does the share of thread `index`. Rows may be read when all threads are done.
@@ -197,7 +226,7 @@ impl Prepared<'_> {
     /// # Safety
     /// The source's rows are valid and nobody writes them; each index is called by one thread, once.
     pub(crate) unsafe fn fill(&self, level: Level, index: usize, num_threads: usize) {
-        let blocks = self.int8_layout.blocks;
+        let blocks = self.blocks;
         let units_per_row = blocks.div_ceil(BLOCKS_PER_UNIT);
         let mut units = partition(self.source.num_rows() * units_per_row, num_threads, index, 1);
         while !units.is_empty() {
@@ -206,13 +235,13 @@ impl Prepared<'_> {
             units.start += count;
             let range = [first * BLOCKS_PER_UNIT, ((first + count) * BLOCKS_PER_UNIT).min(blocks)];
             let x = self.source.row(row);
-            if let Some(rows) = self.int8 {
+            for Int8Rows { layout, first, across } in self.int8.iter().flatten() {
                 // SAFETY: `prepare` made room for all rows; parts of a row by different threads are different blocks.
                 unsafe {
-                    let to = rows.add(row * self.int8_layout.row_bytes);
-                    round_part_to_int8(level, x, to, self.int8_layout, range);
-                    if let Some(across) = self.across {
-                        across.at_row(row).copy(&self.int8_layout, to, range);
+                    let to = first.add(row * layout.row_bytes);
+                    round_part_to_int8(level, x, to, *layout, range);
+                    if let Some(across) = across {
+                        across.at_row(row).copy(layout, to, range);
                     }
                 }
             }
@@ -237,23 +266,27 @@ impl Prepared<'_> {
     /// # Panics
     /// If the form was not asked for.
     pub(crate) unsafe fn rows(&self, form: RowForm) -> Rows<'_> {
-        let (int8, num_rows) = (&self.int8_layout, self.source.num_rows());
-        let (first, stride_bytes, row_bytes) = match form {
-            RowForm::Int8 => {
-                (self.int8.expect("8-bit rows were asked for").cast_const(), int8.row_bytes, int8.row_bytes)
+        let num_rows = self.source.num_rows();
+        let len_bytes =
+            |stride_bytes, row_bytes| if num_rows == 0 { 0 } else { (num_rows - 1) * stride_bytes + row_bytes };
+        match form {
+            RowForm::Int8 { scale_blocks } => {
+                let int8 = self.int8[int8_form(scale_blocks)].as_ref().expect("8-bit rows were asked for");
+                let (first, row_bytes) = (int8.first.cast_const(), int8.layout.row_bytes);
+                let len_bytes = len_bytes(row_bytes, row_bytes);
+                // SAFETY: rows stand there, whole, and `fill` wrote their numbers, with room behind the last one; the rest is
+                // the caller's promise.
+                unsafe {
+                    let rows = Rows::new(form, Some(&int8.layout), first, len_bytes, row_bytes, self.identity);
+                    int8.across.map_or(rows, |across| rows.with_across(across))
+                }
             }
             RowForm::F32 => {
-                let float = self.float.expect("f32 rows were asked for");
-                (float.first, float.stride_bytes, int8.blocks * BLOCK_COLS * 4)
+                let FloatRows { first, stride_bytes, .. } = self.float.expect("f32 rows were asked for");
+                let len_bytes = len_bytes(stride_bytes, self.blocks * BLOCK_COLS * 4);
+                // SAFETY: as above.
+                unsafe { Rows::new(form, None, first, len_bytes, stride_bytes, self.identity) }
             }
-        };
-        let len_bytes = if num_rows == 0 { 0 } else { (num_rows - 1) * stride_bytes + row_bytes };
-        // SAFETY: rows stand there, whole; the rest is the caller's promise.
-        let rows = unsafe { Rows::new(form, Some(int8), first, len_bytes, stride_bytes, self.identity) };
-        match (form, self.across) {
-            // SAFETY: `fill` wrote the numbers of all rows, and there is room behind the last one.
-            (RowForm::Int8, Some(across)) => unsafe { rows.with_across(across) },
-            _ => rows,
         }
     }
 

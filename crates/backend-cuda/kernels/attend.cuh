@@ -7,7 +7,7 @@
 struct AttendArgs {
   Mat q, q_rope, out;          // q_rope.p null: no second part
   const void* cache;
-  float* partial;              // [tokens][heads][max_splits][PART_HEADER + value_dim]: largest score, sum of weights, weighted values
+  float* partial;              // [tokens][heads][max_splits][PART_HEADER + value_dim]: what scores are counted from, sum of weights, weighted values
   const float* sinks;          // [heads] or null
   const u32* index_ids;        // [tokens, index_stride] or null: every position of the window
   const u32* index_counts;
@@ -34,12 +34,23 @@ DEVICE void keys_of(const AttendArgs& a, u32 t, u32& first, u32& count) {
   count = p + 1 - first;
 }
 
+// Scores are exponents of two, and what they are counted from, the largest of a part, is rounded up to a whole number: to count from another one multiplies
+// by a power of two, which rounds nothing. So it does not matter to the bits when a sum learns of a larger score.
+#define LOG2_E 1.4426950408889634f
+DEVICE float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// 2^d for a whole number d <= 0, or minus infinity.
+DEVICE float power_of_two(float d) { return d > -126.f ? __uint_as_float(__float_as_uint(d + 12583039.f /* 3 * 2^22 + 127 */) << 23) : 0.f; }
+
 // Columns c .. c + 8 of the joined parts of a head. `first` and `count` are those of keys_of. Parts are read some at a time, none waiting for another.
 DEVICE void join8(const AttendArgs& a, u32 t, u32 head, u32 c, u32 count, float out[8]) {
   constexpr int N = 4;
   u32 split = split_of(count), splits = (count + split - 1) / split, width = PART_HEADER + a.value_dim;
   const float* part = a.partial + ((u64)t * a.num_heads + head) * a.max_splits * width;
-  float m = a.sinks ? a.sinks[head] : -INFINITY, v[N][8], score[N], weights[N];
+  float sink = a.sinks ? a.sinks[head] * LOG2_E : -INFINITY, m = ceilf(sink), v[N][8], score[N], weights[N];
   bool wide = a.value_dim % 8 == 0;
   auto load = [&](u32 s) {
 #pragma unroll
@@ -58,7 +69,7 @@ DEVICE void join8(const AttendArgs& a, u32 t, u32 head, u32 c, u32 count, float 
 #pragma unroll
     for (int i = 0; i < 8; i++) m = fmaxf(m, x[i]);
   }
-  float l = a.sinks ? expf(a.sinks[head] - m) : 0.f;
+  float l = a.sinks ? exp2_of(sink - m) : 0.f;
 #pragma unroll
   for (int k = 0; k < 8; k++) out[k] = 0.f;
 #pragma unroll 1
@@ -67,7 +78,7 @@ DEVICE void join8(const AttendArgs& a, u32 t, u32 head, u32 c, u32 count, float 
 #pragma unroll
     for (int i = 0; i < N; i++) {
       if (s + i >= splits) continue;
-      float weight = expf(score[i] - m);
+      float weight = power_of_two(score[i] - m);
       l = fmaf(weights[i], weight, l);
 #pragma unroll
       for (int k = 0; k < 8; k++) out[k] = fmaf(v[i][k], weight, out[k]);

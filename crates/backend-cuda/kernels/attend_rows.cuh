@@ -127,7 +127,7 @@ template <typename T, int DPL, bool STEP> DEVICE void attend(const AttendArgs& a
     }
   }
   bool wide = a.cache_width % PER == 0 && key_column % PER == 0 && key_dim % PER == 0 && value_column % PER == 0 && a.value_dim % PER == 0;
-  float m = -INFINITY, l = 0.f;
+  float m = -INFINITY, l = 0.f, scale = a.scale * LOG2_E;
   float2 acc[DPL];
 #pragma unroll
   for (int i = 0; i < DPL; i++) acc[i] = make_float2(0.f, 0.f);
@@ -206,8 +206,8 @@ template <typename T, int DPL, bool STEP> DEVICE void attend(const AttendArgs& a
         }
       }
       float s = (part.x + part.y) + (part.z + part.w);
-      s = base + lane < end ? s * a.scale : -INFINITY;
-      float m_new = fmaxf(m, warp_max(s)), p = expf(s - m_new), old = expf(m - m_new);
+      s = base + lane < end ? s : -INFINITY;
+      float m_new = fmaxf(m, ceilf(warp_max(s) * scale)), p = exp2_of(fmaf(s, scale, -m_new)), old = power_of_two(m - m_new);
       m = m_new;
       l = l * old + warp_sum(p);
 #pragma unroll

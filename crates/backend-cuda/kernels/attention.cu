@@ -49,6 +49,7 @@ KERNEL __launch_bounds__(256, 2) attend_mla(const __grid_constant__ AttendArgs a
   u16* weights = (u16*)(scores + 2 * MLA_HEADS * S);  // [high, low][MLA_HEADS][P]
   u32 q_at = (u32)__cvta_generic_to_shared(q), keys_at = (u32)__cvta_generic_to_shared(keys), weights_at = (u32)__cvta_generic_to_shared(weights);
   u32 columns = a.value_dim / 64;  // groups of eight columns that a warp has
+  float scale = a.scale * LOG2_E;
   for (u32 split = blockIdx.x; split * keys_of_part < count; split += gridDim.x) {
     // The queries of a warp's two heads, asked for before anything that their use does not wait for.
     float4 x[2][MLA_PIECES];
@@ -125,9 +126,9 @@ KERNEL __launch_bounds__(256, 2) attend_mla(const __grid_constant__ AttendArgs a
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         u32 h = 2 * warp + i;
-        float s = (scores[h * S + lane] + scores[(MLA_HEADS + h) * S + lane]) * a.scale;
+        float s = scores[h * S + lane] + scores[(MLA_HEADS + h) * S + lane];
         s = base + lane < end ? s : -INFINITY;
-        float m_new = fmaxf(m[i], warp_max(s)), p = expf(s - m_new), old = expf(m[i] - m_new);
+        float m_new = fmaxf(m[i], ceilf(warp_max(s) * scale)), p = exp2_of(fmaf(s, scale, -m_new)), old = power_of_two(m[i] - m_new);
         m[i] = m_new;
         l[i] = l[i] * old + warp_sum(p);
         split_bf16(p, weights[h * P + lane], weights[(MLA_HEADS + h) * P + lane]);
@@ -170,240 +171,6 @@ KERNEL __launch_bounds__(256, 2) attend_mla(const __grid_constant__ AttendArgs a
   }
 }
 
-// ---- the same for the rows of a prompt ----
-//
-// A block has a row and 64 heads, so that a cached row is read for all of them, and keeps what it adds up in registers: no parts in memory. It goes
-// through the keys twice: for scores, largest scores and weights of all parts (which lie in memory in between, in the second-level cache), then
-// for values. Every number is made as `attend_mla` and `attend_join` make it. Up to 2048 keys (a part is one tile or two).
-#define PROMPT_HEADS 64
-#define PROMPT_KEY 576   // columns of a key
-#define PROMPT_VALUE 512
-#define PROMPT_STRIDE (PROMPT_KEY + 8)
-#define PROMPT_VALUE_STRIDE (PROMPT_VALUE + 8)
-#define PROMPT_PARTS 32
-#define PROMPT_STEPS (PROMPT_KEY / 16 / 2)  // products of a half of the columns
-#define WEIGHTS_STRIDE (TILE + 8)
-
-struct PromptArgs {
-  AttendArgs attend;
-  u16* weights;          // [tokens][heads / 64][tiles][high, low][64][TILE]
-  u32 num_tokens, max_tiles;  // at most so many tiles a row
-};
-
-// PAIR: a part is two tiles. `slots`: of the row's keys; `largest`, `sums`, `olds`: [parts][heads].
-template <bool PAIR> DEVICE void prompt_row(const PromptArgs& args, u32 t, u32 count, u32 first, u8* shared) {
-  const AttendArgs& a = args.attend;
-  constexpr u32 T = PAIR ? 2 : 1, S = TILE + 1;
-  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, pair = lane % 4, head = blockIdx.y * PROMPT_HEADS;
-  u32 tiles = (count + TILE - 1) / TILE, parts = (tiles + T - 1) / T;
-  u16* keys = (u16*)shared;                                          // three tiles of keys; later four of values
-  u16* weights = keys + 4 * TILE * PROMPT_VALUE_STRIDE;              // four tiles [high, low][heads][WEIGHTS_STRIDE]
-  float* scores = (float*)weights;                                   // before: [halves of the columns][heads][S]
-  float* largest = (float*)(weights + 4 * 2 * PROMPT_HEADS * WEIGHTS_STRIDE);
-  float* sums = largest + PROMPT_PARTS * PROMPT_HEADS;
-  float* olds = sums + PROMPT_PARTS * PROMPT_HEADS;
-  u32* slots = (u32*)(olds + PROMPT_PARTS * PROMPT_HEADS);
-  u32 keys_at = (u32)__cvta_generic_to_shared(keys), weights_at = (u32)__cvta_generic_to_shared(weights);
-  const u32* table = a.paging.block_table + (u64)a.paging.sequences[t] * a.paging.max_blocks;
-  for (u32 i = threadIdx.x; i < count; i += blockDim.x) {
-    u32 p = a.index_ids ? a.index_ids[(u64)t * a.index_stride + i] : first + i;
-    slots[i] = table[p / a.paging.block_size] * a.paging.block_size + p % a.paging.block_size;
-  }
-  __syncthreads();
-  // Others than the row's keys are zeros: their weight is zero, and zero times what lies there may be no number.
-  auto copy_rows = [&](u32 tile, u32 slot, u32 stride, u32 columns) {
-    if (tile < tiles) {
-      for (u32 k = warp; k < TILE; k += 8) {
-        bool valid = tile * TILE + k < count;
-        const u16* from = (const u16*)a.cache + (valid ? (u64)slots[tile * TILE + k] * a.cache_width + a.key_first : 0);
-        for (u32 c = lane * 8; c < columns; c += 256)
-          asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(keys_at + ((slot * TILE + k) * stride + c) * 2), "l"(from + c), "r"(valid ? 16 : 0));
-      }
-    }
-  };
-  auto copy_keys = [&](u32 tile) {
-    copy_rows(tile, tile % 3, PROMPT_STRIDE, PROMPT_KEY);
-    asm volatile("cp.async.commit_group;");
-  };
-  u16* memory = args.weights + ((u64)(t * gridDim.y + blockIdx.y) * args.max_tiles) * (2 * PROMPT_HEADS * TILE);
-  {
-    copy_keys(0);
-    copy_keys(1);
-    // A warp has the queries of 16 heads and half of the columns.
-    u32 rows = warp % 4 * 16, half = warp / 4;
-    u32 q[PROMPT_STEPS][2][4];
-#pragma unroll
-    for (int s = 0; s < PROMPT_STEPS; s++)
-#pragma unroll
-      for (int k = 0; k < 4; k++) {
-        u32 h = head + rows + g + 8 * (k & 1), c = (half * PROMPT_STEPS + s) * 16 + 8 * (k >> 1) + 2 * pair;
-        float2 x = *(const float2*)(c < PROMPT_VALUE ? a.q.p + (u64)t * a.q.stride + h * PROMPT_VALUE + c : a.q_rope.p + (u64)t * a.q_rope.stride + h * a.q_rope_stride + (c - PROMPT_VALUE));
-        q[s][0][k] = pack_bf16(x.x, x.y);
-        q[s][1][k] = pack_bf16(x.x - __uint_as_float(q[s][0][k] << 16), x.y - __uint_as_float(q[s][0][k] & 0xffff0000u));
-      }
-    float m[8], l[8], top[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) { m[i] = top[i] = -INFINITY; l[i] = 0.f; }
-    for (u32 tile = 0; tile < tiles; tile++) {
-      asm volatile("cp.async.wait_group 1;" ::: "memory");
-      __syncthreads();
-      copy_keys(tile + 2);
-      u32 at = keys_at + ((tile % 3 * TILE + lane / 16 * 8 + lane % 8) * PROMPT_STRIDE + half * PROMPT_STEPS * 16 + lane / 8 % 2 * 8) * 2;
-      float high[4][4] = {}, low[4][4] = {};
-#pragma unroll
-      for (int s = 0; s < PROMPT_STEPS; s++) {
-        u32 b[2][4];
-        ldmatrix4(b[0], at + s * 32);
-        ldmatrix4(b[1], at + 16 * PROMPT_STRIDE * 2 + s * 32);
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-          mma_bf16(high[n], q[s][0], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
-          mma_bf16(low[n], q[s][1], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
-        }
-      }
-      float* to = scores + (half * PROMPT_HEADS + rows + g) * S + 2 * pair;
-#pragma unroll
-      for (int n = 0; n < 4; n++)
-#pragma unroll
-        for (int k = 0; k < 4; k++) to[8 * (k >> 1) * S + n * 8 + (k & 1)] = high[n][k] + low[n][k];
-      __syncthreads();
-      // A warp has eight heads, a lane a key.
-      u16* w = memory + (u64)tile * (2 * PROMPT_HEADS * TILE) + lane;
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        u32 h = 8 * warp + i;
-        float s = (scores[h * S + lane] + scores[(PROMPT_HEADS + h) * S + lane]) * a.scale;
-        s = tile * TILE + lane < count ? s : -INFINITY;
-        if (tile % T == 0) { m[i] = -INFINITY; l[i] = 0.f; }
-        float m_new = fmaxf(m[i], warp_max(s)), p = expf(s - m_new), old = expf(m[i] - m_new);
-        m[i] = m_new;
-        l[i] = l[i] * old + warp_sum(p);
-        u16 high_part, low_part;
-        split_bf16(p, high_part, low_part);
-        w[h * TILE] = high_part;
-        w[(PROMPT_HEADS + h) * TILE] = low_part;
-        if (lane == 0) {
-          largest[tile / T * PROMPT_HEADS + h] = m_new;
-          sums[tile / T * PROMPT_HEADS + h] = l[i];
-          if (PAIR) olds[tile / T * PROMPT_HEADS + h] = old;
-        }
-        if (tile % T == T - 1 || tile == tiles - 1) top[i] = fmaxf(top[i], m_new);
-      }
-    }
-    // What each part counts: exp(its largest score - that of all).
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-      for (u32 s = lane; s < parts; s += 32) largest[s * PROMPT_HEADS + 8 * warp + i] = expf(largest[s * PROMPT_HEADS + 8 * warp + i] - top[i]);
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x < PROMPT_HEADS) {
-      float l = 0.f;
-#pragma unroll 4
-      for (u32 s = 0; s < parts; s++) l = fmaf(sums[s * PROMPT_HEADS + threadIdx.x], largest[s * PROMPT_HEADS + threadIdx.x], l);
-      sums[threadIdx.x] = l;
-    }
-  }
-  // Values: a warp has 64 columns of all heads.
-  float out[4][8][4] = {};
-  auto copy_part = [&](u32 part) {
-    if (part < parts) {
-#pragma unroll
-      for (u32 i = 0; i < T; i++) {
-        u32 tile = part * T + i;
-        copy_rows(tile, tile % 4, PROMPT_VALUE_STRIDE, PROMPT_VALUE);
-        if (tile < tiles) {
-          const u16* from = memory + (u64)tile * (2 * PROMPT_HEADS * TILE);
-          for (u32 piece = threadIdx.x; piece < 2 * PROMPT_HEADS * TILE / 8; piece += 256)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(weights_at + ((tile % 4 * 2 * PROMPT_HEADS + piece / 4) * WEIGHTS_STRIDE + piece % 4 * 8) * 2), "l"(from + piece * 8));
-        }
-      }
-    }
-    asm volatile("cp.async.commit_group;");
-  };
-  // A part is multiplied while the next is on its way.
-  copy_part(0);
-  for (u32 part = 0; part < parts; part++) {
-    copy_part(part + 1);
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-    __syncthreads();
-    bool both = PAIR && part * 2 + 1 < tiles;
-#pragma unroll
-    for (int two = 0; two < 2; two++) {
-      u32 w[T][2][2][2][4];  // [tile][high, low][16 heads][16 keys]
-#pragma unroll
-      for (u32 i = 0; i < T; i++)
-#pragma unroll
-        for (int x = 0; x < 2; x++)
-#pragma unroll
-          for (int r = 0; r < 2; r++)
-#pragma unroll
-            for (int s = 0; s < 2; s++)
-              ldmatrix4(w[i][x][r][s], weights_at + (((((part * T + i) % 4) * 2 + x) * PROMPT_HEADS + two * 32 + r * 16 + lane % 16) * WEIGHTS_STRIDE + s * 16 + lane / 16 * 8) * 2);
-      float weight[2][2], old[2][2];
-#pragma unroll
-      for (int r = 0; r < 2; r++)
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-          u32 h = part * PROMPT_HEADS + two * 32 + r * 16 + g + 8 * k;
-          weight[r][k] = largest[h];
-          old[r][k] = PAIR ? olds[h] : 0.f;
-        }
-#pragma unroll
-      for (int n = 0; n < 8; n++) {
-        float sum[2][4] = {};
-#pragma unroll
-        for (u32 i = 0; i < T; i++) {
-          if (i == 1 && !both) break;
-          u32 b[4];
-          ldmatrix4_transposed(b, keys_at + (((part * T + i) % 4 * TILE + lane) * PROMPT_VALUE_STRIDE + warp * 64 + n * 8) * 2);
-#pragma unroll
-          for (int r = 0; r < 2; r++) {
-            if (i == 1)
-#pragma unroll
-              for (int k = 0; k < 4; k++) sum[r][k] *= old[r][k >> 1];
-#pragma unroll
-            for (int s = 0; s < 2; s++) {
-              mma_bf16(sum[r], w[i][0][r][s], b[2 * s], b[2 * s + 1]);
-              mma_bf16(sum[r], w[i][1][r][s], b[2 * s], b[2 * s + 1]);
-            }
-          }
-        }
-#pragma unroll
-        for (int r = 0; r < 2; r++)
-#pragma unroll
-          for (int k = 0; k < 4; k++) out[two * 2 + r][n][k] = fmaf(sum[r][k], weight[r][k >> 1], out[two * 2 + r][n][k]);
-      }
-    }
-    __syncthreads();
-  }
-#pragma unroll
-  for (int r = 0; r < 4; r++)
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-      u32 h = r * 16 + g + 8 * k;
-      float l = sums[h];
-      u64 row = (u64)t * a.out.stride + (head + h) * PROMPT_VALUE + warp * 64 + 2 * pair;
-#pragma unroll
-      for (int n = 0; n < 8; n++) {
-        float2 x = make_float2(out[r][n][2 * k] / l, out[r][n][2 * k + 1] / l);
-        *(float2*)(a.out.p + row + n * 8) = x;
-        if (a.out.twin) *(u32*)(a.out.twin + row + n * 8) = pack_bf16(x.x, x.y);
-      }
-    }
-}
-// Grid: (tokens, the longest rows first; heads / 64).
-KERNEL __launch_bounds__(256, 1) attend_prompt(const __grid_constant__ PromptArgs args) {
-  extern __shared__ __align__(16) u8 prompt_shared[];
-  pdl_launch();
-  pdl_wait();
-  u32 t = args.num_tokens - 1 - blockIdx.x, first, count;
-  keys_of(args.attend, t, first, count);
-  if (split_of(count) == TILE) prompt_row<false>(args, t, count, first, prompt_shared);
-  else prompt_row<true>(args, t, count, first, prompt_shared);
-}
-
 // Joins the parts of a head, which has at most 512 columns. Grid (heads, tokens), 64 threads.
 struct JoinArgs {
   AttendArgs attend;
@@ -429,9 +196,10 @@ struct IndexScoreArgs {
   Mat q, weights, scores;
   const void* cache;
   Paging paging;
-  u32 num_heads, head_dim, cache_bf16, pad;
+  u32 num_heads, head_dim, cache_bf16;
+  u32 block_tokens;  // index_score*_bf16: rows of a block
   float scale;
-  u32 pad2;
+  u32 num_tokens;
 };
 // A warp has a key, a lane a head (and every 32nd after it). Grid (tiles of 64 keys, tokens).
 KERNEL __launch_bounds__(256) index_score(const __grid_constant__ IndexScoreArgs a) {
@@ -466,21 +234,163 @@ KERNEL __launch_bounds__(256) index_score(const __grid_constant__ IndexScoreArgs
   }
 }
 
+// ---- the same by tensor cores, for keys of 128 columns in bfloat16 and heads by 32 ----
+
+#define INDEX_DIM 128
+#define INDEX_HEADS 32    // of a step
+#define INDEX_STRIDE 160  // columns between two heads: the eight lanes that read at a time find different banks
+#define INDEX_PART (INDEX_HEADS * INDEX_STRIDE)
+
+// A row of keys of a lane: eight columns of every 32, so that products 2 c and 2 c + 1 have four each.
+template <int KT> DEVICE void index_keys(u32 keys[KT][8][4], const IndexScoreArgs& a, u32 sequence, u32 base, u32 count) {
+  const u32* table = a.paging.block_table + (u64)sequence * a.paging.max_blocks;
+  u32 warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < KT; i++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      u32 j = base + (warp * KT + i) * 16 + g + 8 * r;
+      const uint4* from = (const uint4*)((const u16*)a.cache + (j < count ? ((u64)table[j / a.paging.block_size] * a.paging.block_size + j % a.paging.block_size) * INDEX_DIM : 0)) + pair;
+#pragma unroll
+      for (int c = 0; c < 4; c++) {
+        uint4 v = j < count ? from[4 * c] : make_uint4(0, 0, 0, 0);
+        keys[i][2 * c][r] = v.x; keys[i][2 * c][2 + r] = v.y; keys[i][2 * c + 1][r] = v.z; keys[i][2 * c + 1][2 + r] = v.w;
+      }
+    }
+}
+// A thread's 16 columns of 32 heads' queries as sums of three bfloat16, which are the numbers themselves: nothing is rounded before it is added up.
+DEVICE void index_split(u16* to, const float4 x[4]) {
+  u32 head = threadIdx.x / 8, column = threadIdx.x % 8 * 16;
+  u32 part[3][8];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float v[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      float lo = v[2 * k], hi = v[2 * k + 1];
+#pragma unroll
+      for (int p = 0; p < 3; p++) {
+        u32 bits = pack_bf16(lo, hi);
+        part[p][2 * i + k] = bits;
+        lo -= __uint_as_float(bits << 16);
+        hi -= __uint_as_float(bits & 0xffff0000u);
+      }
+    }
+  }
+#pragma unroll
+  for (int p = 0; p < 3; p++) {
+    uint4* at = (uint4*)(to + p * INDEX_PART + head * INDEX_STRIDE + column);
+    at[0] = make_uint4(part[p][0], part[p][1], part[p][2], part[p][3]);
+    at[1] = make_uint4(part[p][4], part[p][5], part[p][6], part[p][7]);
+  }
+}
+// sums[key][head] of a warp's keys and 32 heads.
+template <int KT> DEVICE void index_products(float sums[KT][4][4], const u32 keys[KT][8][4], const u16* q) {
+  u32 g = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < KT; i++)
+#pragma unroll
+    for (int n = 0; n < 4; n++)
+#pragma unroll
+      for (int k = 0; k < 4; k++) sums[i][n][k] = 0.f;
+#pragma unroll
+  for (int c = 0; c < 4; c++)
+#pragma unroll
+    for (int p = 0; p < 3; p++)
+#pragma unroll
+      for (int n = 0; n < 4; n++) {
+        uint4 b = *(const uint4*)(q + p * INDEX_PART + (8 * n + g) * INDEX_STRIDE + 32 * c + 8 * pair);
+#pragma unroll
+        for (int i = 0; i < KT; i++) {
+          mma_bf16(sums[i][n], keys[i][2 * c], b.x, b.y);
+          mma_bf16(sums[i][n], keys[i][2 * c + 1], b.z, b.w);
+        }
+      }
+}
+// A warp has 16 KT keys in registers and goes through the block's rows, 32 heads at a time: the next ones are on their way while these are multiplied.
+// Grid: (tiles of 128 KT keys, groups of `block_tokens` rows).
+template <int KT> DEVICE void index_score_tiles(const IndexScoreArgs& a) {
+  extern __shared__ __align__(16) u8 index_tiles[];
+  u16* q = (u16*)index_tiles;  // two steps of [part][head][INDEX_STRIDE]
+  pdl_launch();
+  pdl_wait();
+  u32 warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, pair = threadIdx.x % 4, base = blockIdx.x * 128 * KT;
+  u32 groups = a.num_heads / INDEX_HEADS, end = (blockIdx.y + 1) * a.block_tokens;
+  if (end > a.num_tokens) end = a.num_tokens;
+  // The next row that has keys here.
+  auto following = [&](u32 t) {
+    while (t < end && a.paging.positions[t] < base) t++;
+    return t;
+  };
+  float4 x[4];
+  auto load = [&](u32 t, u32 group) {
+    const float4* from = (const float4*)(a.q.p + (u64)t * a.q.stride + group * (INDEX_HEADS * INDEX_DIM) + threadIdx.x * 16);
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i] = from[i];
+  };
+  u32 t = following(blockIdx.y * a.block_tokens), group = 0, step = 0, sequence = 0xffffffffu, known = 0;
+  if (t >= end) return;
+  load(t, 0);
+  index_split(q, x);
+  __syncthreads();
+  u32 keys[KT][8][4];
+  float score[KT][2] = {};
+  while (t < end) {
+    u32 count = a.paging.positions[t] + 1, now = a.paging.sequences[t], next = group + 1 < groups ? t : following(t + 1), next_group = group + 1 < groups ? group + 1 : 0;
+    if (next < end) load(next, next_group);
+    // Rows of a prompt see more and more keys of one sequence: all that the block's last row sees.
+    if (now != sequence || known < count) {
+      known = count;
+      for (u32 later = t + 1; later < end && a.paging.sequences[later] == now; later++)
+        if (a.paging.positions[later] >= known) known = a.paging.positions[later] + 1;
+      index_keys<KT>(keys, a, now, base, known);
+      sequence = now;
+    }
+    float sums[KT][4][4];
+    index_products<KT>(sums, keys, q + step % 2 * (3 * INDEX_PART));
+    const float* weights = a.weights.p + (u64)t * a.weights.stride + group * INDEX_HEADS + 2 * pair;
+#pragma unroll
+    for (int n = 0; n < 4; n++)
+#pragma unroll
+      for (int k = 0; k < 4; k++)
+#pragma unroll
+        for (int i = 0; i < KT; i++) score[i][k >> 1] = fmaf(weights[8 * n + (k & 1)], fmaxf(sums[i][n][k] * a.scale, 0.f), score[i][k >> 1]);
+    if (next_group == 0)
+#pragma unroll
+      for (int i = 0; i < KT; i++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          float s = score[i][r];
+          s += __shfl_xor_sync(0xffffffffu, s, 1);
+          s += __shfl_xor_sync(0xffffffffu, s, 2);
+          u32 j = base + (warp * KT + i) * 16 + g + 8 * r;
+          if (pair == 0 && j < count) a.scores.p[(u64)t * a.scores.stride + j] = s;
+          score[i][r] = 0.f;
+        }
+    step++;
+    if (next < end) index_split(q + step % 2 * (3 * INDEX_PART), x);
+    __syncthreads();
+    t = next;
+    group = next_group;
+  }
+}
+KERNEL __launch_bounds__(256) index_score1_bf16(const __grid_constant__ IndexScoreArgs a) { index_score_tiles<1>(a); }
+KERNEL __launch_bounds__(256, 2) index_score2_bf16(const __grid_constant__ IndexScoreArgs a) { index_score_tiles<2>(a); }
+
 struct IndexTopkArgs { Mat scores; const u32* positions; u32* ids; u32* counts; u32 ids_stride, k; };
 DEVICE u32 ordered_score(float x) { u32 b = __float_as_uint(x == 0.f ? 0.f : x); return b ^ ((b >> 31) ? 0xffffffffu : 0x80000000u); }
 // The k largest by radix selection, eight bits at a time, then one ordered pass that collects them. One block of 1024 a row.
 KERNEL __launch_bounds__(1024) index_topk(const __grid_constant__ IndexTopkArgs a) {
   __shared__ u32 histogram[256];
-  __shared__ u32 warp_counts[2][32];
-  __shared__ u32 prefix, remaining, taken, ties;
+  __shared__ u32 counts[2][33];  // of each warp, for two rounds: scores above the threshold, 65536 times those that equal it; then what came before
+  __shared__ u32 prefix, remaining;
   pdl_launch();
   pdl_wait();
   u32 t = blockIdx.x, n = a.positions[t] + 1, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const float* scores = a.scores.p + (u64)t * a.scores.stride;
   u32* ids = a.ids + (u64)t * a.ids_stride;
   u32 k = n < a.k ? n : a.k;
-  if (threadIdx.x == 0) { a.counts[t] = k; prefix = 0; remaining = k; taken = 0; ties = 0; }
-  __syncthreads();
+  if (threadIdx.x == 0) { a.counts[t] = k; prefix = 0; remaining = k; }
   if (n <= a.k) {
     for (u32 i = threadIdx.x; i < n; i += blockDim.x) ids[i] = i;
     return;
@@ -494,36 +404,56 @@ KERNEL __launch_bounds__(1024) index_topk(const __grid_constant__ IndexTopkArgs 
       if ((key & mask) == prefix) atomicAdd(&histogram[key >> shift & 255], 1);
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-      u32 left = remaining, bin = 255;
-      while (histogram[bin] < left) left -= histogram[bin--];
-      prefix |= bin << shift;
-      remaining = left;  // of those equal to the prefix so far
+    if (warp == 0) {
+      // A lane has eight bins, the last lane the smallest keys: what lies above a bin, and the bin that reaches k.
+      u32 bins[8], sum = 0;
+#pragma unroll
+      for (int i = 0; i < 8; i++) sum += bins[i] = histogram[255 - lane * 8 - i];
+      u32 before = sum;
+#pragma unroll
+      for (int d = 1; d < 32; d <<= 1) {
+        u32 x = __shfl_up_sync(0xffffffffu, before, d);
+        if (lane >= d) before += x;
+      }
+      before -= sum;
+      u32 left = remaining;
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        if (before < left && before + bins[i] >= left) {
+          prefix |= (255 - lane * 8 - i) << shift;
+          remaining = left - before;  // of those equal to the prefix so far
+        }
+        before += bins[i];
+      }
     }
     __syncthreads();
   }
   // `prefix` is the k-th largest key; `remaining` of its equals belong to the set, the earliest.
-  u32 threshold = prefix, equals = remaining;
-  for (u32 base = 0; base < n; base += blockDim.x) {
+  u32 threshold = prefix, equals = remaining, above_before = 0, equal_before = 0;
+  for (u32 base = 0, round = 0; base < n; base += blockDim.x, round ^= 1) {
     u32 i = base + threadIdx.x, key = i < n ? ordered_score(scores[i]) : 0;
-    bool tie = i < n && key == threshold, above = i < n && key > threshold;
-    u32 tie_mask = __ballot_sync(0xffffffffu, tie);
-    if (lane == 0) warp_counts[0][warp] = __popc(tie_mask);
+    bool equal = i < n && key == threshold, above = i < n && key > threshold;
+    u32 equal_mask = __ballot_sync(0xffffffffu, equal), above_mask = __ballot_sync(0xffffffffu, above), mine = (1u << lane) - 1;
+    u32 here = __popc(equal_mask) << 16 | __popc(above_mask);
+    if (lane == 0) counts[round][warp] = here;
     __syncthreads();
-    u32 before = ties;
-    for (u32 w = 0; w < warp; w++) before += warp_counts[0][w];
-    before += __popc(tie_mask & ((1u << lane) - 1));
-    bool take = above || (tie && before < equals);
-    u32 take_mask = __ballot_sync(0xffffffffu, take);
-    if (lane == 0) warp_counts[1][warp] = __popc(take_mask);
+    if (warp == 0) {
+      u32 own = counts[round][lane], sum = own;
+#pragma unroll
+      for (int d = 1; d < 32; d <<= 1) {
+        u32 x = __shfl_up_sync(0xffffffffu, sum, d);
+        if (lane >= d) sum += x;
+      }
+      counts[round][lane] = sum - own;
+      if (lane == 31) counts[round][32] = sum;
+    }
     __syncthreads();
-    u32 at = taken;
-    for (u32 w = 0; w < warp; w++) at += warp_counts[1][w];
-    at += __popc(take_mask & ((1u << lane) - 1));
-    if (take) ids[at] = i;
-    __syncthreads();
-    if (threadIdx.x == 0)
-      for (u32 w = 0; w < blockDim.x / 32; w++) { ties += warp_counts[0][w]; taken += warp_counts[1][w]; }
-    __syncthreads();
+    u32 before = counts[round][warp], all = counts[round][32];
+    u32 equals_before = equal_before + (before >> 16) + __popc(equal_mask & mine);
+    u32 at = above_before + (before & 0xffff) + __popc(above_mask & mine) + (equals_before < equals ? equals_before : equals);
+    if (above || (equal && equals_before < equals)) ids[at] = i;
+    above_before += all & 0xffff;
+    equal_before += all >> 16;
   }
 }

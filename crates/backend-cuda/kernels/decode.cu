@@ -525,6 +525,9 @@ template <int F> DEVICE void experts_down(const DownArgs& a) {
   KERNEL __launch_bounds__(256, 2) pair_##NAME(const __grid_constant__ PairArgs a) { router_pair<F>(a); } \
   KERNEL __launch_bounds__(256, 3) up_##NAME##_##NAME(const __grid_constant__ UpArgs a) { experts_up<F, F>(a); } \
   KERNEL __launch_bounds__(256, 3) experts_down_##NAME(const __grid_constant__ DownArgs a) { experts_down<F>(a); }
+// A product whose blocks would not fill the device: one a multiprocessor, with a ring that has all of its memory and two row tiles a warp. Kernels start
+// while the one before works, so that blocks go where there is room: three on one multiprocessor and one on another, where several fit.
+KERNEL __launch_bounds__(256, 1) deep_affine4(const __grid_constant__ LineArgs a) { pdl_launch(); line<AFFINE4, 2, 3, 4>(a, blockIdx.x, gridDim.x); }
 KERNELS(affine2, AFFINE2)
 KERNELS(affine3, AFFINE3)
 KERNELS(affine4, AFFINE4)

@@ -211,6 +211,28 @@ template <> __device__ __forceinline__ uint4 shared_load<uint4>(u32 address) {
   return v;
 }
 
+// A lane's codes and scales of a tile in shared memory.
+template <int F> DEVICE void read_codes(Codes<F>& codes, u32 tile, u32 lane) {
+  constexpr int N = Words<F>::n, four = N / 4 * 4;
+#pragma unroll
+  for (int k = 0; k < four; k += 4) {
+    uint4 v = shared_load<uint4>(tile + lane * 16 + k * 128);
+    codes.w[k] = v.x; codes.w[k + 1] = v.y; codes.w[k + 2] = v.z; codes.w[k + 3] = v.w;
+  }
+  if constexpr (N % 4 >= 2) {
+    uint2 v = shared_load<uint2>(tile + lane * 8 + four * 128);
+    codes.w[four] = v.x; codes.w[four + 1] = v.y;
+  }
+  if constexpr (N % 2 == 1) codes.w[N - 1] = shared_load<u32>(tile + lane * 4 + (N - 1) * 128);
+}
+template <int F> DEVICE void read_scales(Scales<F, true>& scales, u32 p, u32 lane) {
+  u32 g = lane / 4, t = lane % 4;
+  if constexpr (F == NVFP4) scales.raw = shared_load<u32>(p + (g * 2 + t / 2) * 4);
+  else if constexpr (Is<F>::e8m0) scales.raw = shared_load<u32>(p + g * 4);
+  else if constexpr (F == FP8) { uint2 v = shared_load<uint2>(p + g * 8); scales.s[0] = __uint_as_float(v.x); scales.s[1] = __uint_as_float(v.y); }
+  else scales.v = shared_load<uint2>(p + g * 8);
+}
+
 // The tiles of one warp: slices of row tiles of R weights of one shape, on their way through a ring of D slots of shared memory: D - 1
 // are copied while one is multiplied. A lane copies and reads its own codes; scales are shared.
 // What changes from tile to tile are a few addresses: instructions, not bytes, were the limit before (138 a tile, 576 bytes).
@@ -265,23 +287,9 @@ struct Ring {
     put_at = put_at + R * SLOT == RING ? 0 : put_at + R * SLOT;
   }
   METHOD void read(Codes<F>& codes, Scales<F, FAST>& scales, u32 slot, const Packed& w, const u8* scale_base, u32 j) {
-    constexpr int four = N / 4 * 4;
-#pragma unroll
-    for (int k = 0; k < four; k += 4) {
-      uint4 v = shared_load<uint4>(slot + lane * 16 + k * 128);
-      codes.w[k] = v.x; codes.w[k + 1] = v.y; codes.w[k + 2] = v.z; codes.w[k + 3] = v.w;
-    }
-    if constexpr (N % 4 >= 2) {
-      uint2 v = shared_load<uint2>(slot + lane * 8 + four * 128);
-      codes.w[four] = v.x; codes.w[four + 1] = v.y;
-    }
-    if constexpr (N % 2 == 1) codes.w[N - 1] = shared_load<u32>(slot + lane * 4 + (N - 1) * 128);
-    u32 p = slot + N * 128, g = lane / 4, t = lane % 4;
-    if constexpr (!FAST) load_scales<F, FAST>(scales, w, scale_base, j, g, t);
-    else if constexpr (F == NVFP4) scales.raw = shared_load<u32>(p + (g * 2 + t / 2) * 4);
-    else if constexpr (Is<F>::e8m0) scales.raw = shared_load<u32>(p + g * 4);
-    else if constexpr (F == FP8) { uint2 v = shared_load<uint2>(p + g * 8); scales.s[0] = __uint_as_float(v.x); scales.s[1] = __uint_as_float(v.y); }
-    else scales.v = shared_load<uint2>(p + g * 8);
+    read_codes<F>(codes, slot, lane);
+    if constexpr (FAST) read_scales<F>(scales, slot + N * 128, lane);
+    else load_scales<F, FAST>(scales, w, scale_base, j, lane / 4, lane % 4);
   }
   // Waits for the oldest tile and gives its slot.
   METHOD u32 next() {

@@ -100,12 +100,15 @@ pub(crate) struct Matmul {
 #[repr(C)]
 pub(crate) struct Block {
     pub(crate) routing: Routing,
+    pub(crate) x: Mat,
     pub(crate) digits: DevicePtr,
     pub(crate) out: DevicePtr,
     pub(crate) rows: u32,
     pub(crate) tiles: u32,
     pub(crate) parts: u32,
     pub(crate) experts: u32,
+    pub(crate) cols: u32,
+    pub(crate) head_stride: u32,
 }
 
 /// `PlainArgs` of `matmul.cu`.
@@ -394,14 +397,13 @@ pub(crate) struct Join {
     pub(crate) digits: DevicePtr,
 }
 
-/// `PromptArgs` of `attention.cu`.
+/// `PromptArgs` of `prompt_attention.cu`.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct AttendPrompt {
     pub(crate) attend: Attend,
-    pub(crate) weights: DevicePtr,
     pub(crate) num_tokens: u32,
-    pub(crate) max_tiles: u32,
+    pub(crate) pad: u32,
 }
 
 /// `IndexScoreArgs` of `attention.cu`.
@@ -416,9 +418,9 @@ pub(crate) struct IndexScore {
     pub(crate) num_heads: u32,
     pub(crate) head_dim: u32,
     pub(crate) cache_bf16: u32,
-    pub(crate) pad: u32,
+    pub(crate) block_tokens: u32,
     pub(crate) scale: f32,
-    pub(crate) pad2: u32,
+    pub(crate) num_tokens: u32,
 }
 
 /// `IndexTopkArgs` of `attention.cu`.

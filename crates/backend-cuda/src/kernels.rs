@@ -30,14 +30,15 @@ macro_rules! files {
     };
 }
 
-static FILES: [File; 9] = files!["rows" "pack" "matmul" "prompt" "attention" "gqa" "decode" "few" "sample"];
+static FILES: [File; 10] =
+    files!["rows" "pack" "matmul" "prompt" "attention" "prompt_attention" "gqa" "decode" "few" "sample"];
 
 macro_rules! headers {
     ($($name:literal)*) => { [$(($name, include_str!(concat!("../kernels/", $name)))),*] };
 }
 
 /// What kernel files include, by name.
-const HEADERS: [(&str, &str); 10] = headers!["attend.cuh" "attend_rows.cuh" "barriers.cuh" "common.cuh" "packed.cuh" "pipe.cuh" "product.cuh" "route.cuh" "row.cuh" "shared_rows.cuh"];
+const HEADERS: [(&str, &str); 11] = headers!["attend.cuh" "attend_rows.cuh" "barriers.cuh" "common.cuh" "packed.cuh" "pipe.cuh" "product.cuh" "route.cuh" "row.cuh" "shared_rows.cuh" "wgmma.cuh"];
 
 /// The oldest GPUs whose instructions the kernels need (bfloat16 products, asynchronous copies).
 const OLDEST: (i32, i32) = (8, 0);
@@ -231,6 +232,11 @@ impl Kernels {
     pub(crate) fn attention(&mut self, name: &str) -> Result<Kernel> {
         let joins = matches!(name, "index_topk" | "attend_join");
         self.kernel("attention", name, if joins { 0 } else { ATTENTION_SHARED })
+    }
+
+    /// Attention for the rows of a prompt; on GPUs without wgmma there is none.
+    pub(crate) fn prompt_attention(&mut self) -> Result<Kernel> {
+        self.kernel("prompt_attention", "attend_prompt", ATTENTION_SHARED)
     }
 }
 

@@ -62,6 +62,11 @@ pub(crate) fn pipe_bytes(format: WeightFormat, matrices: u32) -> u32 {
     8 * (slots * matrices * tiles * tile_bytes(format) + 64)
 }
 
+/// The same of `deep_*`: four slots of three tiles of two row tiles a warp, of up to four bits; more than half of a multiprocessor's memory.
+pub(crate) fn deep_bytes(format: WeightFormat) -> u32 {
+    8 * (4 * 2 * 3 * tile_bytes(format) + 64)
+}
+
 /// The rings of a kernel of few.cu (`Size`): tiles of a slot, slots of a warp's ring of two row tiles, slots of the rows' ring.
 type Rings = (u32, u32, u32);
 
@@ -99,14 +104,20 @@ pub(crate) fn few_group_bytes(format: WeightFormat) -> u32 {
 /// Rows of weights of a block of `prompt_*` (`64 * CONSUMERS`), and of activations (`TOKENS`).
 pub(crate) const PROMPT_ROWS: usize = 192;
 pub(crate) const PROMPT_TOKENS: usize = 64;
-/// Bytes of 64 columns of so many rows of activations (`BLOCKED_BYTES`).
-pub(crate) const BLOCKED_BYTES: usize = PROMPT_TOKENS * 136;
+/// Bytes of 64 columns of so many rows of activations (`BLOCKED_BYTES`, `BLOCKED_TWIN`).
+pub(crate) fn blocked_bytes(format: WeightFormat) -> usize {
+    PROMPT_TOKENS * if takes_digits(format) { 136 } else { 128 }
+}
 
-/// Shared memory of `prompt_*` (`Stage` of prompt.cu): stages of digits, a kilobyte of ones, rings of tiles of weights, the totals of its threads.
+/// Shared memory of `prompt_*` (`Stage` of prompt.cu): stages of activations, a kilobyte of ones, rings of tiles of weights, the totals of its
+/// threads.
 pub(crate) fn prompt_bytes(format: WeightFormat) -> u32 {
     let slots = if lane_words(format) == 8 { 4 } else { 8 };
     let weights = slots * (PROMPT_ROWS / 16) as u32 * tile_bytes(format);
-    8 * (BLOCKED_BYTES as u32).next_multiple_of(1024) + 1024 + weights + (PROMPT_ROWS * PROMPT_TOKENS * 4) as u32
+    8 * (blocked_bytes(format) as u32).next_multiple_of(1024)
+        + 1024
+        + weights
+        + (PROMPT_ROWS * PROMPT_TOKENS * 4) as u32
 }
 
 /// Bytes of a tile with its scales behind it.

@@ -39,12 +39,16 @@ fn main() {
     }
 }
 
+/// Kernels are compiled once for all back ends of this run, and the next.
+fn options() -> WgpuOptions {
+    WgpuOptions { cache_folder: Some(std::env::temp_dir().join("moellon-step-speed")), ..WgpuOptions::default() }
+}
+
 /// Prompts of one sequence, each alone in the cache.
 fn prefill(shape: &str, format: &str, prompts: &[usize], without_matrices: bool) {
     const RUNS: usize = 7;
     let config = preset(shape).expect("preset is known");
-    let options = WgpuOptions { without_matrices, ..WgpuOptions::default() };
-    let mut backend = WgpuBackend::new(&options).expect("an adapter");
+    let mut backend = WgpuBackend::new(&WgpuOptions { without_matrices, ..options() }).expect("an adapter");
     let plan = FormatPlan::parse(format).expect("format is known");
     let weights =
         Weights::load(&config, &Synthetic::new(&config, plan, 1), &mut backend, &mut |_| {}).expect("weights load");
@@ -98,7 +102,7 @@ fn prefill(shape: &str, format: &str, prompts: &[usize], without_matrices: bool)
 fn decode(shape: &str, format: &str, batches: Vec<usize>) {
     let largest = batches.iter().copied().max().expect("a batch");
     let config = preset(shape).expect("preset is known");
-    let mut backend = WgpuBackend::new(&WgpuOptions::default()).expect("an adapter");
+    let mut backend = WgpuBackend::new(&options()).expect("an adapter");
     eprintln!("{}: {:?}", backend.caps().device, backend.self_test());
     let plan = FormatPlan::parse(format).expect("format is known");
     let started = Instant::now();

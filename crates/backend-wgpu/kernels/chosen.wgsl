@@ -34,10 +34,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   var count = min(TOKENS, args.num_tokens - first);
   if (!is_shared) {
     if (args.is_list != 0u) {
-      if (group.y >= list[0]) { return; }
-      matrix = list[4u + 4u * group.y];
-      first = list[5u + 4u * group.y];
-      count = list[6u + 4u * group.y];
+{{LIST_ITEM}}
     } else {
       matrix = list[args.list_offset + group.y];
       first = group.y;

@@ -38,10 +38,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   var count = min(32u, args.num_tokens - first);
   var tile = group.y;
   if (args.is_list != 0u) {
-    if (group.y >= list[0]) { return; }
-    matrix = list[4u + 4u * group.y];
-    first = list[5u + 4u * group.y];
-    count = list[6u + 4u * group.y];
+{{LIST_ITEM}}
   } else {
     tile += matrix * ((args.num_tokens + 31u) / 32u);
   }

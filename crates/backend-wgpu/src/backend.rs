@@ -41,6 +41,8 @@ pub struct WgpuOptions {
     pub without_half_subnormals: bool,
     /// Copy weights into memory of the adapter's own even where it shares the host's: for tests.
     pub without_shared_memory: bool,
+    /// Leave kernels and commands to wgpu even where Vulkan is below it: for tests.
+    pub without_vulkan: bool,
     /// Multiply floats even where the adapter multiplies integers: for tests.
     pub without_integer_products: bool,
     /// Launch as if kernels could have few bindings: for tests.
@@ -60,6 +62,7 @@ impl Default for WgpuOptions {
             cache_folder: None,
             without_half_subnormals: false,
             without_shared_memory: false,
+            without_vulkan: false,
             without_integer_products: false,
             without_many_bindings: false,
             without_matrices: false,
@@ -142,7 +145,6 @@ pub struct WgpuBackend {
     nothing: Memory,
     /// How many workgroups of a dispatch whose last one goes on are done: zero between dispatches.
     arrivals: Memory,
-    staging: Option<wgpu::Buffer>,
     progress: Option<Arc<dyn Fn(usize) + Send + Sync>>,
 }
 
@@ -160,7 +162,7 @@ impl WgpuBackend {
     /// # Errors
     /// [`Error::Device`] in one line: no adapter, no such adapter, what it lacks.
     pub fn new(options: &WgpuOptions) -> Result<Self> {
-        let mut device = Device::open(options.adapter, options.cache_folder.as_deref())?;
+        let mut device = Device::open(options.adapter, options.cache_folder.as_deref(), !options.without_vulkan)?;
         if options.without_half_subnormals {
             device.self_test.half_subnormals = false;
         }
@@ -207,7 +209,6 @@ impl WgpuBackend {
             listed: None,
             nothing,
             arrivals,
-            staging: None,
             progress: options.progress.clone(),
         };
         backend.compile(Kernel::fixed())?;
@@ -233,8 +234,8 @@ impl WgpuBackend {
         self.device.compiled()
     }
 
-    /// The kernels of the recorded step that ran last: name, workgroups, and seconds by the adapter's clock. Each has a pass of its own,
-    /// whose start is part of its time. Nothing where there is no such clock.
+    /// The kernels of the recorded step that ran last: name, workgroups, and seconds by the adapter's clock. Where
+    /// commands are wgpu's each has a pass of its own, whose start is part of its time. Nothing where there is no such clock.
     ///
     /// # Errors
     /// A failing device.
@@ -375,25 +376,13 @@ impl WgpuBackend {
         }
         // All rows with what stands between them, in one copy.
         if src.stride == src.cols || src.rows == 1 {
-            return self.download(&memory, 4 * src.offset as u64, dst);
+            return self.stream.download(&memory, 4 * src.offset as u64, dst, &self.device);
         }
         let mut all = vec![0; 4 * src.extent()];
-        self.download(&memory, 4 * src.offset as u64, &mut all)?;
+        self.stream.download(&memory, 4 * src.offset as u64, &mut all, &self.device)?;
         for (row, dst) in dst.chunks_exact_mut(4 * src.cols).enumerate() {
             dst.copy_from_slice(&all[4 * row * src.stride..][..4 * src.cols]);
         }
-        Ok(())
-    }
-
-    /// Waits for the stream and copies whole words.
-    fn download(&mut self, from: &Memory, at: u64, dst: &mut [u8]) -> Result<()> {
-        let bytes = dst.len() as u64;
-        let staging = match self.staging.take().filter(|staging| staging.size() >= bytes) {
-            Some(staging) => staging,
-            None => self.device.staging(bytes.next_power_of_two())?,
-        };
-        self.stream.download(from, at, &staging, dst, &self.device)?;
-        self.staging = Some(staging);
         Ok(())
     }
 }
@@ -490,7 +479,7 @@ impl Backend for WgpuBackend {
     }
 
     fn replay(&mut self, key: u64) -> Result<bool> {
-        let known = self.stream.replay(key, &self.device);
+        let known = self.stream.replay(key, &self.device)?;
         if known {
             self.forget_forms();
         }
@@ -532,7 +521,7 @@ impl Backend for WgpuBackend {
         if rows.is_empty() {
             return Ok(());
         }
-        self.download(&memory, (first_slot * padded) as u64, &mut rows)?;
+        self.stream.download(&memory, (first_slot * padded) as u64, &mut rows, &self.device)?;
         for (dst, row) in dst.chunks_exact_mut(cache.row_bytes()).zip(rows.chunks_exact(padded)) {
             dst.copy_from_slice(&row[..cache.row_bytes()]);
         }
@@ -548,7 +537,7 @@ impl Backend for WgpuBackend {
             row[..src.len()].copy_from_slice(src);
         }
         self.stream.flush(&self.device);
-        self.device.queue.write_buffer(&memory.buffer, (first_slot * padded) as u64, &rows);
+        self.device.write(memory, (first_slot * padded) as u64, &rows);
         Ok(())
     }
 

@@ -5,26 +5,32 @@
 //! loading checks weights, and conformance runs every kernel.
 #![allow(unsafe_code)]
 
+mod adapters;
+mod cache;
 mod matrices;
+
+pub use self::adapters::{AdapterChoice, AdapterKind, AdapterReport, adapters};
+use self::adapters::{enumerate, kind_of, report};
+use self::cache::KernelCache;
 
 use crate::inputs::Inputs;
 use crate::kernels::{Kernel, Matrices, SHARED_LANES, Source, TOKENS, Target};
-use moellon_ops::{Error, Result};
+use crate::stream::Stream;
+use crate::vulkan::{self, Vulkan};
+use moellon_ops::{Error, Result, Stage};
 use std::borrow::Cow;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// The name of this back end in messages.
 pub(crate) const NAME: &str = "wgpu";
 /// Bytes of immediates that every kernel may use; Vulkan guarantees as many.
-const IMMEDIATES_BYTES: u32 = 128;
+pub(crate) const IMMEDIATES_BYTES: u32 = 128;
 /// How long the host asks for a result again and again before it sleeps.
 const SPIN: Duration = Duration::from_millis(1);
-/// Bindings of the kernel that has most, those apart that only some adapters run.
-const STORAGE_BUFFERS: u32 = 10;
 /// Bindings of the kernel that has most of all.
 const MOST_STORAGE_BUFFERS: u32 = 16;
 
@@ -33,56 +39,6 @@ const MOST_INVOCATIONS: u32 = 256 + SHARED_LANES as u32;
 
 pub(crate) fn device_error(message: impl Into<String>) -> Error {
     Error::Device { backend: NAME, message: message.into() }
-}
-
-/// What an adapter is, the best first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum AdapterKind {
-    /// A GPU with memory of its own.
-    Discrete,
-    /// A GPU that shares the memory of the CPU.
-    Integrated,
-    /// A part of a GPU, or one that the driver does not say more about.
-    Virtual,
-    /// A CPU that plays a GPU, such as lavapipe: for tests.
-    Software,
-}
-
-impl std::fmt::Display for AdapterKind {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            AdapterKind::Discrete => "discrete GPU",
-            AdapterKind::Integrated => "integrated GPU",
-            AdapterKind::Virtual => "virtual GPU",
-            AdapterKind::Software => "a CPU that plays a GPU",
-        })
-    }
-}
-
-/// An adapter that this machine has.
-#[derive(Debug, Clone)]
-pub struct AdapterReport {
-    /// Its name, as the driver says it.
-    pub name: String,
-    /// What it is.
-    pub kind: AdapterKind,
-    /// `vulkan`, `metal` or `dx12`.
-    pub api: String,
-    /// Driver and its version.
-    pub driver: String,
-    /// Most bytes that a kernel can see at a time.
-    pub max_binding_bytes: u64,
-    /// What it lacks to run this back end; empty if nothing.
-    pub lacks: Vec<String>,
-}
-
-/// Which adapter to open.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct AdapterChoice {
-    /// Position in the list of [`adapters`].
-    pub ordinal: usize,
-    /// Whether an adapter that is a CPU may be taken.
-    pub allow_software: bool,
 }
 
 /// What an adapter does where WGSL leaves it a choice.
@@ -110,71 +66,12 @@ pub struct SelfTest {
     pub exact_matrices: bool,
 }
 
-fn instance() -> wgpu::Instance {
-    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
-    descriptor.backends = wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12;
-    // Neither validation layers nor debug names: errors come from wgpu's own checks.
-    descriptor.flags = wgpu::InstanceFlags::empty();
-    wgpu::Instance::new(descriptor)
-}
-
-fn kind_of(info: &wgpu::AdapterInfo) -> AdapterKind {
-    match info.device_type {
-        wgpu::DeviceType::DiscreteGpu => AdapterKind::Discrete,
-        wgpu::DeviceType::IntegratedGpu => AdapterKind::Integrated,
-        wgpu::DeviceType::VirtualGpu | wgpu::DeviceType::Other => AdapterKind::Virtual,
-        wgpu::DeviceType::Cpu => AdapterKind::Software,
-    }
-}
-
-/// All adapters, the best kind first.
-fn enumerate() -> Vec<wgpu::Adapter> {
-    let mut all = pollster::block_on(instance().enumerate_adapters(wgpu::Backends::all()));
-    all.sort_by_key(|adapter| kind_of(&adapter.get_info()));
-    all
-}
-
-fn report(adapter: &wgpu::Adapter) -> AdapterReport {
-    let (info, limits, features) = (adapter.get_info(), adapter.limits(), adapter.features());
-    let mut lacks = Vec::new();
-    if !features.contains(wgpu::Features::IMMEDIATES) {
-        lacks.push("immediates (push constants)".to_owned());
-    }
-    let mut at_least = |what: &str, found: u64, needed: u64| {
-        if found < needed {
-            lacks.push(format!("{what}: {found}, needed {needed}"));
-        }
-    };
-    at_least("bytes of immediates", limits.max_immediate_size.into(), IMMEDIATES_BYTES.into());
-    at_least("storage buffers", limits.max_storage_buffers_per_shader_stage.into(), STORAGE_BUFFERS.into());
-    at_least("bytes of workgroup memory", limits.max_compute_workgroup_storage_size.into(), 27 << 10);
-    at_least("invocations of a workgroup", limits.max_compute_invocations_per_workgroup.into(), 256);
-    AdapterReport {
-        name: info.name.clone(),
-        kind: kind_of(&info),
-        api: info.backend.to_string(),
-        driver: [info.driver.as_str(), info.driver_info.as_str()].join(" ").trim().to_owned(),
-        max_binding_bytes: binding_limit(&limits),
-        lacks,
-    }
-}
-
-/// The adapters that this machine has, in the order of [`AdapterChoice::ordinal`].
-pub fn adapters() -> Vec<AdapterReport> {
-    enumerate().iter().map(report).collect()
-}
-
 /// Opens an adapter and tests it.
 ///
 /// # Errors
 /// [`Error::Device`] in one line: no such adapter, what it lacks, a self-test that it fails.
 pub fn self_test(choice: AdapterChoice) -> Result<SelfTest> {
-    Device::open(choice, None).map(|device| device.self_test)
-}
-
-/// Most bytes of a buffer that can be bound whole: multiples of 16.
-fn binding_limit(limits: &wgpu::Limits) -> u64 {
-    limits.max_storage_buffer_binding_size.min(limits.max_buffer_size) / 16 * 16
+    Device::open(choice, None, true).map(|device| device.self_test)
 }
 
 /// Memory of the device. Clones are the same memory.
@@ -194,13 +91,38 @@ struct Arena {
     used: u64,
 }
 
+/// A kernel, compiled by whoever launches it.
+#[derive(Clone)]
+pub(crate) enum Compiled {
+    Wgpu(wgpu::ComputePipeline),
+    #[cfg_attr(target_vendor = "apple", allow(dead_code))] // There is no Vulkan to read it.
+    Vulkan(Arc<vulkan::Pipeline>),
+}
+
+impl Compiled {
+    #[cfg_attr(target_vendor = "apple", allow(dead_code))]
+    pub(crate) fn vulkan(&self) -> Option<&Arc<vulkan::Pipeline>> {
+        match self {
+            Compiled::Vulkan(pipeline) => Some(pipeline),
+            Compiled::Wgpu(_) => None,
+        }
+    }
+}
+
 /// A compiled kernel.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Pipeline {
     pub(crate) name: Arc<str>,
-    pub(crate) pipeline: wgpu::ComputePipeline,
+    pub(crate) kernel: Compiled,
     pub(crate) read_write: u32,
     pub(crate) read: u32,
+}
+
+/// The memories bound for a kernel, and how wgpu has them where it launches it.
+#[derive(Clone)]
+pub(crate) struct Bound {
+    pub(crate) group: Option<wgpu::BindGroup>,
+    pub(crate) memories: Arc<[Memory]>,
 }
 
 struct Layout {
@@ -216,7 +138,11 @@ pub(crate) struct Device {
     pub(crate) self_test: SelfTest,
     layouts: HashMap<(u32, u32), Layout>,
     pipelines: HashMap<Kernel, Pipeline>,
-    bind_groups: HashMap<(u32, u32, Vec<u64>), wgpu::BindGroup>,
+    bind_groups: HashMap<(u32, u32, Vec<u64>), Bound>,
+    /// Whose kernels and commands are used, where it is below wgpu.
+    pub(crate) vulkan: Option<Vulkan>,
+    /// wgpu has writes that wait for its next submission.
+    has_writes: Cell<bool>,
     /// The host writes weights where the adapter reads them.
     pub(crate) shares_memory: bool,
     /// Who multiplies tiles for prompts, if anybody does.
@@ -236,12 +162,12 @@ pub(crate) struct Device {
     compile_time: Duration,
     /// What the driver said outside of any call that could return it.
     failure: Arc<Mutex<Option<String>>>,
-    cache: Option<(wgpu::PipelineCache, PathBuf)>,
+    cache: Option<KernelCache>,
 }
 
 impl Device {
-    /// Opens an adapter and tests it.
-    pub(crate) fn open(choice: AdapterChoice, cache_folder: Option<&Path>) -> Result<Self> {
+    /// Opens an adapter and tests it; `with_vulkan`: where it is Vulkan's, kernels and commands are Vulkan's own.
+    pub(crate) fn open(choice: AdapterChoice, cache_folder: Option<&Path>, with_vulkan: bool) -> Result<Self> {
         let mut all = enumerate();
         if !choice.allow_software {
             all.retain(|adapter| kind_of(&adapter.get_info()) != AdapterKind::Software);
@@ -263,12 +189,12 @@ impl Device {
         if !report.lacks.is_empty() {
             return Err(device_error(format!("adapter {} lacks {}", report.name, report.lacks.join("; "))));
         }
-        let mut opened = Self::request(&adapter, report.clone())?;
-        opened.open_cache(&adapter.get_info(), cache_folder);
+        let mut opened = Self::request(&adapter, report.clone(), with_vulkan)?;
+        opened.open_cache(&adapter.get_info(), cache_folder)?;
         opened.run_self_test()?;
         if matrices::are_there(&opened, &adapter) {
             // A driver that cannot compile such a kernel loses the device with it: the test has one of its own.
-            let mut tried = Self::request(&adapter, report)?;
+            let mut tried = Self::request(&adapter, report, with_vulkan)?;
             tried.self_test = opened.self_test;
             opened.self_test.exact_matrices = matrices::are_exact(&mut tried).unwrap_or(false);
             opened.matrices = opened.self_test.exact_matrices.then_some(Matrices::Cooperative);
@@ -277,7 +203,7 @@ impl Device {
     }
 
     /// A device of an adapter, with all features that are of use.
-    fn request(adapter: &wgpu::Adapter, report: AdapterReport) -> Result<Self> {
+    fn request(adapter: &wgpu::Adapter, report: AdapterReport, with_vulkan: bool) -> Result<Self> {
         let features = adapter.features();
         let wanted = wgpu::Features::PIPELINE_CACHE
             | wgpu::Features::TIMESTAMP_QUERY
@@ -320,9 +246,13 @@ impl Device {
         };
         let is_shared = matches!(report.kind, AdapterKind::Integrated | AdapterKind::Software);
         let shares_memory = is_shared && features.contains(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS);
+        let is_software = report.kind == AdapterKind::Software;
+        let vulkan = if with_vulkan { Vulkan::below(&device, is_software)? } else { None };
         Ok(Device {
             device,
             queue,
+            vulkan,
+            has_writes: Cell::new(false),
             report,
             self_test,
             layouts: HashMap::new(),
@@ -353,6 +283,12 @@ impl Device {
     /// saves by having many.
     pub(crate) fn tokens(&self) -> &'static [usize] {
         if self.report.kind == AdapterKind::Software { &[1, 4] } else { &TOKENS }
+    }
+
+    /// Keeps what went wrong until somebody asks.
+    pub(crate) fn fail(&self, error: &Error) {
+        let mut failure = self.failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        failure.get_or_insert_with(|| one_line(error));
     }
 
     /// What went wrong since the last question, if anything.
@@ -412,13 +348,22 @@ impl Device {
     pub(crate) fn write(&self, to: &Memory, at: u64, bytes: &[u8]) {
         if !self.inputs.borrow_mut().write(to, at, bytes) {
             self.queue.write_buffer(&to.buffer, to.offset + at, bytes);
+            self.has_writes.set(true);
         }
     }
 
-    /// Hands commands to the adapter, and what was written before them.
+    /// Hands commands of wgpu to the adapter, and what was written before them.
     pub(crate) fn submit(&self, commands: impl IntoIterator<Item = wgpu::CommandBuffer>) -> wgpu::SubmissionIndex {
         self.inputs.borrow_mut().flush(&self.queue);
+        self.has_writes.set(false);
         self.queue.submit(commands)
+    }
+
+    /// Hands what was written to the adapter, before commands that are not wgpu's. `but_inputs`: those numbers go another way.
+    pub(crate) fn submit_writes(&self, but_inputs: bool) {
+        if self.has_writes.get() || !but_inputs && self.inputs.borrow().has_written() {
+            self.submit([]);
+        }
     }
 
     /// Waits until a submission has run.
@@ -497,6 +442,12 @@ impl Device {
         let buffer = self.scoped(&format!("{bytes} bytes for {what}"), |device| {
             device.create_buffer(&wgpu::BufferDescriptor { label: None, size: bytes, usage, mapped_at_creation })
         })?;
+        if self.vulkan.is_some() && !mapped_at_creation {
+            // wgpu zeroes memory before the first commands of its own that read it, which may be later than those that fill it.
+            let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            encoder.clear_buffer(&buffer, 0, None);
+            self.queue.submit([encoder.finish()]);
+        }
         self.next_memory += 1;
         Ok(Memory { buffer, offset: 0, id: self.next_memory, bytes })
     }
@@ -508,7 +459,10 @@ impl Device {
     }
 
     /// The memories bound for a kernel; made once.
-    pub(crate) fn bind(&mut self, pipeline: &Pipeline, memories: &[&Memory]) -> wgpu::BindGroup {
+    pub(crate) fn bind(&mut self, pipeline: &Pipeline, memories: &[&Memory]) -> Bound {
+        if self.vulkan.is_some() {
+            return Bound { group: None, memories: memories.iter().map(|memory| (*memory).clone()).collect() };
+        }
         let key = (pipeline.read_write, pipeline.read, memories.iter().map(|m| m.id).collect::<Vec<_>>());
         if let Some(group) = self.bind_groups.get(&key) {
             return group.clone();
@@ -527,8 +481,9 @@ impl Device {
         let layout = &self.layouts[&(pipeline.read_write, pipeline.read)].bindings;
         let group =
             self.device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries });
-        self.bind_groups.insert(key, group.clone());
-        group
+        let bound = Bound { group: Some(group), memories: memories.iter().map(|memory| (*memory).clone()).collect() };
+        self.bind_groups.insert(key, bound.clone());
+        bound
     }
 
     /// A kernel, compiled if it was not yet.
@@ -556,14 +511,22 @@ impl Device {
     }
 
     fn compile(&mut self, source: &Source) -> Result<Pipeline> {
+        let kernel = match &self.vulkan {
+            Some(vulkan) => Compiled::Vulkan(Arc::new(vulkan.compile(&source.wgsl, source.read_write + source.read)?)),
+            None => Compiled::Wgpu(self.compile_by_wgpu(source)?),
+        };
+        Ok(Pipeline { name: source.name.as_str().into(), kernel, read_write: source.read_write, read: source.read })
+    }
+
+    fn compile_by_wgpu(&mut self, source: &Source) -> Result<wgpu::ComputePipeline> {
         let key = (source.read_write, source.read);
         if !self.layouts.contains_key(&key) {
             let layout = self.make_layout(source)?;
             self.layouts.insert(key, layout);
         }
         let layout = &self.layouts[&key];
-        let cache = self.cache.as_ref().map(|(cache, _)| cache);
-        let pipeline = self.scoped(&format!("kernel {}", source.name), |device| {
+        let cache = self.cache.as_ref().and_then(|cache| cache.wgpu.as_ref());
+        self.scoped(&format!("kernel {}", source.name), |device| {
             let descriptor = wgpu::ShaderModuleDescriptor {
                 label: Some(&source.name),
                 source: wgpu::ShaderSource::Wgsl(Cow::Borrowed(&source.wgsl)),
@@ -584,8 +547,7 @@ impl Device {
                 },
                 cache,
             })
-        })?;
-        Ok(Pipeline { name: source.name.as_str().into(), pipeline, read_write: source.read_write, read: source.read })
+        })
     }
 
     fn make_layout(&self, source: &Source) -> Result<Layout> {
@@ -673,7 +635,7 @@ impl Device {
             0,
             0,
         ];
-        self.queue.write_buffer(&memory.buffer, 0, bytemuck::cast_slice(&inputs));
+        self.write(&memory, 0, bytemuck::cast_slice(&inputs));
         let mut words = [0u32; 4];
         self.run_alone(Kernel::SelfTest, &memory, &mut words)?;
         let half = f32::from_bits(words[0]);
@@ -700,19 +662,10 @@ impl Device {
     /// Runs a workgroup of a kernel all of whose bindings are one memory, and reads what it wrote there.
     fn run_alone(&mut self, kernel: Kernel, memory: &Memory, words: &mut [u32]) -> Result<()> {
         let pipeline = self.pipeline(kernel)?;
-        let group = self.bind(&pipeline, &vec![memory; pipeline.read_write as usize]);
-        let bytes = 4 * words.len() as u64;
-        let staging = self.staging(bytes)?;
-        let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        {
-            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            pass.set_pipeline(&pipeline.pipeline);
-            pass.set_bind_group(0, &group, &[]);
-            pass.dispatch_workgroups(1, 1, 1);
-        }
-        encoder.copy_buffer_to_buffer(&memory.buffer, 0, &staging, 0, bytes);
-        self.submit([encoder.finish()]);
-        self.map_read(&staging, bytemuck::cast_slice_mut(words))
+        let bound = self.bind(&pipeline, &vec![memory; pipeline.read_write as usize]);
+        let mut stream = Stream::default();
+        stream.push(&pipeline, bound, &[], [1; 3], Stage::Embed, self);
+        stream.download(memory, 0, bytemuck::cast_slice_mut(words), self)
     }
 
     /// Memory that the host can read.
@@ -725,43 +678,6 @@ impl Device {
                 mapped_at_creation: false,
             })
         })
-    }
-
-    /// Takes compiled kernels of an earlier run from a file, where the API has such a thing.
-    fn open_cache(&mut self, info: &wgpu::AdapterInfo, folder: Option<&Path>) {
-        let Some(folder) = folder.filter(|_| self.device.features().contains(wgpu::Features::PIPELINE_CACHE)) else {
-            return;
-        };
-        // wgpu's key names adapter and driver version.
-        let Some(key) = wgpu::util::pipeline_cache_key(info) else { return };
-        let path = folder.join(key);
-        let data = std::fs::read(&path).ok();
-        // SAFETY: the data is what this driver gave us (`save_cache`), under a name that is unique to it; wgpu checks its header, and with
-        // `fallback` data that does not fit is dropped.
-        let cache = unsafe {
-            self.device.create_pipeline_cache(&wgpu::PipelineCacheDescriptor {
-                label: Some("moellon"),
-                data: data.as_deref(),
-                fallback: true,
-            })
-        };
-        self.cache = Some((cache, path));
-    }
-
-    /// Keeps compiled kernels for the next run. That it cannot be written is no reason to fail.
-    pub(crate) fn save_cache(&self) {
-        let Some((cache, path)) = &self.cache else { return };
-        let Some(data) = cache.get_data() else { return };
-        let known = std::fs::metadata(path).is_ok_and(|m| m.len() == data.len() as u64);
-        let Some(folder) = path.parent().filter(|_| !known) else { return };
-        let temporary = path.with_extension(format!("tmp{}", std::process::id()));
-        let written = std::fs::create_dir_all(folder)
-            .and_then(|()| std::fs::write(&temporary, &data))
-            .and_then(|()| std::fs::File::open(&temporary)?.sync_all())
-            .and_then(|()| std::fs::rename(&temporary, path));
-        if written.is_err() {
-            let _ = std::fs::remove_file(&temporary);
-        }
     }
 }
 

@@ -6,6 +6,8 @@
 //! the step before it wrote; any other goes the first way.
 
 use crate::device::Memory;
+use moellon_ops::Result;
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -57,6 +59,12 @@ pub(crate) struct Copies {
     written: Vec<(usize, usize)>,
     ranges: Vec<(usize, usize)>,
     generation: u64,
+}
+
+/// What the host knows of some memories.
+pub(crate) struct Known {
+    pub(crate) ranges: Vec<(usize, usize)>,
+    pub(crate) generation: u64,
 }
 
 impl Inputs {
@@ -158,6 +166,11 @@ impl Inputs {
         ranges
     }
 
+    /// Whether something waits.
+    pub(crate) fn has_written(&self) -> bool {
+        !self.written.is_empty()
+    }
+
     /// Hands what was written to the queue.
     pub(crate) fn flush(&mut self, queue: &wgpu::Queue) {
         if self.written.is_empty() {
@@ -212,6 +225,35 @@ impl Inputs {
         upload.buffer.unmap();
         self.take_written();
         true
+    }
+
+    /// Ranges of the memories `ids` of which the host alone knows what is there, near ones together, and when they stop being right.
+    pub(crate) fn known(&self, ids: &HashSet<u64>) -> Known {
+        let wanted = self.parts.iter().filter(|part| part.is_known && ids.contains(&part.id));
+        let wanted: Vec<_> = wanted.map(|part| (part.start, part.end)).collect();
+        Known { ranges: self.ranges(&wanted), generation: self.generation }
+    }
+
+    /// Whether `known` is still right and covers all that was written. Then nothing waits any more, and `write` is told what is there.
+    pub(crate) fn fill_known(
+        &mut self,
+        known: &Known,
+        mut write: impl FnMut(usize, &[u8]) -> Result<()>,
+    ) -> Result<bool> {
+        let covered = |(start, end): &(usize, usize)| known.ranges.iter().any(|(from, to)| from <= start && end <= to);
+        if known.generation != self.generation || !self.written.iter().all(covered) {
+            return Ok(false);
+        }
+        for &(start, end) in &known.ranges {
+            write(start, &self.shadow[start..end])?;
+        }
+        self.take_written();
+        Ok(true)
+    }
+
+    /// When [`Known`] was right for the last time.
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation
     }
 
     /// Asks for the mapping of what an encoded copy reads, which was submitted.

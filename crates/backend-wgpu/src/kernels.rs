@@ -292,7 +292,7 @@ impl Kernel {
             wgsl.push_str(include_str!("../kernels/finished.wgsl"));
         }
         if matches!(self, Kernel::Product(_, Weights::Pair, _) | Kernel::Tiles(_, Weights::Pair)) {
-            wgsl.push_str(include_str!("../kernels/finished_second.wgsl"));
+            wgsl.push_str(&finished_of_second(include_str!("../kernels/finished.wgsl")));
         }
         if self == Kernel::AttendJoin {
             wgsl.push_str(include_str!("../kernels/join_parts.wgsl"));
@@ -435,7 +435,8 @@ impl Kernel {
             holes.push(("E4M3_FACTOR", if target.half_subnormals { "256.0" } else { "1.0" }.to_owned()));
             holes.push(("E2M1_FACTOR", if target.half_subnormals { "16384.0" } else { "1.0" }.to_owned()));
         }
-        wgsl.push_str(&text.replace("{{SHARD_ARGS}}\n", include_str!("../kernels/shard_args.wgsl")));
+        let text = text.replace("{{SHARD_ARGS}}\n", include_str!("../kernels/shard_args.wgsl"));
+        wgsl.push_str(&text.replace("{{LIST_ITEM}}\n", include_str!("../kernels/list_item.wgsl")));
         for (hole, filling) in holes {
             wgsl = wgsl.replace(&format!("{{{{{hole}}}}}"), &filling);
         }
@@ -445,6 +446,15 @@ impl Kernel {
 
 fn with((name, text): (&'static str, &'static str), rw: u32, ro: u32) -> (&'static str, &'static str, u32, u32) {
     (name, text, rw, ro)
+}
+
+/// `finished.wgsl` for a pair's second weight: its bits of `has` are two further.
+fn finished_of_second(finished: &str) -> String {
+    let mut text = finished.to_owned();
+    for (first, second) in [("finished(", "finished_second("), ("extra[", "extra2["), ("bias_offset", "bias_offset2")] {
+        text = text.replace(first, second);
+    }
+    text.replace("& 2u", "& 8u").replace("& 1u", "& 4u")
 }
 
 /// Every kernel that there is, of a code of each kind.

@@ -5,6 +5,7 @@
 //! | `device` | adapters, limits, self-test, memory, pipelines; what the driver says is an error, never a panic |
 //! | `inputs` | small buffers of numbers, written by the host before every step, in one copy that is encoded ahead |
 //! | `stream` | dispatches, in order: waiting, submitted, recorded, replayed |
+//! | `vulkan` | the Vulkan below wgpu, where it is: kernels, and commands that are recorded once |
 //! | `kernels` | which files of `kernels/` make which kernel, and the parts that are written out for a weight format |
 //! | `weights` | weights on the device: as they lie in the checkpoint, in buffers that the adapter can bind |
 //! | `translate` | kernels as Metal sees them, for CI |
@@ -24,6 +25,8 @@ mod inputs;
 mod kernels;
 mod stream;
 mod translate;
+#[cfg_attr(not(any(windows, target_os = "linux", target_os = "android")), path = "no_vulkan.rs")]
+mod vulkan;
 mod weights;
 
 pub use backend::{WgpuBackend, WgpuOptions};

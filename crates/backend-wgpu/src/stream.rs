@@ -5,9 +5,11 @@
 //! is busy with the last one the host lets go of those before.
 
 mod clock;
+mod own;
 
 use self::clock::Clock;
-use crate::device::{Device, Memory, Pipeline};
+use self::own::{OwnStep, Parked};
+use crate::device::{Bound, Compiled, Device, Memory, Pipeline};
 use crate::inputs::{Copies, Inputs};
 use moellon_ops::{Result, Stage, StepTimes};
 use std::cell::RefCell;
@@ -23,11 +25,11 @@ const FIRST_PIECE: usize = 10;
 const LAST_PIECE: usize = 4;
 
 /// A kernel with everything that it is given.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Dispatch {
     pub(crate) name: Arc<str>,
-    pub(crate) pipeline: wgpu::ComputePipeline,
-    pub(crate) bind_group: wgpu::BindGroup,
+    pub(crate) kernel: Compiled,
+    pub(crate) bound: Bound,
     /// Arguments, one word each.
     pub(crate) arguments: Vec<u32>,
     pub(crate) grid: [u32; 3],
@@ -35,11 +37,16 @@ pub(crate) struct Dispatch {
     pub(crate) stage: Stage,
 }
 
+/// Name, workgroups, seconds.
+pub(crate) type TimedKernel = (Arc<str>, [u32; 3], f64);
+
 /// A step that can run again.
 struct Recording {
     dispatches: Vec<Dispatch>,
     /// Its pieces, encoded while the adapter was busy with the step before.
     encoded: Option<Encoded>,
+    /// All of it as commands of Vulkan's own, once it was replayed.
+    own: Option<OwnStep>,
 }
 
 /// The pieces of a step, and the copy of its inputs that stands in the first one, if one does.
@@ -54,11 +61,16 @@ pub(crate) struct Stream {
     pending: Vec<Dispatch>,
     recordings: HashMap<u64, Recording>,
     recording: Option<(u64, Vec<Dispatch>)>,
-    /// Whose command buffers are encoded ahead.
+    /// The recorded step that ran last, whose command buffers wgpu has encoded ahead.
     ahead: Option<u64>,
     /// The last piece of the step that runs. It is submitted with what comes next, which is usually the choice of a token: a submission waits
     /// for the one before.
     tail: Option<wgpu::CommandBuffer>,
+    /// The step that is submitted with what comes next as Vulkan's own commands.
+    own_tail: Option<u64>,
+    /// Vulkan's commands that may still run, and memory that they copy to.
+    parked: Parked,
+    staging: Option<wgpu::Buffer>,
     /// The submission before that piece.
     before_last: Option<wgpu::SubmissionIndex>,
     clock: Option<Clock>,
@@ -69,7 +81,7 @@ impl Stream {
     pub(crate) fn push(
         &mut self,
         pipeline: &Pipeline,
-        bind_group: wgpu::BindGroup,
+        bound: Bound,
         arguments: &[u32],
         grid: [u32; 3],
         stage: Stage,
@@ -80,8 +92,8 @@ impl Stream {
         }
         let dispatch = Dispatch {
             name: Arc::clone(&pipeline.name),
-            pipeline: pipeline.pipeline.clone(),
-            bind_group,
+            kernel: pipeline.kernel.clone(),
+            bound,
             arguments: arguments.to_vec(),
             grid,
             stage,
@@ -97,7 +109,11 @@ impl Stream {
 
     /// Submits what waits.
     pub(crate) fn flush(&mut self, device: &Device) {
-        if !self.pending.is_empty() {
+        if device.vulkan.is_some() {
+            if let Err(error) = self.flush_own(device) {
+                device.fail(&error);
+            }
+        } else if !self.pending.is_empty() {
             self.flush_with(device, |_| {});
         } else if let Some(tail) = self.tail.take() {
             device.submit([tail]);
@@ -117,25 +133,33 @@ impl Stream {
     }
 
     /// Copies what a kernel wrote to the host, behind everything that waits.
-    pub(crate) fn download(
-        &mut self,
-        from: &Memory,
-        at: u64,
-        staging: &wgpu::Buffer,
-        dst: &mut [u8],
-        device: &Device,
-    ) -> Result<()> {
+    ///
+    /// # Errors
+    /// A failing device.
+    pub(crate) fn download(&mut self, from: &Memory, at: u64, dst: &mut [u8], device: &Device) -> Result<()> {
+        if device.vulkan.is_some() {
+            return self.download_own(from, at, dst, device);
+        }
         let (at, bytes) = (from.offset + at, dst.len() as u64);
-        self.flush_with(device, |encoder| encoder.copy_buffer_to_buffer(&from.buffer, at, staging, 0, bytes));
+        let staging = match self.staging.take().filter(|staging| staging.size() >= bytes) {
+            Some(staging) => staging,
+            None => device.staging(bytes.next_power_of_two())?,
+        };
+        self.flush_with(device, |encoder| encoder.copy_buffer_to_buffer(&from.buffer, at, &staging, 0, bytes));
         if let Some(index) = self.before_last.take() {
             device.wait_for(index)?;
         }
-        device.map_read(staging, dst)
+        device.map_read(&staging, dst)?;
+        self.staging = Some(staging);
+        Ok(())
     }
 
     /// Submits what waits and waits for it.
     pub(crate) fn wait(&mut self, device: &Device) -> Result<()> {
         self.flush(device);
+        if let Some(vulkan) = &device.vulkan {
+            vulkan.wait()?;
+        }
         device.wait()
     }
 
@@ -149,15 +173,24 @@ impl Stream {
         let Some((key, dispatches)) = self.recording.take() else { return };
         self.flush(device);
         if complete {
-            self.recordings.insert(key, Recording { dispatches, encoded: None });
-            self.encode_ahead(key, device);
+            self.recordings.insert(key, Recording { dispatches, encoded: None, own: None });
+            match device.vulkan {
+                Some(_) => self.ahead = Some(key),
+                None => self.encode_ahead(key, device),
+            }
         }
     }
 
     /// Runs a recorded step, if there is one.
-    pub(crate) fn replay(&mut self, key: u64, device: &Device) -> bool {
+    ///
+    /// # Errors
+    /// A failing device.
+    pub(crate) fn replay(&mut self, key: u64, device: &Device) -> Result<bool> {
         self.flush(device);
-        let Some(recording) = self.recordings.get_mut(&key) else { return false };
+        if device.vulkan.is_some() {
+            return self.replay_own(key, device);
+        }
+        let Some(recording) = self.recordings.get_mut(&key) else { return Ok(false) };
         let ahead = recording.encoded.take();
         let mut encoded = ahead.unwrap_or_else(|| encode(&recording.dispatches, false, device));
         if let Some(copies) = encoded.copies.take_if(|copies| !device.inputs.borrow_mut().fill(copies)) {
@@ -172,13 +205,16 @@ impl Stream {
         }
         // The next step is usually the same one: it is encoded while the adapter is busy with this one.
         self.encode_ahead(key, device);
-        true
+        Ok(true)
     }
 
     /// Runs a recorded step by the adapter's clock, if there are both: once as always, once a stage at a time.
     pub(crate) fn time_replay(&mut self, key: u64, device: &Device) -> Result<Option<StepTimes>> {
         self.flush(device);
         let Some(recording) = self.recordings.get(&key) else { return Ok(None) };
+        if device.vulkan.is_some() {
+            return own::time_step(&recording.dispatches, device);
+        }
         if self.clock.is_none() {
             self.clock = Clock::new(device)?;
         }
@@ -193,10 +229,14 @@ impl Stream {
         Ok(Some(times))
     }
 
-    /// The kernels of the step that ran last, each with its grid and the seconds that it took alone, the start of a pass included.
-    pub(crate) fn time_kernels(&mut self, device: &Device) -> Result<Vec<(Arc<str>, [u32; 3], f64)>> {
+    /// The kernels of the step that ran last, each with its grid and the seconds that it took alone, where they are wgpu's with the start of a
+    /// pass.
+    pub(crate) fn time_kernels(&mut self, device: &Device) -> Result<Vec<TimedKernel>> {
         self.flush(device);
         let Some(recording) = self.ahead.and_then(|key| self.recordings.get(&key)) else { return Ok(Vec::new()) };
+        if device.vulkan.is_some() {
+            return own::time_kernels(&recording.dispatches, device);
+        }
         if self.clock.is_none() {
             self.clock = Clock::new(device)?;
         }
@@ -214,6 +254,7 @@ impl Stream {
     pub(crate) fn forget_recordings(&mut self) {
         self.recordings.clear();
         self.ahead = None;
+        self.own_tail = None;
     }
 
     fn encode_ahead(&mut self, key: u64, device: &Device) {
@@ -262,9 +303,14 @@ fn encode_piece(
 
 fn encode_pass(dispatches: &[Dispatch], pass: &mut wgpu::ComputePass<'_>) {
     for dispatch in dispatches {
-        pass.set_pipeline(&dispatch.pipeline);
-        pass.set_bind_group(0, &dispatch.bind_group, &[]);
-        pass.set_immediates(0, bytemuck::cast_slice(&dispatch.arguments));
+        let (Compiled::Wgpu(pipeline), Some(group)) = (&dispatch.kernel, &dispatch.bound.group) else {
+            unreachable!("kernels of Vulkan's own are in no pass of wgpu's");
+        };
+        pass.set_pipeline(pipeline);
+        pass.set_bind_group(0, group, &[]);
+        if !dispatch.arguments.is_empty() {
+            pass.set_immediates(0, bytemuck::cast_slice(&dispatch.arguments));
+        }
         let [x, y, z] = dispatch.grid;
         pass.dispatch_workgroups(x, y, z);
     }

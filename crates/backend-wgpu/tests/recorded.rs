@@ -99,6 +99,14 @@ fn bundled_shape_with_few_bindings() {
     assert_same("bundled, few bindings", &bundled_shape(), FORMATS[0], &[7, 80], &mut backend);
 }
 
+/// Metal and DX12 have wgpu's own commands.
+#[test]
+fn bundled_shape_by_wgpus_commands() {
+    let options = WgpuOptions { without_vulkan: true, ..WgpuOptions::default() };
+    let Some(mut backend) = open_with(&options) else { return };
+    assert_same("bundled, wgpu's commands", &bundled_shape(), FORMATS[0], &[7, 80], &mut backend);
+}
+
 /// Routers of several workgroups: the one that is done last chooses, out of what the others wrote.
 #[test]
 fn a_router_of_several_workgroups() {

@@ -3,6 +3,7 @@
 use crate::mapped_file::MappedFile;
 use crate::{Error, Result, header, index, json_file};
 use moellon_tensor::{Dtype, MatrixView, ScaleDtype};
+use rayon::prelude::*;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -254,20 +255,54 @@ impl Checkpoint {
     /// Tells the system that these bytes of a tensor are not needed in memory any more, so that repacking a checkpoint
     /// never holds two copies of it. Reading them again stays correct. Bytes of other origin are left alone.
     pub fn release(&self, bytes: &[u8]) {
-        let _found = self.files.iter().any(|file| file.release(bytes));
+        self.release_addresses(&addresses(bytes));
     }
 
-    /// [`Checkpoint::release`] for the codes, scales and offsets of a matrix.
-    pub fn release_matrix(&self, matrix: &MatrixView<'_>) {
-        self.release(matrix.codes.span(matrix.rows));
-        if matrix.format.is_quantized() {
-            // Blocks of rows may begin before the first row of the view; other formats have no such offset.
-            self.release(matrix.scales.span(matrix.format.scale_rows(matrix.first_block_row + matrix.rows)));
+    fn release_addresses(&self, addresses: &Range<usize>) {
+        self.files.iter().for_each(|file| file.release(addresses));
+    }
+
+    /// [`Checkpoint::release`] for the codes, scales and offsets of matrices. Those that lie side by side, as experts do, are released
+    /// together: a call takes 5 us and more where other threads use the map, and a layer of 128 experts would have 1,152 of them.
+    pub fn release_matrices(&self, matrices: &[MatrixView<'_>]) {
+        /// Bytes that one call releases: 0.2 ms of work, shared by the cores.
+        const SHARE: usize = 16 << 20;
+        let mut parts: Vec<Range<usize>> = Vec::with_capacity(3 * matrices.len());
+        for matrix in matrices {
+            parts.push(addresses(matrix.codes.span(matrix.rows)));
+            if matrix.format.is_quantized() {
+                // Blocks of rows may begin before the first row of the view; other formats have no such offset.
+                let rows = matrix.format.scale_rows(matrix.first_block_row + matrix.rows);
+                parts.push(addresses(matrix.scales.span(rows)));
+            }
+            if matrix.format.has_offsets() {
+                parts.push(addresses(matrix.offsets.span(matrix.rows)));
+            }
         }
-        if matrix.format.has_offsets() {
-            self.release(matrix.offsets.span(matrix.rows));
+        let shares = joined(parts).into_iter().flat_map(|part| {
+            let end = part.end;
+            part.step_by(SHARE).map(move |start| start..(start + SHARE).min(end))
+        });
+        shares.collect::<Vec<_>>().par_iter().for_each(|share| self.release_addresses(share));
+    }
+}
+
+fn addresses(bytes: &[u8]) -> Range<usize> {
+    let start = bytes.as_ptr() as usize;
+    start..start + bytes.len()
+}
+
+/// The same addresses in order, ranges that touch or overlap made one.
+fn joined(mut parts: Vec<Range<usize>>) -> Vec<Range<usize>> {
+    parts.sort_unstable_by_key(|part| part.start);
+    let mut all: Vec<Range<usize>> = Vec::new();
+    for part in parts {
+        match all.last_mut() {
+            Some(last) if part.start <= last.end => last.end = last.end.max(part.end),
+            _ => all.push(part),
         }
     }
+    all
 }
 
 pub(crate) fn missing(dir: &Path, missing: &str, expected: &str) -> Error {
@@ -293,4 +328,14 @@ fn unindexed_shards(dir: &Path) -> Result<Vec<PathBuf>> {
     }
     shards.sort();
     Ok(shards)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::joined;
+
+    #[test]
+    fn neighbours_are_released_together() {
+        assert_eq!(joined(vec![30..40, 0..10, 10..20, 15..18, 41..50]), [0..20, 30..40, 41..50]);
+    }
 }

@@ -4,6 +4,7 @@
 use crate::{Error, Result};
 use memmap2::Mmap;
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -76,32 +77,31 @@ impl MappedFile {
         Ok(())
     }
 
-    /// Tells the system that the pages of `part`, a slice of this map, are not needed in memory any more, those that it shares with its
-    /// neighbours included: scales of an expert are smaller than a page, and a ninth of a 4-bit file. Returns `false` if `part` is
-    /// not of this map. Reading pages again is correct, and costs a read from the file or the system's cache.
-    pub(crate) fn release(&self, part: &[u8]) -> bool {
-        let Source::File { map, .. } = &self.source else { return false };
+    /// Tells the system that what lies at `addresses` in this map is not needed in memory any more: whole pages, those that it shares with
+    /// its neighbours included, since scales of an expert are smaller than a page, and a ninth of a 4-bit file. Addresses outside of
+    /// the map are left alone (maps may lie side by side). Reading pages again is correct, and costs a read from the file or the
+    /// system's cache.
+    pub(crate) fn release(&self, addresses: &Range<usize>) {
+        let Source::File { map, .. } = &self.source else { return };
         let base = map.as_ptr() as usize;
-        let Some(offset) = (part.as_ptr() as usize).checked_sub(base) else { return false };
-        if offset.checked_add(part.len()).is_none_or(|end| end > map.len()) {
-            return false;
+        let offset = addresses.start.saturating_sub(base);
+        let end = addresses.end.saturating_sub(base).min(map.len());
+        if offset >= end {
+            return;
         }
         #[cfg(unix)]
         {
             // A multiple of the page size of every system we run on (4, 16 and 64 KiB); the map starts on a page.
             const PAGE_BYTES: usize = 64 << 10;
             let first = offset / PAGE_BYTES * PAGE_BYTES;
-            let last = (offset + part.len()).next_multiple_of(PAGE_BYTES).min(map.len());
-            if first < last {
-                // SAFETY: the map is read-only and backed by a file: dropped pages are read again on the next access
-                // with the same contents, so no reference into the map sees a change.
-                let advised =
-                    unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, first, last - first) };
-                // Advice only: a system that refuses keeps the pages, and nothing else changes.
-                drop(advised);
-            }
+            let last = end.next_multiple_of(PAGE_BYTES).min(map.len());
+            // SAFETY: the map is read-only and backed by a file: dropped pages are read again on the next access
+            // with the same contents, so no reference into the map sees a change.
+            let advised =
+                unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, first, last - first) };
+            // Advice only: a system that refuses keeps the pages, and nothing else changes.
+            drop(advised);
         }
-        true
     }
 }
 
@@ -129,7 +129,8 @@ mod tests {
         }
         assert!(resident_kb(&file) >= 1024);
         for part in file.bytes().chunks(5000) {
-            assert!(file.release(part));
+            let start = part.as_ptr() as usize;
+            file.release(&(start..start + part.len()));
         }
         assert_eq!(resident_kb(&file), 0);
         assert!(file.bytes().iter().all(|byte| *byte == 1));

@@ -389,7 +389,7 @@ fn releasing_pages_changes_no_value() {
     let found = checkpoint.linear("a", [1024, 1024]).unwrap();
     let view = found.view();
     assert_same(view, &matrix);
-    checkpoint.release_matrix(&view);
+    checkpoint.release_matrices(&[view]);
     assert_same(view, &matrix);
     checkpoint.release(&[1, 2, 3]);
     checkpoint.check_unchanged().unwrap();

@@ -4,9 +4,9 @@
 //! stored weights, and no output depends on it.
 
 use crate::config::ModelConfig;
-use crate::provider::{KvB, WeightProvider};
+use crate::provider::WeightProvider;
 use crate::{Error, Result};
-use moellon_checkpoint::{Matrix, MlaShape, Projection};
+use moellon_checkpoint::{Matrix, Projection};
 use moellon_tensor::encode::{EncodeOptions, GlobalScale, encode_matrix};
 use moellon_tensor::{MatrixView, OwnedMatrix, ScaleDtype, WeightFormat};
 use rayon::prelude::*;
@@ -121,6 +121,8 @@ fn rows_of(view: &MatrixView<'_>, rows: &[u32]) -> Result<OwnedMatrix> {
 }
 
 impl WeightProvider for DraftPrecision<'_> {
+    crate::forward_weights!(inner: vector num_experts expert_biases mla_kv_b fused_kv_b_format release);
+
     fn linear(&self, path: &str, shape: [usize; 2]) -> Result<Matrix<'_>> {
         if path == DRAFT_HEAD {
             let whole = self.inner.linear(self.head, [self.vocab_size, shape[1]])?;
@@ -133,14 +135,6 @@ impl WeightProvider for DraftPrecision<'_> {
         // A router is small, and its choices are worth their bits.
         let is_router = path.ends_with(".gate") || path.ends_with(".router");
         if self.is_mtp(path) && !is_router { coarser(matrix, LAYER) } else { Ok(matrix) }
-    }
-
-    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
-        self.inner.vector(name, len)
-    }
-
-    fn num_experts(&self, path: &str) -> Result<usize> {
-        self.inner.num_experts(path)
     }
 
     fn experts(
@@ -157,18 +151,6 @@ impl WeightProvider for DraftPrecision<'_> {
         experts.into_par_iter().map(|matrix| coarser(matrix, LAYER)).collect()
     }
 
-    fn expert_biases(&self, path: &str, projection: Projection, rows: usize) -> Result<Option<Vec<f32>>> {
-        self.inner.expert_biases(path, projection, rows)
-    }
-
-    fn mla_kv_b(&self, path: &str, shape: MlaShape) -> Result<KvB<'_>> {
-        self.inner.mla_kv_b(path, shape)
-    }
-
-    fn fused_kv_b_format(&self, path: &str, shape: MlaShape) -> Result<Option<WeightFormat>> {
-        self.inner.fused_kv_b_format(path, shape)
-    }
-
     fn has(&self, name: &str) -> bool {
         match name.strip_suffix(".weight") {
             Some(DRAFT_HEAD) => self.prefixes.iter().any(|prefix| self.inner.has(&format!("{prefix}eh_proj.weight"))),
@@ -178,10 +160,6 @@ impl WeightProvider for DraftPrecision<'_> {
 
     fn draft_tokens(&self) -> Option<&[u32]> {
         self.tokens.as_deref()
-    }
-
-    fn release(&self, matrix: &MatrixView<'_>) {
-        self.inner.release(matrix);
     }
 }
 

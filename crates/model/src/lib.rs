@@ -30,6 +30,7 @@ pub mod eagle;
 pub mod error;
 mod ffn;
 mod fields;
+mod forward;
 mod indexer;
 pub mod layer_pass;
 pub mod mtp;

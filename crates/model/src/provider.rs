@@ -71,8 +71,8 @@ pub trait WeightProvider {
         None
     }
 
-    /// Says that a matrix was repacked and its bytes are not needed any more.
-    fn release(&self, matrix: &MatrixView<'_>);
+    /// Says that matrices were repacked and their bytes are not needed any more.
+    fn release(&self, matrices: &[MatrixView<'_>]);
 }
 
 impl WeightProvider for Checkpoint {
@@ -116,7 +116,7 @@ impl WeightProvider for Checkpoint {
         self.tensor(name).is_some()
     }
 
-    fn release(&self, matrix: &MatrixView<'_>) {
-        self.release_matrix(matrix);
+    fn release(&self, matrices: &[MatrixView<'_>]) {
+        self.release_matrices(matrices);
     }
 }

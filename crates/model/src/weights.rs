@@ -687,7 +687,7 @@ impl Loader<'_> {
         self.done_bytes += bytes;
         let done_bytes = self.done_bytes;
         if let Some((_, progress)) = &mut self.target {
-            views.iter().for_each(|view| self.provider.release(view));
+            self.provider.release(views);
             progress(Progress { done_bytes, name });
         }
     }

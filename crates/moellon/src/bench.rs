@@ -34,7 +34,7 @@ fn measure(options: &BenchOptions) -> Result<()> {
     }
     let (mut decoder, model, format, load_time) = open(options, backend.as_mut())?;
     eprintln!(
-        "loaded {} of {model} in {:.1} s onto {}",
+        "loaded {} of {model} in {:.2} s onto {}",
         table::bytes(load_time.bytes as f64),
         load_time.elapsed.as_secs_f64(),
         backend.caps().device
@@ -93,7 +93,7 @@ fn replay(options: &BenchOptions, spec: &ReplaySpec, synthetic: &str, mut backen
         load::load_synthetic(&config, &options.format, options.seed, true, mtp, sizes, backend.as_mut())?;
     let loaded = table::bytes(time.bytes as f64);
     let seconds = time.elapsed.as_secs_f64();
-    eprintln!("loaded {loaded} of synthetic {synthetic} in {seconds:.1} s onto {}", backend.caps().device);
+    eprintln!("loaded {loaded} of synthetic {synthetic} in {seconds:.2} s onto {}", backend.caps().device);
     // Chance: experts that two independent choices share.
     let chance = config.moe.num_experts_per_tok as f64 / config.moe.num_experts as f64;
     let wanted = if spec.overlaps.is_empty() { vec![chance] } else { spec.overlaps.clone() };

@@ -12,7 +12,8 @@ use std::fmt;
 pub enum ActivationPrecision {
     /// f32 activations, f32 accumulation.
     Exact,
-    /// Activations as 8-bit integers with one f32 scale per 32 columns, for quantized weights; f32 for plain ones.
+    /// Activations as 8-bit integers with one f32 scale per 32 columns (the CPU: per 64, where the weights' own groups have as many or
+    /// more), for quantized weights; f32 for plain ones.
     Int8,
     /// Activations rounded to bfloat16 or binary16 for quantized weights (tensor cores).
     Half,

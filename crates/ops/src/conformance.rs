@@ -34,7 +34,7 @@ impl Tolerance {
     /// Largest difference allowed at an output of size `magnitude` (the larger of its row's root mean square and its own).
     ///
     /// f32: rounding errors of a sum grow with `sqrt(n)`; 32 times that covers any order of summation, FMA or not, and
-    /// 24 eps the transcendental functions. Int8 activations: a group of 32 normals has its largest near 2.5 sigma, so
+    /// 24 eps the transcendental functions. Int8 activations: a group of 32 or 64 normals has its largest near 2.5 sigma, so
     /// the rounding step `amax / 127` has an error of 0.6 % of sigma; errors add as the terms do, so the output has the
     /// same relative error, and 8 sigma of it never happens by chance. Half: 2^-9 / sqrt(3) = 0.11 %, likewise.
     pub fn bound(&self, activations: ActivationPrecision, magnitude: f32) -> f32 {

@@ -5,7 +5,8 @@ use crate::backend::{ActivationPrecision, Backend, Caps, WeightFormatSet};
 use crate::buffer::{Buffer, Cache, CacheDtype, ElementType, Paging, Tensor};
 use crate::ops::*;
 use crate::weight::{Experts, ExpertsSource, Weight, WeightSource};
-use moellon_tensor::MatrixView;
+use moellon_tensor::{MatrixView, WeightFormat};
+use std::borrow::Cow;
 
 enum Data {
     F32(Vec<f32>),
@@ -37,9 +38,19 @@ pub struct Memory {
     caches: Vec<Vec<f32>>,
     weights: Vec<DecodedWeight>,
     experts: Vec<DecodedExperts>,
+    bf16_activations: bool,
 }
 
 impl Memory {
+    /// The input of a product with weights of `format` as they meet them.
+    fn activations<'a>(&self, x: &'a [f32], format: WeightFormat) -> Cow<'a, [f32]> {
+        if self.bf16_activations && format.is_quantized() {
+            x.iter().map(|x| round_to_bf16(*x)).collect()
+        } else {
+            x.into()
+        }
+    }
+
     /// `[rows][cols]` floats of a view.
     pub(crate) fn rows(&self, view: Tensor) -> Vec<Vec<f32>> {
         let Data::F32(data) = &self.buffers[view.buffer.id as usize] else {
@@ -86,7 +97,7 @@ impl Memory {
         let decoded = &self.weights[weight.id as usize];
         let matrix = &decoded.values[index * weight.rows * weight.cols..][..weight.rows * weight.cols];
         let bias = decoded.bias.as_ref().map(|b| &b[index * weight.rows..][..weight.rows]);
-        matvec(matrix, bias, x)
+        matvec(matrix, bias, &self.activations(x, weight.format))
     }
 
     /// Row `row` of the first matrix of a weight.
@@ -104,8 +115,8 @@ impl Memory {
                 .as_ref()
                 .map(|b| &b[which][expert * experts.intermediate_size..][..experts.intermediate_size])
         };
-        let gate = matvec(&decoded.gate[expert * size..][..size], bias(0), x);
-        let up = matvec(&decoded.up[expert * size..][..size], bias(1), x);
+        let gate = matvec(&decoded.gate[expert * size..][..size], bias(0), &self.activations(x, experts.gate_format));
+        let up = matvec(&decoded.up[expert * size..][..size], bias(1), &self.activations(x, experts.up_format));
         (gate, up)
     }
 
@@ -114,7 +125,7 @@ impl Memory {
         let decoded = &self.experts[experts.id as usize];
         let size = experts.intermediate_size * experts.hidden_size;
         let bias = decoded.biases.as_ref().map(|b| &b[2][expert * experts.hidden_size..][..experts.hidden_size]);
-        matvec(&decoded.down[expert * size..][..size], bias, x)
+        matvec(&decoded.down[expert * size..][..size], bias, &self.activations(x, experts.down_format))
     }
 
     /// Row `slot` of a cache.
@@ -197,6 +208,15 @@ impl ReferenceBackend {
             samples: true,
         };
         ReferenceBackend { caps, memory: Memory::default() }
+    }
+
+    /// One that rounds activations to bfloat16 before they meet quantized weights, as back ends with
+    /// [`ActivationPrecision::Half`] may.
+    pub fn with_bf16_activations() -> Self {
+        let mut backend = Self::new();
+        backend.caps.activations = ActivationPrecision::Half;
+        backend.memory.bf16_activations = true;
+        backend
     }
 }
 

@@ -268,18 +268,12 @@ impl Recorder<'_> {
 }
 
 impl WeightProvider for Recorder<'_> {
+    moellon_model::forward_weights!(checkpoint: vector num_experts expert_biases has);
+
     fn linear(&self, path: &str, shape: [usize; 2]) -> moellon_model::Result<Matrix<'_>> {
         let matrix = self.checkpoint.linear(path, shape)?;
         self.note(path.to_owned(), Role::of(path), 1, shape, matrix.view().format, Place::Linear);
         Ok(matrix)
-    }
-
-    fn vector(&self, name: &str, len: usize) -> moellon_model::Result<Vec<f32>> {
-        Ok(self.checkpoint.vector(name, len)?)
-    }
-
-    fn num_experts(&self, path: &str) -> moellon_model::Result<usize> {
-        Ok(self.checkpoint.num_experts(path)?)
     }
 
     fn experts(
@@ -296,15 +290,6 @@ impl WeightProvider for Recorder<'_> {
         Ok(matrices)
     }
 
-    fn expert_biases(
-        &self,
-        path: &str,
-        projection: Projection,
-        rows: usize,
-    ) -> moellon_model::Result<Option<Vec<f32>>> {
-        Ok(self.checkpoint.expert_biases(path, projection, rows)?)
-    }
-
     fn mla_kv_b(&self, path: &str, shape: MlaShape) -> moellon_model::Result<KvB<'_>> {
         let moellon_checkpoint::MlaKvB { embed_q, unembed_out } = self.checkpoint.mla_kv_b(path, shape)?;
         self.note_heads(path, shape, [embed_q[0].view().format, unembed_out[0].view().format], false);
@@ -319,9 +304,5 @@ impl WeightProvider for Recorder<'_> {
         Ok(fused)
     }
 
-    fn has(&self, name: &str) -> bool {
-        self.checkpoint.tensor(name).is_some()
-    }
-
-    fn release(&self, _matrix: &MatrixView<'_>) {}
+    fn release(&self, _matrices: &[MatrixView<'_>]) {}
 }

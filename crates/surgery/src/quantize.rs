@@ -135,7 +135,7 @@ fn encode_module(
     let encode_one = |(index, matrix): (usize, &Matrix<'_>)| {
         let importance = importance.of(index);
         let encoded = encode(&matrix.view(), format, importance.view(), options).map_err(Error::weight(&module.name));
-        checkpoint.release_matrix(&matrix.view());
+        checkpoint.release_matrices(&[matrix.view()]);
         encoded
     };
     // A large matrix is work for all cores, and its inputs' moments may be larger than it: one after the other.

@@ -305,7 +305,7 @@ fn load_experts(model: Source<'_>, pruned: &Pruned, backend: &mut dyn Backend) -
         biases: biases.as_ref().map(|b| [&b[0][..], &b[1][..], &b[2][..]]),
     };
     let experts = backend.load_experts(&source)?;
-    views.iter().flatten().for_each(|view| checkpoint.release_matrix(view));
+    views.iter().for_each(|views| checkpoint.release_matrices(views));
     Ok(experts)
 }
 

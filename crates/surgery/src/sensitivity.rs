@@ -59,19 +59,13 @@ impl Patched<'_> {
 }
 
 impl WeightProvider for Patched<'_> {
+    moellon_model::forward_weights!(checkpoint: vector num_experts expert_biases fused_kv_b_format has release);
+
     fn linear(&self, path: &str, shape: [usize; 2]) -> moellon_model::Result<Matrix<'_>> {
         if self.module.place == Place::Linear && self.module.name == path {
             return Ok(Matrix::Owned(self.matrices[0].clone()));
         }
         WeightProvider::linear(self.checkpoint, path, shape)
-    }
-
-    fn vector(&self, name: &str, len: usize) -> moellon_model::Result<Vec<f32>> {
-        WeightProvider::vector(self.checkpoint, name, len)
-    }
-
-    fn num_experts(&self, path: &str) -> moellon_model::Result<usize> {
-        WeightProvider::num_experts(self.checkpoint, path)
     }
 
     fn experts(
@@ -87,15 +81,6 @@ impl WeightProvider for Patched<'_> {
         }
     }
 
-    fn expert_biases(
-        &self,
-        path: &str,
-        projection: Projection,
-        rows: usize,
-    ) -> moellon_model::Result<Option<Vec<f32>>> {
-        WeightProvider::expert_biases(self.checkpoint, path, projection, rows)
-    }
-
     fn mla_kv_b(&self, path: &str, shape: MlaShape) -> moellon_model::Result<KvB<'_>> {
         let mut kv_b = WeightProvider::mla_kv_b(self.checkpoint, path, shape)?;
         match &self.module.place {
@@ -106,18 +91,6 @@ impl WeightProvider for Patched<'_> {
             _ => {}
         }
         Ok(kv_b)
-    }
-
-    fn fused_kv_b_format(&self, path: &str, shape: MlaShape) -> moellon_model::Result<Option<WeightFormat>> {
-        WeightProvider::fused_kv_b_format(self.checkpoint, path, shape)
-    }
-
-    fn has(&self, name: &str) -> bool {
-        self.checkpoint.tensor(name).is_some()
-    }
-
-    fn release(&self, matrix: &MatrixView<'_>) {
-        self.checkpoint.release_matrix(matrix);
     }
 }
 

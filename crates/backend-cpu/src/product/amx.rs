@@ -1,11 +1,11 @@
 //! Expanded tiles times several 8-bit rows with the tile registers of AMX.
 //!
-//! One instruction multiplies a block of 32 columns of a weight tile (eight lines of operands are exactly what it wants)
-//! with up to 16 rows of activations. What it leaves are the integers that [`super::int8`] makes with dot products of
+//! One instruction multiplies 32 or 64 columns of a weight tile, those that share a scale of activations (lines of operands
+//! are exactly what it wants), with up to 16 rows of activations. What it leaves are the integers that [`super::int8`] makes with dot products of
 //! bytes; scales are applied to them by the same operations in the same order, so results are the same bits.
 //!
-//! Tile registers can only be read through memory, so sums of a record of columns go to a buffer in the nearest cache.
-//! While the vector units scale the sums of one record, tile instructions make those of the next.
+//! Tile registers can only be read through memory, so sums of one or two records of columns, a step, go to a buffer in the
+//! nearest cache. While the vector units scale the sums of one step, tile instructions make those of the next.
 // Loops run over arrays of registers, several at once; iterators would hide vectors in closures.
 #![allow(clippy::needless_range_loop)]
 
@@ -18,7 +18,7 @@ use std::mem::MaybeUninit;
 
 /// Activation rows of a tile register.
 pub(super) const ROWS: usize = Across::ROWS;
-/// Sums of a record, in tile registers, at most.
+/// Sums of a step, in tile registers, at most.
 const MAX_TILES: usize = 4;
 /// Bytes of an expanded block.
 const WIDE_BLOCK_BYTES: usize = 8 * LINE_BYTES;
@@ -47,7 +47,7 @@ pub(super) struct AmxArgs<'a> {
     pub(super) next_lines: usize,
 }
 
-/// Sums of two records: `[2][blocks][rows][16]` i32.
+/// Sums of two steps: `[2][tiles][rows][16]` i32.
 #[repr(align(64))]
 struct RecordSums([MaybeUninit<i32>; 2 * MAX_TILES * ROWS * TILE_ROWS]);
 
@@ -61,22 +61,22 @@ pub(super) struct Record {
     /// Number of its first block in the row.
     block: usize,
     codes: *const u8,
-    /// The scales of the rows for its first block.
+    /// The scales of the rows for its first columns.
     x_scales: *const f32,
     sums: *mut i32,
-    /// Numbers from one block's sums to the next one's.
+    /// Numbers from one tile's sums to the next one's.
     pitch: usize,
 }
 
 impl Record {
-    /// Sums of block `block` of row `row`.
+    /// Sums of tile `tile` of row `row`.
     ///
     /// # Safety
     /// They are there.
     #[inline(always)]
-    unsafe fn sums<S: Simd>(&self, s: S, block: usize, row: usize) -> S::F {
+    unsafe fn sums<S: Simd>(&self, s: S, tile: usize, row: usize) -> S::F {
         // SAFETY: the caller's promise.
-        unsafe { s.to_f(s.load_i(self.sums.add(block * self.pitch + row * TILE_ROWS).cast_const().cast())) }
+        unsafe { s.to_f(s.load_i(self.sums.add(tile * self.pitch + row * TILE_ROWS).cast_const().cast())) }
     }
 }
 
@@ -95,12 +95,13 @@ macro_rules! each_row {
     };
 }
 
-/// Adds a record of `BLOCKS` blocks to the totals of `R` rows, as [`super::int8::Grouped`] does.
+/// Adds a record of `BLOCKS` blocks, `SCALE` of which share a scale of activations, to the totals of `R` rows, as
+/// [`super::int8::Grouped`] does.
 ///
 /// # Safety
 /// The record's sums are there, and the numbers of the rows.
 #[inline(always)]
-unsafe fn add<S: Simd, const BLOCKS: usize, const R: usize>(
+unsafe fn add<S: Simd, const BLOCKS: usize, const SCALE: usize, const R: usize>(
     s: S,
     args: &AmxArgs<'_>,
     record: &Record,
@@ -114,9 +115,9 @@ unsafe fn add<S: Simd, const BLOCKS: usize, const R: usize>(
         let stride = args.across.stride();
         each_row!(R, |row| {
             let mut part = s.splat(0.0);
-            for block in 0..BLOCKS {
-                let x_scale = s.splat(*record.x_scales.add(block * stride + row));
-                part = s.mul_add(record.sums::<S>(s, block, row), x_scale, part);
+            for tile in 0..BLOCKS / SCALE {
+                let x_scale = s.splat(*record.x_scales.add(tile * stride + row));
+                part = s.mul_add(record.sums::<S>(s, tile, row), x_scale, part);
             }
             total[row] = s.mul_add(part, scale, total[row]);
             total[row] = s.mul_add(offset, s.splat(*x_sums.add(row)), total[row]);
@@ -154,10 +155,11 @@ macro_rules! store_tile {
     };
 }
 
-/// Sums of block `block` of a record, into register `register` of four. `x`: the codes of the first row.
+/// Sums of the record's blocks from `block` on that share a scale, into register `register` of four. `x`: the codes of the
+/// first row.
 ///
 /// # Safety
-/// Registers have the shape for these rows; the record exists.
+/// Registers have the shape for these rows and columns; the record exists.
 #[inline(always)]
 unsafe fn multiply(args: &AmxArgs<'_>, x: *const u8, record: &Record, block: usize, register: usize) {
     let x = x.wrapping_add((record.block + block) * BLOCK_COLS);
@@ -174,13 +176,13 @@ unsafe fn multiply(args: &AmxArgs<'_>, x: *const u8, record: &Record, block: usi
     }
 }
 
-/// Register `register` to its place in the sums of a record.
+/// Register `register` to the place of tile `tile` in the sums of a record.
 ///
 /// # Safety
 /// As [`multiply`].
 #[inline(always)]
-unsafe fn store(record: &Record, block: usize, register: usize) {
-    let to = record.sums.wrapping_add(block * record.pitch);
+unsafe fn store(record: &Record, tile: usize, register: usize) {
+    let to = record.sums.wrapping_add(tile * record.pitch);
     // SAFETY: the caller's promise.
     unsafe {
         match register {
@@ -192,78 +194,115 @@ unsafe fn store(record: &Record, block: usize, register: usize) {
     }
 }
 
-/// `R` rows (those behind the last one of `args` are of no interest) from row `first_row` on.
+/// `R` rows (those behind the last one of `args` are of no interest) from row `first_row` on, `RECORDS` records a step.
 ///
 /// # Safety
 /// As [`Amx`]; registers have the shape for `shape_rows` rows, at least `R`.
 #[inline(always)]
-unsafe fn multiply_rows<S: Simd, const BLOCKS: usize, const R: usize>(
+unsafe fn multiply_rows<S: Simd, const BLOCKS: usize, const SCALE: usize, const RECORDS: usize, const R: usize>(
     s: S,
     args: &AmxArgs<'_>,
     first_row: usize,
     shape_rows: usize,
     sums: &mut RecordSums,
 ) {
-    let sums = sums.0.as_mut_ptr().cast::<i32>();
-    let pitch = shape_rows * TILE_ROWS;
-    let x = args.rows.wrapping_add(first_row * args.stride_bytes);
-    let across = args.across.at_row(first_row);
-    let record_at = |number: usize| {
-        let block = args.first_block + number * BLOCKS;
-        let sums = sums.wrapping_add(number % 2 * BLOCKS * pitch);
-        let codes = args.part.wrapping_add(number * record_bytes(BLOCKS));
-        Record { block, codes, x_scales: across.scale(block), sums, pitch }
-    };
-    let row_args = AmxArgs { across, ..*args };
-    let records = (args.end_block - args.first_block) / BLOCKS;
     let out = args.out.wrapping_add(first_row * TILE_ROWS);
+    let records = (args.end_block - args.first_block) / BLOCKS;
+    let (whole_steps, first_row) = (records / RECORDS * RECORDS, Rows { first: first_row, shape: shape_rows });
     // SAFETY: the caller's promise; records below `records` are parts of the part.
     unsafe {
         let mut total = [s.splat(0.0); R];
         if args.first_block > 0 {
             each_row!(R, |row| total[row] = s.load(out.add(row * TILE_ROWS)));
         }
-        let first = record_at(0);
-        for block in 0..BLOCKS {
-            multiply(args, x, &first, block, block);
-            store(&first, block, block);
+        if whole_steps > 0 {
+            steps::<S, BLOCKS, SCALE, RECORDS, R>(s, args, &first_row, 0..whole_steps, sums, &mut total);
         }
-        // Few at a time: the processor waits once more lines are on their way than it has room for.
-        let next_lines = if first_row == 0 { args.next_lines.div_ceil(records) } else { 0 };
-        let mut number = 0;
-        while number < records {
+        if whole_steps < records {
+            steps::<S, BLOCKS, SCALE, 1, R>(s, args, &first_row, whole_steps..records, sums, &mut total);
+        }
+        let factor = s.splat(if args.end_block == args.layout.blocks { args.factor } else { 1.0 });
+        each_row!(R, |row| s.store(s.mul(total[row], factor), out.add(row * TILE_ROWS)));
+    }
+}
+
+/// Which rows a call multiplies, and for how many the registers have their shape.
+struct Rows {
+    first: usize,
+    shape: usize,
+}
+
+/// Adds records `records` of the part, `RECORDS` a step, to `total`.
+///
+/// # Safety
+/// As [`multiply_rows`]; there is a step, and no part of one.
+#[inline(always)]
+unsafe fn steps<S: Simd, const BLOCKS: usize, const SCALE: usize, const RECORDS: usize, const R: usize>(
+    s: S,
+    args: &AmxArgs<'_>,
+    rows: &Rows,
+    records: std::ops::Range<usize>,
+    sums: &mut RecordSums,
+    total: &mut [S::F; R],
+) {
+    let tiles = const { BLOCKS / SCALE };
+    const { assert!(BLOCKS / SCALE * RECORDS <= MAX_TILES) };
+    let sums = sums.0.as_mut_ptr().cast::<i32>();
+    let pitch = rows.shape * TILE_ROWS;
+    let x = args.rows.wrapping_add(rows.first * args.stride_bytes);
+    let across = args.across.at_row(rows.first);
+    let row_args = AmxArgs { across, ..*args };
+    let record_at = |number: usize| {
+        let block = args.first_block + number * BLOCKS;
+        let sums = sums.wrapping_add(number % (2 * RECORDS) * tiles * pitch);
+        let codes = args.part.wrapping_add(number * record_bytes(BLOCKS));
+        Record { block, codes, x_scales: across.scale(block / SCALE), sums, pitch }
+    };
+    // Few at a time: the processor waits once more lines are on their way than it has room for.
+    let all_records = (args.end_block - args.first_block) / BLOCKS;
+    let next_lines = if rows.first == 0 { args.next_lines.div_ceil(all_records) * RECORDS } else { 0 };
+    let mut number = records.start;
+    // SAFETY: the caller's promise.
+    unsafe {
+        for i in 0..RECORDS {
+            for tile in 0..tiles {
+                multiply(args, x, &record_at(number + i), tile * SCALE, i * tiles + tile);
+                store(&record_at(number + i), tile, i * tiles + tile);
+            }
+        }
+        while number < records.end {
             for line in 0..next_lines {
-                s.prefetch(args.next.wrapping_add((number * next_lines + line) * LINE_BYTES));
+                s.prefetch(args.next.wrapping_add((number / RECORDS * next_lines + line) * LINE_BYTES));
             }
-            let (record, next) = (record_at(number), record_at(number + 1));
-            let exists = number + 1 < records;
-            if exists {
-                for block in 0..BLOCKS {
-                    multiply(args, x, &next, block, block);
+            let next = number + RECORDS;
+            if next < records.end {
+                for i in 0..RECORDS {
+                    for tile in 0..tiles {
+                        multiply(args, x, &record_at(next + i), tile * SCALE, i * tiles + tile);
+                    }
                 }
             }
-            add::<S, BLOCKS, R>(s, &row_args, &record, &mut total);
-            if exists {
-                for block in 0..BLOCKS {
-                    store(&next, block, block);
+            for i in 0..RECORDS {
+                add::<S, BLOCKS, SCALE, R>(s, &row_args, &record_at(number + i), total);
+            }
+            if next < records.end {
+                for i in 0..RECORDS {
+                    for tile in 0..tiles {
+                        store(&record_at(next + i), tile, i * tiles + tile);
+                    }
                 }
             }
-            number += 1;
-        }
-        if args.end_block == args.layout.blocks {
-            let factor = s.splat(args.factor);
-            each_row!(R, |row| s.store(s.mul(total[row], factor), out.add(row * TILE_ROWS)));
-        } else {
-            each_row!(R, |row| s.store(total[row], out.add(row * TILE_ROWS)));
+            number = next;
         }
     }
 }
 
-/// The kernel for one tile of affine codes with groups of `BLOCKS` blocks, and any number of rows. E2M1 has none: NVFP4's
-/// scales of 16 columns take an instruction each for half the products, and a prompt was hardly faster.
-pub(super) struct Amx<const BLOCKS: usize>;
+/// The kernel for one tile of affine codes with groups of `BLOCKS` blocks, `SCALE` of which share a scale of activations,
+/// and any number of rows; `RECORDS` records a step. E2M1 has none: NVFP4's scales of 16 columns take an instruction each for
+/// half the products, and a prompt was hardly faster.
+pub(super) struct Amx<const BLOCKS: usize, const SCALE: usize, const RECORDS: usize>;
 
-impl<const BLOCKS: usize> Kernel for Amx<BLOCKS> {
+impl<const BLOCKS: usize, const SCALE: usize, const RECORDS: usize> Kernel for Amx<BLOCKS, SCALE, RECORDS> {
     type Args = AmxArgs<'static>;
 
     const BYTE_DOTS: bool = true;
@@ -271,16 +310,16 @@ impl<const BLOCKS: usize> Kernel for Amx<BLOCKS> {
     #[inline(always)]
     unsafe fn run<S: Simd>(s: S, args: &AmxArgs<'static>) {
         let mut sums = RecordSums([MaybeUninit::uninit(); _]);
-        let shape = Shape { rows: args.num_rows.next_multiple_of(4).min(ROWS), cols: BLOCK_COLS };
+        let shape = Shape { rows: args.num_rows.next_multiple_of(4).min(ROWS), cols: SCALE * BLOCK_COLS };
         // SAFETY: `args` holds a part of a tile, rows and room for the outputs; only levels with tiles run this.
         unsafe {
             configure(shape);
             for first_row in (0..args.num_rows).step_by(ROWS) {
                 match (args.num_rows - first_row).div_ceil(4) {
-                    1 => multiply_rows::<S, BLOCKS, 4>(s, args, first_row, shape.rows, &mut sums),
-                    2 => multiply_rows::<S, BLOCKS, 8>(s, args, first_row, shape.rows, &mut sums),
-                    3 => multiply_rows::<S, BLOCKS, 12>(s, args, first_row, shape.rows, &mut sums),
-                    _ => multiply_rows::<S, BLOCKS, 16>(s, args, first_row, shape.rows, &mut sums),
+                    1 => multiply_rows::<S, BLOCKS, SCALE, RECORDS, 4>(s, args, first_row, shape.rows, &mut sums),
+                    2 => multiply_rows::<S, BLOCKS, SCALE, RECORDS, 8>(s, args, first_row, shape.rows, &mut sums),
+                    3 => multiply_rows::<S, BLOCKS, SCALE, RECORDS, 12>(s, args, first_row, shape.rows, &mut sums),
+                    _ => multiply_rows::<S, BLOCKS, SCALE, RECORDS, 16>(s, args, first_row, shape.rows, &mut sums),
                 }
             }
         }

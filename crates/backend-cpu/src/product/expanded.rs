@@ -12,8 +12,8 @@ use std::mem::MaybeUninit;
 /// Rows from which on tiles are expanded: four calls of four rows pay for it. Two calls do not: the second finds the tile
 /// in the nearest cache, and unpacking again costs less than writing and reading what was unpacked.
 const EXPAND_ROWS: usize = 16;
-/// Rows from which on tile registers are faster than dot products of bytes, by `kernel_speed` with both levels: nothing is won at 4
-/// to 8 rows, where an instruction for 16 rows takes as long.
+/// Rows from which on tile registers are faster than dot products of bytes, by `kernel_speed` with both levels: 5 to 8 rows are
+/// slower, because expanding and storing sums takes as long for them as for 16 (14 instead of 16 GB/s, scratch runs).
 #[cfg(target_arch = "x86_64")]
 const AMX_ROWS: usize = 12;
 /// Rows of a call with expanded tiles.
@@ -268,10 +268,11 @@ impl Product<'_> {
             // SAFETY: the parts were expanded, rows are whole and at equal distances, more of them and their numbers may be
             // read, `out` has room for all of them.
             unsafe {
-                match layout.record_blocks {
-                    1 => self.run_amx::<Amx<1>>(&args),
-                    2 => self.run_amx::<Amx<2>>(&args),
-                    _ => self.run_amx::<Amx<4>>(&args),
+                match (layout.record_blocks, layout.scale_blocks) {
+                    (1, 1) => self.run_amx::<Amx<1, 1, 2>>(&args),
+                    (2, 2) => self.run_amx::<Amx<2, 2, 2>>(&args),
+                    (4, 2) => self.run_amx::<Amx<4, 2, 1>>(&args),
+                    found => unreachable!("affine groups and scales of {found:?} blocks: `activation_scale_blocks`"),
                 }
             }
         }

@@ -9,7 +9,7 @@ use crate::layout::{BLOCK_COLS, LINE_BYTES, TILE_ROWS};
 use crate::simd::Simd;
 use std::marker::PhantomData;
 
-/// Affine codes: `Σ_groups scale * Σ_blocks activation_scale * Σ codes x + offset * Σ x`.
+/// Affine codes: `Σ_groups scale * Σ activation_scale * Σ codes x + offset * Σ x`.
 pub(super) struct Grouped<C>(PhantomData<C>);
 /// E2M1 with E8M0 scales per 32 columns.
 pub(super) struct Mxfp4<C>(PhantomData<C>);
@@ -132,21 +132,21 @@ unsafe fn whole_block<S: Simd, C: Codes, const T: usize, const R: usize>(
     }
 }
 
-/// `sum += factor * acc` with a factor a row: the scale of block `block` of the activations.
+/// `sum += factor * acc` with a factor a row: scale `number` of the activations.
 ///
 /// # Safety
-/// Rows hold that block.
+/// Rows hold that scale.
 #[inline(always)]
 unsafe fn add_block<S: Simd, const T: usize, const R: usize>(
     s: S,
     scales: &[*const f32; R],
-    block: usize,
+    number: usize,
     acc: &[[S::F; R]; T],
     sum: &mut [[S::F; R]; T],
 ) {
     for r in 0..R {
         // SAFETY: the caller's promise. Rows are whole lines, so their parts are aligned for f32.
-        let scale = s.splat(unsafe { *scales[r].add(block) });
+        let scale = s.splat(unsafe { *scales[r].add(number) });
         for t in 0..T {
             sum[t][r] = s.mul_add(acc[t][r], scale, sum[t][r]);
         }
@@ -293,7 +293,7 @@ impl<C: Codes> TileKernel for Grouped<C> {
         let zero = s.splat(0.0);
         let blocks = blocks_of_call::<C>(args);
         // SAFETY: tiles are `blocks / blocks_per_group` records of that many blocks and their scales; rows hold
-        // `blocks` blocks and one sum a group.
+        // `blocks` blocks, their scales and one sum a group. Groups are whole numbers of these scales.
         unsafe {
             let mut total = totals_before::<S, C, T, R>(s, args);
             let mut at = [args.tiles[0]; T];
@@ -305,24 +305,28 @@ impl<C: Codes> TileKernel for Grouped<C> {
                 x[r] = x[r].add(blocks.start * BLOCK_COLS);
                 sums[r] = args.rows[r].add(int8.sums_of_group(blocks_per_group * BLOCK_COLS)).cast();
             }
-            let mut block = blocks.start;
+            let mut number = blocks.start / layout.scale_blocks;
             for group in blocks.start / blocks_per_group..blocks.end / blocks_per_group {
                 let mut part = [[zero; R]; T];
-                for _ in 0..blocks_per_group {
+                for _ in 0..blocks_per_group / layout.scale_blocks {
                     let mut dots = Sums::zero(s);
-                    whole_block::<S, C, T, R>(s, args, &at, &x, &mut dots);
+                    for _ in 0..layout.scale_blocks {
+                        whole_block::<S, C, T, R>(s, args, &at, &x, &mut dots);
+                        for t in 0..T {
+                            at[t] = at[t].add(C::LINES * LINE_BYTES);
+                        }
+                        for r in 0..R {
+                            x[r] = x[r].add(BLOCK_COLS);
+                        }
+                    }
                     let mut float = [[zero; R]; T];
                     for t in 0..T {
-                        at[t] = at[t].add(C::LINES * LINE_BYTES);
                         for r in 0..R {
                             float[t][r] = s.to_f(dots.acc[t][r]);
                         }
                     }
-                    for r in 0..R {
-                        x[r] = x[r].add(BLOCK_COLS);
-                    }
-                    add_block::<S, T, R>(s, &row.scales, block, &float, &mut part);
-                    block += 1;
+                    add_block::<S, T, R>(s, &row.scales, number, &float, &mut part);
+                    number += 1;
                 }
                 for t in 0..T {
                     let (scale, offset) = if C::WIDE {

@@ -4,8 +4,8 @@
 //! their accumulators hide the latency of each other) and multiplies every decoded line with up to eight activation
 //! rows. Whatever the numbers, a row's result comes from the same operations in the same order:
 //!
-//! - 8-bit activations: exact i32 sums within 32 columns (16 for NVFP4); then f32, fused multiply-adds, block after
-//!   block and group after group;
+//! - 8-bit activations: exact i32 sums of the columns that share a scale (16 for NVFP4, 64 for affine groups of 64 and
+//!   more, else 32); then f32, fused multiply-adds, scale after scale and group after group;
 //! - f32 activations: one fused multiply-add a column, in order.
 //!
 //! So a row gives the same bits alone, in a batch, on any number of threads and at any [`crate::CpuLevel`].
@@ -56,8 +56,11 @@ const PREFETCH_FAR_ALONE_BYTES: usize = 8192;
 pub(crate) enum RowForm {
     /// `[padded_cols]` f32.
     F32,
-    /// [`Int8Layout`].
-    Int8,
+    /// [`Int8Layout`] with a scale for so many blocks.
+    Int8 {
+        /// [`Int8Layout::scale_blocks`]
+        scale_blocks: usize,
+    },
 }
 
 /// How activations meet quantized weights.
@@ -65,17 +68,20 @@ pub(crate) enum RowForm {
 pub enum ActivationMode {
     /// f32 activations times dequantized weights, f32 accumulation: for references and golden tests.
     Exact,
-    /// Activations rounded to 8 bits with one scale per 32 columns, for integer and E2M1 weights; f32 for the others.
+    /// Activations rounded to 8 bits with one scale per 32 columns, or 64 where the weights' own groups have 64 or more, for
+    /// integer and E2M1 weights; f32 for the others.
     #[default]
     Int8,
 }
 
 impl ActivationMode {
-    /// The form of activations for a weight of this coding.
-    pub(crate) fn row_form(self, coding: Coding) -> RowForm {
-        match (self, coding) {
+    /// The form of activations for weights of this layout.
+    pub(crate) fn row_form(self, layout: &TileLayout) -> RowForm {
+        match (self, layout.coding) {
             (ActivationMode::Exact, _) => RowForm::F32,
-            (ActivationMode::Int8, Coding::Affine { .. } | Coding::Mxfp4 | Coding::Nvfp4) => RowForm::Int8,
+            (ActivationMode::Int8, Coding::Affine { .. } | Coding::Mxfp4 | Coding::Nvfp4) => {
+                RowForm::Int8 { scale_blocks: layout.scale_blocks }
+            }
             // 8-bit floats have 4 significant bits and a wide range: as integers they would lose it.
             (ActivationMode::Int8, Coding::F32 | Coding::F16 | Coding::Bf16 | Coding::Fp8Block | Coding::Mxfp8) => {
                 RowForm::F32
@@ -348,14 +354,15 @@ impl<'a> Product<'a> {
         assert!(matrix < map.count && tiles.end <= map.tiles, "tiles {tiles:?} of matrix {matrix}");
         let end = map.tile_offset(matrix, tiles.end.max(1) - 1) + layout.tile_bytes;
         assert!(end <= bytes.len(), "tiles end at {end} of {} bytes", bytes.len());
-        assert_eq!(rows.form, mode.row_form(layout.coding), "form of the activations");
+        assert_eq!(rows.form, mode.row_form(layout), "form of the activations");
         let row_bytes = match (rows.form, rows.int8) {
             (RowForm::F32, _) => layout.padded_cols() * 4,
-            (RowForm::Int8, Some(int8)) => {
-                assert_eq!(int8.blocks, layout.blocks, "blocks of the 8-bit activations");
+            (RowForm::Int8 { scale_blocks }, Some(int8)) => {
+                let found = (int8.blocks, int8.scale_blocks);
+                assert_eq!(found, (layout.blocks, scale_blocks), "blocks of the 8-bit activations, and of a scale");
                 int8.row_bytes
             }
-            (RowForm::Int8, None) => unreachable!("8-bit rows come with their layout"),
+            (RowForm::Int8 { .. }, None) => unreachable!("8-bit rows come with their layout"),
         };
         Product { level, mode, bytes, map, matrix, row_bytes }
     }

@@ -15,7 +15,7 @@ const EPSILON: f64 = f32::EPSILON as f64;
 /// Rows of activations in the form a kernel wants.
 struct Prepared {
     form: RowForm,
-    int8: Int8Layout,
+    int8: Option<Int8Layout>,
     bytes: Vec<u8>,
     stride_bytes: usize,
 }
@@ -23,20 +23,22 @@ struct Prepared {
 impl Prepared {
     fn new(form: RowForm, x: &[Vec<f32>]) -> Self {
         let cols = x[0].len();
-        let int8 = Int8Layout::new(cols);
-        let stride_bytes = match form {
-            RowForm::F32 => int8.blocks * 32 * 4,
-            RowForm::Int8 => int8.row_bytes,
+        let (int8, stride_bytes) = match form {
+            RowForm::F32 => (None, cols.next_multiple_of(32) * 4),
+            RowForm::Int8 { scale_blocks } => {
+                let layout = Int8Layout::new(cols, scale_blocks);
+                (Some(layout), layout.row_bytes)
+            }
         };
         let mut bytes = vec![0u8; x.len() * stride_bytes];
         for (x, row) in x.iter().zip(bytes.chunks_exact_mut(stride_bytes)) {
-            match form {
-                RowForm::F32 => {
+            match int8 {
+                None => {
                     for (to, from) in row.chunks_exact_mut(4).zip(x) {
                         to.copy_from_slice(&from.to_le_bytes());
                     }
                 }
-                RowForm::Int8 => {
+                Some(int8) => {
                     let level = Level::new(CpuLevel::detect()).unwrap();
                     // SAFETY: whole rows.
                     unsafe { round_part_to_int8(level, x.as_ptr(), row.as_mut_ptr(), int8, [0, int8.blocks]) };
@@ -51,16 +53,18 @@ impl Prepared {
         let bytes = &self.bytes[row * self.stride_bytes..][..self.stride_bytes];
         let float = |at: usize| f64::from(f32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()));
         (0..cols)
-            .map(|col| match self.form {
-                RowForm::F32 => float(4 * col),
-                RowForm::Int8 => f64::from(bytes[col] as i8) * float(self.int8.scales + col / 32 * 4),
+            .map(|col| match self.int8 {
+                None => float(4 * col),
+                Some(int8) => f64::from(bytes[col] as i8) * float(int8.scales + col / (32 * int8.scale_blocks) * 4),
             })
             .collect()
     }
 
     fn rows<'a>(&'a self, ids: &'a [u32]) -> Rows<'a> {
         // SAFETY: the bytes are borrowed as long as the rows.
-        unsafe { Rows::new(self.form, Some(&self.int8), self.bytes.as_ptr(), self.bytes.len(), self.stride_bytes, ids) }
+        unsafe {
+            Rows::new(self.form, self.int8.as_ref(), self.bytes.as_ptr(), self.bytes.len(), self.stride_bytes, ids)
+        }
     }
 }
 
@@ -116,6 +120,10 @@ fn fp8_with_odd_blocks() -> WeightFormat {
 fn formats() -> Vec<WeightFormat> {
     let mut formats = all_formats();
     formats.push(fp8_with_odd_blocks());
+    // Two scales of activations a group, and codes of a whole byte with one.
+    let scale = moellon_tensor::ScaleDtype::Bf16;
+    formats.push(WeightFormat::Affine { bits: 4, group: 128, scale });
+    formats.push(WeightFormat::Affine { bits: 8, group: 64, scale });
     formats
 }
 
@@ -134,7 +142,7 @@ fn products_are_right_in_every_format_and_mode() {
             let (matrix, x) = case(format, 11, [rows, cols], 3);
             let packed = PackedMatrices::pack(&pool, &[matrix.view()]).unwrap();
             for mode in [ActivationMode::Exact, ActivationMode::Int8] {
-                let prepared = Prepared::new(mode.row_form(packed.map.layout.coding), &x);
+                let prepared = Prepared::new(mode.row_form(&packed.map.layout), &x);
                 let actual = products(CpuLevel::detect(), mode, &packed, &prepared, &[0, 1, 2]);
                 for (i, actual) in actual.iter().enumerate() {
                     let seen = prepared.seen(i, cols);
@@ -160,7 +168,7 @@ fn all_levels_give_the_same_bits() {
             let (matrix, x) = case(format, 12, [rows, cols], 9);
             let packed = PackedMatrices::pack(&pool, &[matrix.view()]).unwrap();
             for mode in [ActivationMode::Exact, ActivationMode::Int8] {
-                let prepared = Prepared::new(mode.row_form(packed.map.layout.coding), &x);
+                let prepared = Prepared::new(mode.row_form(&packed.map.layout), &x);
                 let ids: Vec<u32> = (0..9).collect();
                 let expected = products(CpuLevel::Portable, mode, &packed, &prepared, &ids);
                 for level in CpuLevel::available() {
@@ -174,7 +182,7 @@ fn all_levels_give_the_same_bits() {
 
 #[test]
 fn the_largest_codes_and_activations_do_not_overflow() {
-    // Every code and every activation at its limit: sums of 32 products in i32, pairs in i16 at some levels.
+    // Every code and every activation at its limit: sums of 64 products in i32, pairs in i16 at some levels.
     let pool = test_pool(1);
     for bits in [2u8, 3, 4, 5, 6, 8] {
         let format = WeightFormat::Affine { bits, group: 128, scale: moellon_tensor::ScaleDtype::F32 };
@@ -184,7 +192,8 @@ fn the_largest_codes_and_activations_do_not_overflow() {
         let matrix = MatrixView::new("test", format, [16, 256], &codes, &ones, &zeros).unwrap();
         let packed = PackedMatrices::pack(&pool, &[matrix]).unwrap();
         for sign in [1.0f32, -1.0] {
-            let prepared = Prepared::new(RowForm::Int8, &[vec![sign * 127.0; 256]]);
+            let form = ActivationMode::Int8.row_form(&packed.map.layout);
+            let prepared = Prepared::new(form, &[vec![sign * 127.0; 256]]);
             for level in CpuLevel::available() {
                 // Alone, with expanded tiles, and with those of tile registers.
                 for num_rows in [1, 20, 30] {
@@ -215,7 +224,7 @@ proptest! {
         let cols = units * format.group().unwrap_or(13);
         let (matrix, x) = case(format, seed, [rows, cols], batch);
         let packed = PackedMatrices::pack(&test_pool(1), &[matrix.view()]).unwrap();
-        let prepared = Prepared::new(mode.row_form(packed.map.layout.coding), &x);
+        let prepared = Prepared::new(mode.row_form(&packed.map.layout), &x);
         // Rows in a shuffled order, some of them twice.
         let mut rng = SplitMix64::new(seed);
         let ids: Vec<u32> = (0..batch).map(|_| rng.below(batch) as u32).collect();

@@ -228,7 +228,7 @@ impl CudaBackend {
                 Some(input) if known => {
                     other = beside.unwrap_or(name);
                     ring = ring.max(pipe_bytes(weight.format, 1) + row_bytes(&input, weight.format, weight.cols));
-                    let (line, units) = self.line_args(input, parts, None)?;
+                    let (line, units) = self.line_args(input, parts, None, 16)?;
                     args.shared = line;
                     let tiles = |cols: usize, format| cols.div_ceil(64) as u32 * tile_bytes(format);
                     let side = WARPS / slices(weight.cols);

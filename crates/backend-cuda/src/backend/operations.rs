@@ -1,6 +1,6 @@
 //! The operations: which kernel, which grid, which scratch memory. One piece: a method an operation, in the order of the trait.
 
-use super::products::{WeightRef, activation_args, gemv_variant, slices};
+use super::products::{WGMMA, WeightRef, activation_args, gemv_variant, slices};
 use super::{COUNTERS, CudaBackend, DOWN_SLOTS, GEMV_ROWS, PARTIAL_BYTES, TILE, WARPS};
 use crate::args;
 use crate::args::{Mat, Matmul, Part, Routing};
@@ -72,17 +72,17 @@ pub(super) fn partial_row_bytes(args: &args::Attend, max_keys: usize) -> usize {
     args.num_heads as usize * max_splits(max_keys) * (HEADER + args.value_dim as usize) * 4
 }
 
-/// Heads of a block of `attend_prompt`, the most keys of a row, and shared memory: values and weights of four tiles, three numbers for
-/// each part and head, the keys' places.
+/// Heads of the two blocks of a row of `attend_prompt`, the most keys of a row, and shared memory: four stages of 64 keys with 320 columns,
+/// and four tiles of scores.
 const PROMPT_HEADS: u32 = 64;
-const PROMPT_KEYS: usize = 2048;
-const PROMPT_SHARED: u32 =
-    4 * TILE * 520 * 2 + 4 * 2 * PROMPT_HEADS * (TILE + 8) * 2 + 3 * 32 * PROMPT_HEADS * 4 + 4 * 2048;
+const PROMPT_KEYS: usize = 4096;
+const PROMPT_SHARED: u32 = 4 * 64 * 320 * 2 + 4 * PROMPT_HEADS * 64 * 4;
 
-/// Bytes of the weights of one row's keys between the two passes of `attend_prompt`.
-fn prompt_row_bytes(args: &args::Attend, max_keys: usize) -> usize {
-    args.num_heads as usize * max_keys.div_ceil(TILE as usize) * TILE as usize * 4
-}
+/// Keys of a block of `index_score1_bf16`, twice as many of `index_score2_bf16`; its shared memory: queries of two steps.
+const INDEX_KEYS: usize = 128;
+const INDEX_SHARED: u32 = 2 * 3 * 32 * 160 * 2;
+/// Rows that a block of `index_score2_bf16` goes through.
+const INDEX_TOKENS: usize = 16;
 
 /// Threads for a kernel that works on a row of `cols` elements with one block: a function of `cols` alone, for the same reason.
 fn row_threads(cols: usize) -> u32 {
@@ -121,8 +121,10 @@ impl CudaBackend {
         digits: DevicePtr,
     ) -> Result<()> {
         let by_rows = num_tokens > GEMV_ROWS && digits == 0 && self.attends_by_rows(&whole, max_keys);
-        let row_bytes = if by_rows { prompt_row_bytes(&whole, max_keys) } else { partial_row_bytes(&whole, max_keys) };
-        let chunk = (PARTIAL_BYTES / row_bytes).clamp(1, num_tokens.max(1));
+        if by_rows {
+            return self.attend_prompt(whole, num_tokens);
+        }
+        let chunk = (PARTIAL_BYTES / partial_row_bytes(&whole, max_keys)).clamp(1, num_tokens.max(1));
         let join = self.kernels.attention("attend_join")?;
         for first in (0..num_tokens).step_by(chunk) {
             let rows = chunk.min(num_tokens - first);
@@ -139,10 +141,6 @@ impl CudaBackend {
                 part.index_ids += 4 * (first * stride) as u64;
                 part.index_counts += 4 * first as u64;
             }
-            if by_rows {
-                self.attend_prompt(part, rows, max_keys)?;
-                continue;
-            }
             self.attend_parts(&mut part, rows, max_keys)?;
             let digits = match digits {
                 0 => 0,
@@ -154,23 +152,21 @@ impl CudaBackend {
         Ok(())
     }
 
-    /// Whether the rows of a prompt have a block each (`attend_prompt`).
+    /// Whether the rows of a prompt have two blocks each (`attend_prompt`).
     fn attends_by_rows(&self, args: &args::Attend, max_keys: usize) -> bool {
-        mla_by_tensor_cores(args)
+        self.device.capability == WGMMA
+            && mla_by_tensor_cores(args)
             && (args.q_dim, args.q_rope_dim, args.value_dim) == (512, 64, 512)
             && args.num_heads.is_multiple_of(PROMPT_HEADS)
             && max_keys <= PROMPT_KEYS
             && self.kernels.most_shared >= PROMPT_SHARED
     }
 
-    /// Attention for `rows` rows of a prompt, a block each.
-    fn attend_prompt(&mut self, attend: args::Attend, rows: usize, max_keys: usize) -> Result<()> {
-        let bytes = (rows * prompt_row_bytes(&attend, max_keys)) as u64;
-        let weights = self.partial.pointer("weights of attention", bytes, &mut self.device)?;
-        let max_tiles = max_keys.div_ceil(TILE as usize) as u32;
-        let args = args::AttendPrompt { attend, weights, num_tokens: rows as u32, max_tiles };
-        let kernel = self.kernels.attention("attend_prompt")?;
-        self.device.launch(&kernel, [rows as u32, attend.num_heads / PROMPT_HEADS, 1], 256, PROMPT_SHARED, &args)
+    /// Attention for the rows of a prompt, a cluster of two blocks each.
+    fn attend_prompt(&mut self, attend: args::Attend, rows: usize) -> Result<()> {
+        let args = args::AttendPrompt { attend, num_tokens: rows as u32, pad: 0 };
+        let kernel = self.kernels.prompt_attention()?;
+        self.device.launch(&kernel, [2 * rows as u32, attend.num_heads / PROMPT_HEADS, 1], 384, PROMPT_SHARED, &args)
     }
 
     /// The parts of attention for `rows` rows, not joined; fills in where they lie.
@@ -456,10 +452,29 @@ impl CudaBackend {
             num_heads: op.num_heads as u32,
             head_dim: op.head_dim as u32,
             cache_bf16: u32::from(op.cache.dtype == CacheDtype::Bf16),
-            pad: 0,
+            block_tokens: 1,
             scale: op.scale,
-            pad2: 0,
+            num_tokens: op.q.rows as u32,
         };
+        // A function of the model, so that all rows take the same way.
+        let by_tensor_cores = args.cache_bf16 == 1
+            && op.head_dim == 128
+            && op.num_heads.is_multiple_of(32)
+            && args.q.stride.is_multiple_of(4)
+            && args.q.p.is_multiple_of(16);
+        if by_tensor_cores {
+            // A key's score does not depend on which of the two it is made by.
+            let many = op.q.rows > GEMV_ROWS;
+            let (name, keys, tokens) = if many {
+                ("index_score2_bf16", 2 * INDEX_KEYS, INDEX_TOKENS)
+            } else {
+                ("index_score1_bf16", INDEX_KEYS, 1)
+            };
+            let args = args::IndexScore { block_tokens: tokens as u32, ..args };
+            let kernel = self.kernels.attention(name)?;
+            let grid = [op.paging.max_context.div_ceil(keys) as u32, op.q.rows.div_ceil(tokens) as u32, 1];
+            return self.device.launch(&kernel, grid, 256, INDEX_SHARED, &args);
+        }
         let shared = 4 * (op.num_heads * (op.head_dim + 1) + WARPS * op.head_dim) as u32;
         let kernel = self.kernels.attention("index_score")?;
         let grid = [op.paging.max_context.div_ceil(64) as u32, op.q.rows as u32, 1];

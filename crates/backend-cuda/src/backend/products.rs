@@ -6,7 +6,7 @@ use crate::args::{Mat, Matmul, Part, Routing};
 use crate::buffers::{Form, Parts};
 use crate::driver::{DevicePtr, device_error};
 use crate::weights::{
-    BLOCKED_BYTES, DeviceWeight, PROMPT_ROWS, PROMPT_TOKENS, fast_format, format_name, product_suffix, prompt_bytes,
+    DeviceWeight, PROMPT_ROWS, PROMPT_TOKENS, blocked_bytes, fast_format, format_name, product_suffix, prompt_bytes,
     ring_bytes, takes_digits,
 };
 use moellon_ops::{Activation, Experts, Result, Tensor, Weight};
@@ -107,12 +107,7 @@ impl WeightRef {
 }
 
 /// The compute capability with wgmma.
-const WGMMA: (i32, i32) = (9, 0);
-
-/// Whether `prompt_*` multiplies such weights, where the GPU can.
-fn takes_wgmma(format: WeightFormat) -> bool {
-    takes_digits(format) && fast_format(format).is_some()
-}
+pub(super) const WGMMA: (i32, i32) = (9, 0);
 
 /// Whether the parts of a view's bfloat16 twin start at multiples of 16 bytes and end there, as kernels read them.
 fn is_aligned(x: Tensor, parts: Parts) -> bool {
@@ -191,7 +186,7 @@ impl CudaBackend {
             let kernel = kernels.matmul(&format!("linear{}_{name}", gemv_variant(rows)))?;
             return device.launch(&kernel, [blocks, count, 1], 256, ring_bytes(w.format, 1), &args);
         }
-        if device.capability == WGMMA && takes_wgmma(w.format) {
+        if device.capability == WGMMA && fast_format(w.format).is_some() {
             return self.prompt_product(&[(weight, out)], x, routing);
         }
         let rows = if routing.ids == 0 { rows } else { routing.num_tokens as usize };
@@ -200,9 +195,9 @@ impl CudaBackend {
         device.launch(&kernel, grid, 256, 0, &args)
     }
 
-    /// Whether products of many rows with weights of this format are `prompt_*`: affine formats, where the GPU has wgmma.
+    /// Whether products of many rows with weights of this format are `prompt_*`: where the GPU has wgmma and scales stand behind their tile.
     pub(super) fn takes_wgmma(&self, format: WeightFormat) -> bool {
-        self.device.capability == WGMMA && takes_wgmma(format)
+        self.device.capability == WGMMA && fast_format(format).is_some()
     }
 
     /// Products of more than [`GEMV_ROWS`] rows with weights of one format and as many columns that share `x`; at most four.
@@ -226,18 +221,21 @@ impl CudaBackend {
             _ => (routing.num_tokens * routing.top_k / tokens + count, 1),
         };
         args.num_experts = if routing.ids == 0 { 0 } else { count };
-        let bytes = u64::from(heads) * u64::from(row_tiles) * u64::from(col_tiles) * BLOCKED_BYTES as u64;
-        let blocked = self.blocked.pointer("activations of a prompt as digits", bytes, device)?;
+        let bytes = u64::from(heads) * u64::from(row_tiles) * u64::from(col_tiles) * blocked_bytes(format) as u64;
+        let blocked = self.blocked.pointer("activations of a prompt in tiles", bytes, device)?;
         let block = args::Block {
             routing,
+            x: x.x,
             digits: args.digits,
             out: blocked,
             rows: x.x.rows,
             tiles: col_tiles,
             parts: args.digits_parts,
             experts: args.num_experts,
+            cols: first.cols as u32,
+            head_stride: x.head_stride,
         };
-        let kernel = kernels.prompt("block_digits")?;
+        let kernel = kernels.prompt(if takes_digits(format) { "block_digits" } else { "block_twins" })?;
         device.launch(&kernel, [4 * col_tiles.div_ceil(8), row_tiles, heads], 256, 0, &block)?;
         args.digits = blocked;
         let kernel = kernels.prompt(&format!("prompt_{name}"))?;

@@ -92,7 +92,7 @@ pub(super) fn are_exact(device: &mut Device) -> Result<bool> {
     for digits in DIGITS {
         let input = words(digits);
         let memory = device.alloc("the self-test", 4 * input.len() as u64)?;
-        device.queue.write_buffer(&memory.buffer, 0, bytemuck::cast_slice(&input));
+        device.write(&memory, 0, bytemuck::cast_slice(&input));
         let mut found = [0u32; 256];
         device.run_alone(Kernel::MatrixTest(digits), &memory, &mut found)?;
         let holds = |place: usize| found[place] == expected(digits, place % 16, place / 16).to_bits();

@@ -213,5 +213,5 @@ impl WeightProvider for Synthetic {
         name.ends_with(".eh_proj.weight")
     }
 
-    fn release(&self, _matrix: &MatrixView<'_>) {}
+    fn release(&self, _matrices: &[MatrixView<'_>]) {}
 }

@@ -10,7 +10,7 @@ use moellon_model::weights::Weights;
 use moellon_model::{Decoder, DecoderOptions, Result, Tap, TapPoint};
 use moellon_ops::conformance::Tolerance;
 use moellon_ops::reference::ReferenceBackend;
-use moellon_ops::{Backend, CacheDtype, Tensor};
+use moellon_ops::{ActivationPrecision, Backend, CacheDtype, Tensor};
 use moellon_tensor::encode::{EncodeOptions, encode_matrix};
 use moellon_tensor::{MatrixView, ScaleDtype, WeightFormat};
 
@@ -52,17 +52,11 @@ impl Encoded<'_> {
 }
 
 impl WeightProvider for Encoded<'_> {
+    moellon_model::forward_weights!(checkpoint: vector num_experts expert_biases has);
+
     fn linear(&self, path: &str, shape: [usize; 2]) -> Result<Matrix<'_>> {
         let matrix = WeightProvider::linear(self.checkpoint, path, shape)?;
         if path.ends_with(".gate") || path.ends_with(".router") { Ok(matrix) } else { self.encode(&matrix) }
-    }
-
-    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
-        WeightProvider::vector(self.checkpoint, name, len)
-    }
-
-    fn num_experts(&self, path: &str) -> Result<usize> {
-        WeightProvider::num_experts(self.checkpoint, path)
     }
 
     fn experts(
@@ -75,10 +69,6 @@ impl WeightProvider for Encoded<'_> {
         self.encode_all(&WeightProvider::experts(self.checkpoint, path, projection, num_experts, shape)?)
     }
 
-    fn expert_biases(&self, path: &str, projection: Projection, rows: usize) -> Result<Option<Vec<f32>>> {
-        WeightProvider::expert_biases(self.checkpoint, path, projection, rows)
-    }
-
     fn mla_kv_b(&self, path: &str, shape: MlaShape) -> Result<KvB<'_>> {
         let KvB { embed_q, unembed_out } = WeightProvider::mla_kv_b(self.checkpoint, path, shape)?;
         Ok(KvB { embed_q: self.encode_all(&embed_q)?, unembed_out: self.encode_all(&unembed_out)? })
@@ -88,11 +78,7 @@ impl WeightProvider for Encoded<'_> {
         Ok(None)
     }
 
-    fn has(&self, name: &str) -> bool {
-        WeightProvider::has(self.checkpoint, name)
-    }
-
-    fn release(&self, _matrix: &MatrixView<'_>) {}
+    fn release(&self, _matrices: &[MatrixView<'_>]) {}
 }
 
 /// What a step showed of itself, in its order.
@@ -162,11 +148,12 @@ fn prompt(golden: &Golden, format: WeightFormat, backend: &mut dyn Backend) -> (
 /// values of the heads, output; the indexer's stand beside them) and two of the experts.
 const PRODUCTS_A_LAYER: usize = 7;
 
-/// How far a back end is from the reference, over all that was compared.
+/// How far a back end is from a reference, over all that was compared.
 #[derive(Default)]
 struct Comparison {
-    /// Largest difference as a share of the tolerance.
+    /// Largest difference as a share of the tolerance, and where.
     worst: f32,
+    worst_at: String,
     /// Positions times layers, those before another choice, and choices that differ.
     positions: usize,
     compared: usize,
@@ -177,35 +164,21 @@ impl Comparison {
     /// Relative errors of products that follow each other are independent, so they add like a random walk: `n` products have the
     /// bound of one times the root of `n`. A position where something else was chosen (scores nearer to each other than these
     /// errors) computes other numbers, and so do those behind it, which attend to it; they are left out, and counted.
-    fn add(
-        &mut self,
+    fn of(
         name: &str,
-        found: (Vec<Seen>, Vec<f32>),
-        expected: (Vec<Seen>, Vec<f32>),
-        backend: &dyn Backend,
-    ) {
-        let precision = backend.caps().activations;
+        found: &(Vec<Seen>, Vec<f32>),
+        expected: &(Vec<Seen>, Vec<f32>),
+        precision: ActivationPrecision,
+    ) -> Self {
+        let mut all = Comparison::default();
         let mut same = usize::MAX;
-        let mut compare = |what: &str, products: usize, same: usize, found: &[f32], expected: &[f32], cols: usize| {
-            let tolerance = Tolerance { reduction: cols, quantized: true, depth: 2 };
-            for (row, (found, expected)) in found.chunks(cols).zip(expected.chunks(cols)).enumerate() {
-                self.positions += 1;
-                if row >= same {
-                    continue;
-                }
-                self.compared += 1;
-                let share = tolerance.share(precision, found, expected, cols) / (products as f32).sqrt();
-                assert!(share <= 1.0, "{name}: {what}, position {row}: {share} of the tolerance");
-                self.worst = self.worst.max(share);
-            }
-        };
         let mut others = 0;
         let rows = golden_rows(&expected.0);
         for (found, expected) in found.0.iter().zip(&expected.0) {
             match (found, expected) {
                 (Seen::Hidden(layer, found), Seen::Hidden(_, expected)) => {
-                    let what = format!("residual stream of {layer} layers");
-                    compare(&what, PRODUCTS_A_LAYER * layer.max(&1), same, found, expected, expected.len() / rows);
+                    let what = format!("{name}: residual stream of {layer} layers");
+                    all.rows(&what, PRODUCTS_A_LAYER * layer.max(&1), same, [found, expected], rows, precision);
                 }
                 (Seen::Chosen(found), Seen::Chosen(expected)) => {
                     let first = found.iter().zip(expected).position(|(found, expected)| found != expected);
@@ -218,8 +191,43 @@ impl Comparison {
             }
         }
         let layers = expected.0.iter().filter(|seen| matches!(seen, Seen::Hidden(..))).count();
-        compare("logits", PRODUCTS_A_LAYER * layers + 1, same, &found.1, &expected.1, expected.1.len() / rows);
-        self.other_choices += others;
+        let what = format!("{name}: logits");
+        all.rows(&what, PRODUCTS_A_LAYER * layers + 1, same, [&found.1, &expected.1], rows, precision);
+        all.other_choices = others;
+        all
+    }
+
+    /// Compares the rows before position `same` of what `products` products in a row made.
+    fn rows(
+        &mut self,
+        what: &str,
+        products: usize,
+        same: usize,
+        [found, expected]: [&[f32]; 2],
+        rows: usize,
+        precision: ActivationPrecision,
+    ) {
+        let cols = expected.len() / rows;
+        let tolerance = Tolerance { reduction: cols, quantized: true, depth: 2 };
+        for (row, (found, expected)) in found.chunks(cols).zip(expected.chunks(cols)).enumerate() {
+            self.positions += 1;
+            if row >= same {
+                continue;
+            }
+            self.compared += 1;
+            let share = tolerance.share(precision, found, expected, cols) / (products as f32).sqrt();
+            if share > self.worst {
+                (self.worst, self.worst_at) = (share, format!("{what}, position {row}"));
+            }
+        }
+    }
+
+    fn add(&mut self, other: Comparison) {
+        assert!(other.worst <= 1.0, "{}: {} of the tolerance", other.worst_at, other.worst);
+        self.worst = self.worst.max(other.worst);
+        self.positions += other.positions;
+        self.compared += other.compared;
+        self.other_choices += other.other_choices;
     }
 }
 
@@ -231,16 +239,33 @@ fn golden_rows(steps: &[Seen]) -> usize {
 
 /// Every golden model in every format: residual streams after each layer and logits are the reference's within what rounding
 /// activations explains, up to the first position where something else is chosen. Of all pairs of a model and a format every `stride`th is taken.
+///
+/// A back end whose activations may be bfloat16 is compared with a reference that rounds them so as well, and with one of the two it
+/// has to agree: some of these models make more of such a rounding than independent errors would (deepseek_v3 in FP8 1.65 times
+/// the tolerance at position 16, in sums of f64), and which formats such a back end rounds for is its own affair.
 pub(crate) fn assert_every_format(stride: usize, backend: &mut dyn Backend) {
+    let precision = backend.caps().activations;
     for (first, format) in formats().into_iter().enumerate() {
         let mut comparison = Comparison::default();
         for name in fixtures().into_iter().skip(first % stride).step_by(stride) {
             let golden = Golden::open(&name);
-            let expected = prompt(&golden, format, &mut ReferenceBackend::new());
             let found = prompt(&golden, format, backend);
-            comparison.add(&format!("{name} in {format:?}"), found, expected, backend);
+            let mut references = vec![ReferenceBackend::new()];
+            if precision == ActivationPrecision::Half {
+                references.push(ReferenceBackend::with_bf16_activations());
+            }
+            let name = format!("{name} in {format:?}");
+            let against = |mut reference: ReferenceBackend| {
+                Comparison::of(&name, &found, &prompt(&golden, format, &mut reference), precision)
+            };
+            // The one that chooses alike for longer.
+            let nearest = references
+                .into_iter()
+                .map(against)
+                .max_by(|a, b| a.compared.cmp(&b.compared).then(b.worst.total_cmp(&a.worst)));
+            comparison.add(nearest.expect("there is a reference"));
         }
-        let Comparison { worst, positions, compared, other_choices } = comparison;
+        let Comparison { worst, positions, compared, other_choices, .. } = comparison;
         eprintln!(
             "{format:?}: {worst:.2} of the tolerance; {compared} of {positions} positions and layers compared, {other_choices} other choices"
         );

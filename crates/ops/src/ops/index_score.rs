@@ -69,11 +69,10 @@ impl IndexScore {
 }
 
 pub(crate) fn cases() -> Vec<Case> {
-    let case = |rows: usize, context: usize, dtype: CacheDtype| {
-        let (num_heads, head_dim) = (4, 32);
+    let case = |rows: usize, context: usize, dtype: CacheDtype, (num_heads, head_dim): (usize, usize)| {
         Case::new(
             "index_score",
-            format!("{rows} rows, context {context}, {dtype:?}"),
+            format!("{rows} rows, context {context}, {num_heads} heads of {head_dim}, {dtype:?}"),
             rows,
             Tolerance::exact(num_heads * head_dim),
             move |backend, picked| {
@@ -103,5 +102,12 @@ pub(crate) fn cases() -> Vec<Case> {
             },
         )
     };
-    vec![case(1, 1, CacheDtype::F32), case(3, 65, CacheDtype::F32), case(4, 200, CacheDtype::Bf16)]
+    vec![
+        case(1, 1, CacheDtype::F32, (4, 32)),
+        case(3, 65, CacheDtype::F32, (4, 32)),
+        case(4, 200, CacheDtype::Bf16, (4, 32)),
+        // The indexers of GLM-5.2 and DeepSeek-V3.2; rows of a step and of a prompt.
+        case(2, 300, CacheDtype::Bf16, (32, 128)),
+        case(35, 300, CacheDtype::Bf16, (64, 128)),
+    ]
 }
