@@ -24,11 +24,10 @@ to 2.8 GB) or three of GLM-5.2 with 77 experts (5 GB). We run `moellon bench` on
 Each measurement is a process of its own. Rounds alternate and begin with another engine each, so that a noisy neighbour meets all; a number
 is the median over the rounds, of medians over windows (those with more than 2 % steal are measured again). ik_llama.cpp runs with -rtr -muge
 -mqkv, which is its fastest in decoding; prompts are measured without them as well, and the table has the better.
---more adds rounds to the receipt that the same binary wrote today.
+--more adds rounds to the newest receipt, if the same binary wrote it.
 """
 
 import argparse
-import datetime
 import hashlib
 import json
 import os
@@ -116,7 +115,7 @@ def main():
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     arguments.add_argument("--prepare", action="store_true", help="only write the GGUF file")
-    arguments.add_argument("--more", action="store_true", help="add rounds to today's receipt")
+    arguments.add_argument("--more", action="store_true", help="add rounds to the newest receipt")
     options = arguments.parse_args()
     shape, formats, stolen = SHAPES[options.shape], FORMATS[options.format], steal_ticks()
     path, read_path = (options.directory / f"{options.shape}-{options.format}.{end}" for end in ("gguf", "json"))
@@ -130,7 +129,9 @@ def main():
     name = f"peers-{options.shape}-{options.format.replace('_', '-')}"
     samples = {"peers": {engine: release(engine, directory) for engine, directory in chosen.items()}, "bytes": read, "rounds": []}
     if options.more:
-        earlier = json.loads((ROOT / "receipts" / f"{datetime.date.today().isoformat()}-{name}.json").read_text())
+        # The newest of its name; with the new rounds it stands under today's date.
+        newest = max((ROOT / "receipts").glob(f"????-??-??-{name}.json"))
+        earlier = json.loads(newest.read_text())
         assert earlier["binary_sha256"] == hashlib.sha256(BINARY.read_bytes()).hexdigest(), "another binary wrote the receipt"
         samples = earlier["samples"]
     command = ["bench", "--synthetic", shape.ours, "--format", formats.ours, "--batch", ",".join(map(str, BATCHES)), "--context", str(CONTEXT)]
@@ -161,6 +162,8 @@ def main():
     rows = table(options, samples["rounds"], read)
     ours = [f"--{engine} {'LIBRARIES' if engine == 'llama.cpp' else 'REPOSITORY'}" for engine in chosen]
     commands = [f"python3 bench/peers/llama_cpp.py DIRECTORY {' '.join(ours)} --shape {options.shape} --format {options.format}", f"{NAME} {' '.join(command)}"]
+    if options.more:
+        newest.unlink()
     write(name, commands, samples, {"peers-cpu": rows}, stolen)
     print(*(" | ".join(row.values()) for row in rows), sep="\n")
 

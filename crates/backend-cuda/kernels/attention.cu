@@ -128,7 +128,9 @@ KERNEL __launch_bounds__(256, 2) attend_mla(const __grid_constant__ AttendArgs a
         u32 h = 2 * warp + i;
         float s = scores[h * S + lane] + scores[(MLA_HEADS + h) * S + lane];
         s = base + lane < end ? s : -INFINITY;
-        float m_new = fmaxf(m[i], ceilf(warp_max(s) * scale)), p = exp2_of(fmaf(s, scale, -m_new)), old = power_of_two(m[i] - m_new);
+        // Counted from the tile's own largest score first, so that a weight's bits do not depend on other tiles.
+        float from = ceilf(warp_max(s) * scale), m_new = fmaxf(m[i], from), old = power_of_two(m[i] - m_new);
+        float p = exp2_of(fmaf(s, scale, -from)) * power_of_two(from - m_new);
         m[i] = m_new;
         l[i] = l[i] * old + warp_sum(p);
         split_bf16(p, weights[h * P + lane], weights[(MLA_HEADS + h) * P + lane]);

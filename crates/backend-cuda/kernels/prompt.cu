@@ -230,15 +230,14 @@ template <int F> DEVICE void start_products(u32 high[32], u32 low[32], u32 sum_o
   wgmma_next(low, o[2], o[6], o[3], o[7], digits + 6);
   wgmma_commit();
 }
-// acc += what they give, for the first `eights` times eight rows of activations, four eights at least: an expert's last tile is seldom full.
-template <int F> DEVICE void add_products(float acc[32], const u32 high[32], const u32 low[32], const u32 sum_of_codes[4], uint2 scales, u32 stage, u32 eights) {
+// acc += what they give.
+template <int F> DEVICE void add_products(float acc[32], const u32 high[32], const u32 low[32], const u32 sum_of_codes[4], uint2 scales, u32 stage) {
   u32 t = threadIdx.x % 4;
   float s[2] = {__uint_as_float(scales.x << 16) * 536870912.f /* 2^29 */, __uint_as_float(scales.y << 16) * 536870912.f};
   float b[2] = {__uint_as_float(scales.x & 0xffff0000u), __uint_as_float(scales.y & 0xffff0000u)};
   float less[2] = {less_of(sum_of_codes[0]), less_of(sum_of_codes[2])};
 #pragma unroll
   for (int i = 0; i < 8; i++) {
-    if (i >= 4 && i >= eights) break;
     uint4 v = shared_load<uint4>(stage + Stage<F>::ABOUT + i * 64 + t * 16);
     float scale[2] = {__uint_as_float(v.x), __uint_as_float(v.z)}, sum[2] = {__uint_as_float(v.y), __uint_as_float(v.w)};
 #pragma unroll
@@ -250,7 +249,7 @@ template <int F> DEVICE void add_products(float acc[32], const u32 high[32], con
 }
 
 // The products of a slice's tiles, first to before end, with affine weights. The next tile's codes are read while this one's are multiplied.
-template <int F> DEVICE void affine_slice(float acc[32], WeightRing<F>& ring, u32 first, u32 end, u32 stages, u32 bar, u32 eights) {
+template <int F> DEVICE void affine_slice(float acc[32], WeightRing<F>& ring, u32 first, u32 end, u32 stages, u32 bar) {
   typedef Stage<F> S;
   u64 ones = descriptor(stages + S::ONES);
 #pragma unroll
@@ -265,7 +264,7 @@ template <int F> DEVICE void affine_slice(float acc[32], WeightRing<F>& ring, u3
     if constexpr (F != AFFINE8) ring.take(j + 1);
     wgmma_wait(high, low, sum_of_codes);
     if constexpr (F == AFFINE8) ring.take(j + 1);  // its codes are what is multiplied
-    add_products<F>(acc, high, low, sum_of_codes, scales, stage, eights);
+    add_products<F>(acc, high, low, sum_of_codes, scales, stage);
     warp_arrives(bar + 8 * (S::COUNT + j % S::COUNT));
   }
 }
@@ -384,7 +383,7 @@ template <int F> DEVICE void prompt_product(const MatmulArgs& a) {
     return;
   }
   asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-  u32 row_tile = (blockIdx.x - a.first_block[k]) * 4 * CONSUMERS + warp, slices = a.slices, eights = (tile.count - tile.first + 7) / 8;
+  u32 row_tile = (blockIdx.x - a.first_block[k]) * 4 * CONSUMERS + warp, slices = a.slices;
   WeightRing<F> weights;
   weights.start(stages, part.w, tile.matrix, row_tile);
   // What the slices before gave: shared memory, since registers are scarce.
@@ -394,7 +393,7 @@ template <int F> DEVICE void prompt_product(const MatmulArgs& a) {
   for (u32 slice = 0; slice < slices; slice++) {
     float acc[32];
     u32 first = slice_start(slice, slices, tiles), end = slice_start(slice + 1, slices, tiles);
-    if constexpr (Is<F>::affine) affine_slice<F>(acc, weights, first, end, stages, bar, eights);
+    if constexpr (Is<F>::affine) affine_slice<F>(acc, weights, first, end, stages, bar);
     else if constexpr (F == NVFP4) plain_slice<F>(acc, weights, first, end, stages, bar);
     else scaled_slice<F>(acc, weights, first, end, stages, bar);
 #pragma unroll

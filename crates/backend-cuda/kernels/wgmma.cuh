@@ -16,10 +16,6 @@ template <bool TRANSPOSED> DEVICE void wgmma_bf16(float d[32], const u32 a[4], u
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " WGMMA_SUMS ", {%32,%33,%34,%35}, %36, p, 1, 1, %38; }"
       : WGMMA_F32 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more), "n"(TRANSPOSED ? 1 : 0));
 }
-// The same with the first operand in shared memory, d += a b: rows of 128 swizzled bytes.
-DEVICE void wgmma_bf16(float d[32], u64 a, u64 b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " WGMMA_SUMS ", %32, %33, 1, 1, 1, 0, 0;" : WGMMA_F32 : "l"(a), "l"(b));
-}
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits for all products but the N latest groups, and keeps what reads their sums behind it.

@@ -72,11 +72,11 @@ pub(super) fn partial_row_bytes(args: &args::Attend, max_keys: usize) -> usize {
     args.num_heads as usize * max_splits(max_keys) * (HEADER + args.value_dim as usize) * 4
 }
 
-/// Heads of the two blocks of a row of `attend_prompt`, the most keys of a row, and shared memory: four stages of 64 keys with 320 columns,
-/// and four tiles of scores.
+/// Heads of the two blocks of a row of `attend_prompt`, the most keys of a row, and shared memory (`SHARED_BYTES`): three stages of 64 keys with
+/// 320 columns, and what 256 threads give each other.
 const PROMPT_HEADS: u32 = 64;
 const PROMPT_KEYS: usize = 4096;
-const PROMPT_SHARED: u32 = 4 * 64 * 320 * 2 + 4 * PROMPT_HEADS * 64 * 4;
+const PROMPT_SHARED: u32 = 3 * 64 * 320 * 2 + 256 * (64 + 64 + 16 + 128);
 
 /// Keys of a block of `index_score1_bf16`, twice as many of `index_score2_bf16`; its shared memory: queries of two steps.
 const INDEX_KEYS: usize = 128;
