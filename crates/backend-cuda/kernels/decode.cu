@@ -2,7 +2,7 @@
 //
 // - Grids are as large as what is resident, three blocks a multiprocessor (two: 2.41 ms a step, one: 3.24, three: 2.09; four with
 //   smaller rings: 2.41; 12 layers of GLM-5.2-77 in affine-4, H200). A warp goes from row tile to row tile with its ring full.
-// - What comes before a product (norm, rotation, the joining of attention's parts, the router's choice) is done by every block for
+// - What comes before a product (norm, rotation, the joining of attention's parts) is done by every block for
 //   itself; what comes after (activation, weighted sum, residual, digits) by whoever has the sums. A layer is nine kernels.
 // - Every kernel lets the one behind it start at once: its blocks ask for their weights, which do not depend on anything, while the last blocks
 //   before them still work (117 us a layer of GLM-5.2-77 in q3a4 without, 106 with; H200, cuda-decode-layer).
@@ -75,15 +75,11 @@ DEVICE void norm_weights(const RowInput& in, u32 cols, float weight[8]) {
   for (u32 c = ROW_COLUMNS + threadIdx.x * 32; c < cols; c += blockDim.x * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(in.weight + c));
 }
 
-// The sums of rows g and g + 8 of a lane into [16].
-DEVICE void put_one(float* red, const float acc[4], u32 lane) {
-  if (lane % 4 == 0) { red[lane / 4] = acc[0]; red[lane / 4 + 8] = acc[2]; }
-}
-// Row `lane` of a unit: its slices in order.
-DEVICE float sum_slices(const float red[][16], u32 slices, u32 row) {
+// Row `row` of a unit of R row tiles: its slices in order.
+template <int R> DEVICE float sum_slices(const float red[][R][16], u32 slices, u32 row) {
   float sum = 0.f;
 #pragma unroll
-  for (u32 s = 0; s < WARPS; s++) sum += s < slices ? red[s][row] : 0.f;
+  for (u32 s = 0; s < WARPS; s++) sum += s < slices ? red[s][row / 16][row % 16] : 0.f;
   return sum;
 }
 
@@ -91,21 +87,21 @@ DEVICE float sum_slices(const float red[][16], u32 slices, u32 row) {
 
 struct LineArgs {
   Part part[4];
-  u32 first_unit[5];   // of each part, in row tiles
+  u32 first_unit[5];   // of each part, in TALL row tiles
   u32 num_parts, slices, pad;
   RowInput in;
   Mat residual;        // the result is added to it too (p null: none)
 };
-template <int F> DEVICE void line(const LineArgs& a, u32 block, u32 blocks) {
+// A warp has a slice of TALL neighbouring row tiles at a time.
+template <int F, int TALL, int TILES = 0, int SLOTS = 0> DEVICE void line(const LineArgs& a, u32 block, u32 blocks) {
   extern __shared__ __align__(16) u8 shared[];
-  __shared__ float red[2][WARPS][16];
+  __shared__ float red[2][WARPS][TALL][16];
   __shared__ float scratch[32];
-  pdl_launch();
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 S = a.slices, side = WARPS / S, team = warp / S, slice = warp % S, step = blocks * side, total = a.first_unit[a.num_parts];
   u32 cols = a.part[0].w.cols, tiles = num_tiles(a.part[0].w);
   u32 first = slice_start(slice, S, tiles), count = slice_start(slice + 1, S, tiles) - first;
-  Pipe<F, 1> pipe;
+  Pipe<F, TALL, TILES, SLOTS> pipe;
   pipe.start(shared);
   auto part_of = [&](u32 u) {
     u32 k = 0;
@@ -116,8 +112,7 @@ template <int F> DEVICE void line(const LineArgs& a, u32 block, u32 blocks) {
   auto issue = [&] {
     if (pipe.left == 0 && ahead < total) {
       u32 k = part_of(ahead);
-      const Packed* w[1] = {&a.part[k].w};
-      pipe.aim(w, 0, ahead - a.first_unit[k], first, count);
+      pipe.aim(a.part[k].w, 0, (ahead - a.first_unit[k]) * TALL, first, count);
       ahead += step;
     }
     pipe.issue();
@@ -130,16 +125,15 @@ template <int F> DEVICE void line(const LineArgs& a, u32 block, u32 blocks) {
   const u8* x = prepare<F>(a.in, cols, shared + WARPS * pipe.RING, scratch, block == 0, weight);
   for (u32 buffer = 0; unit < total; unit += step, buffer ^= 1) {
     const Part& part = a.part[part_of(unit)];
-    u32 row_tile = unit - a.first_unit[part_of(unit)];
-    u32 row = row_tile * 16 + lane;
-    bool writes = slice == 0 && lane < 16 && row < part.w.rows;
+    u32 row = (unit - a.first_unit[part_of(unit)]) * (16 * TALL) + lane;
+    bool writes = slice == 0 && lane < 16 * TALL && row < part.w.rows;
     float old = writes && a.residual.p ? a.residual.p[row] : 0.f;
-    float acc[1][4] = {};
+    float acc[pipe.SUMS] = {};
     pipe.unit(acc, x, first, count, cols, issue);
-    put_one(red[buffer][warp], acc[0], lane);
+    pipe.put_sums(red[buffer][warp][0], acc);
     team_barrier(team, S);
     if (writes) {
-      float y = finish<F>(part.w, 0, row, sum_slices(red[buffer] + warp, S, lane));
+      float y = finish<F>(part.w, 0, row, sum_slices<TALL>(red[buffer] + warp, S, lane));
       store(part.out, 0, row, y);
       if (a.residual.p) a.residual.p[row] = old + y;
     }
@@ -160,7 +154,7 @@ struct HeadsArgs {
 // Grid (blocks of 8 / slices row tiles, heads and one more with a latent).
 template <int F> DEVICE void heads(const HeadsArgs& a) {
   extern __shared__ __align__(16) u8 shared[];
-  __shared__ float red[WARPS][16], results[WARPS * 16], scratch[32];
+  __shared__ float red[WARPS][1][16], results[WARPS * 16], scratch[32];
   pdl_launch();
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y;
   if (head == gridDim.y - a.has_latent) {
@@ -172,10 +166,9 @@ template <int F> DEVICE void heads(const HeadsArgs& a) {
   u32 cols = a.w.cols, tiles = num_tiles(a.w), row_tiles = (a.w.rows + 15) / 16;
   bool active = row_tile < row_tiles;
   u32 first = slice_start(slice, S, tiles), count = active ? slice_start(slice + 1, S, tiles) - first : 0;
-  const Packed* w[1] = {&a.w};
   Pipe<F, 1> pipe;
   pipe.start(shared);
-  pipe.aim(w, head, active ? row_tile : 0, first, count);
+  pipe.aim(a.w, head, active ? row_tile : 0, first, count);
 #pragma unroll
   for (int i = 0; i < pipe.D; i++) pipe.issue();
   u32 first_key, keys = 0;
@@ -197,15 +190,15 @@ template <int F> DEVICE void heads(const HeadsArgs& a) {
     else if (inside) *(uint4*)(x + c * 2) = pack8(v);
   }
   __syncthreads();
-  float acc[1][4] = {};
+  float acc[pipe.SUMS] = {};
   pipe.unit(acc, x, first, count, cols, [&] { pipe.issue(); });
-  put_one(red[warp], acc[0], lane);
+  pipe.put_sums(red[warp][0], acc);
   __syncthreads();
-  u32 i = threadIdx.x, row = blockIdx.x * side * 16 + i;
-  if (i < side * 16) {
+  u32 rows = side * 16, i = threadIdx.x, row = blockIdx.x * rows + i;
+  if (i < rows) {
     float y = 0.f;
     if (row < a.w.rows) {
-      y = finish<F>(a.w, head, row, sum_slices(red + i / 16 * S, S, i % 16));
+      y = finish<F>(a.w, head, row, sum_slices<1>(red + i / 16 * S, S, i % 16));
       store(a.out, 0, head * a.w.rows + row, y);
     }
     results[i] = y;
@@ -215,9 +208,9 @@ template <int F> DEVICE void heads(const HeadsArgs& a) {
   if (warp == 0) {
     float v[8];
 #pragma unroll
-    for (int k = 0; k < 8; k++) v[k] = lane * 8 < side * 16 ? results[(lane * 8 + k) % (WARPS * 16)] : 0.f;
-    u32 column = head * a.w.rows + blockIdx.x * side * 16 + lane * 8;
-    digits8(v, lane * 8 < side * 16 && blockIdx.x * side * 16 + lane * 8 < a.w.rows ? a.out_digits + column / 64 * DIGITS_BYTES : nullptr);
+    for (int k = 0; k < 8; k++) v[k] = lane * 8 < rows ? results[(lane * 8 + k) % (WARPS * 16)] : 0.f;
+    u32 column = blockIdx.x * rows + lane * 8;
+    digits8(v, lane * 8 < rows && column < a.w.rows ? a.out_digits + (head * a.w.rows + column) / 64 * DIGITS_BYTES : nullptr);
   }
 }
 
@@ -294,19 +287,19 @@ template <int KIND> DEVICE void router(const RouterArgs& a) {
 
 // Gate and up of one group of matrices: h = f(x gate, x up).
 struct UpPair { Packed gate, up; Mat out; const u8* x; };
-// The sums of a unit's slices, by its first warp: half a warp a matrix. Lanes below 16 get h of the row tile's row `lane`.
+// Of a unit's slices, by its first warp, half a warp a matrix: lanes below 16 get h of the row tile's row `lane`.
 template <int F> DEVICE float up_row(const UpPair& pair, const Activation& activation, const float red[][2][16], u32 slices, u32 matrix, u32 row_tile) {
   u32 lane = threadIdx.x % 32, row = row_tile * 16 + lane % 16;
-  float sum = 0.f;
-#pragma unroll
-  for (u32 s = 0; s < WARPS; s++) sum += s < slices ? red[s][lane / 16][lane % 16] : 0.f;
+  float sum = sum_slices<2>(red, slices, lane);
   if (row < pair.gate.rows) sum = finish<F>(lane < 16 ? pair.gate : pair.up, matrix, row, sum);
   return activate(activation, sum, __shfl_down_sync(0xffffffffu, sum, 16));
 }
 
-// The router, a block a row, beside a dense pair, which may be alone.
+// The router, a block a row, beside a dense pair; either may be alone.
 struct PairArgs {
   RouterArgs router;      // its input is the pair's too, where it has rows
+  RouteArgs route;        // the choice, by the router's last block; of no experts: somebody else makes it
+  u32* arrived;           // a counter
   UpPair pair;
   RowInput in;
   u32 router_kind, slices;
@@ -338,15 +331,34 @@ template <int F> DEVICE void pair(const PairArgs& a, u32 block, u32 blocks) {
   pdl_wait();
   const u8* x = prepare<F>(a.in, cols, shared + WARPS * pipe.RING, scratch, false, weight);
   for (u32 buffer = 0; unit < total; unit += step, buffer ^= 1) {
-    float acc[2][4] = {};
+    float acc[pipe.SUMS] = {};
     pipe.unit(acc, x, first, count, cols, issue);
-    put_one(red[buffer][warp][0], acc[0], lane);
-    put_one(red[buffer][warp][1], acc[1], lane);
+    pipe.put_sums(red[buffer][warp][0], acc);
     team_barrier(team, S);
     if (slice != 0) continue;
     float h = up_row<F>(pair, a.activation, red[buffer] + warp, S, 0, unit);
     if (lane < 16 && unit * 16 + lane < pair.gate.rows) store(pair.out, 0, unit * 16 + lane, h);
   }
+}
+// The choice, by the block whose logit is the last one; the pair's blocks take longer than both.
+DEVICE void choose_last(const PairArgs& a) {
+  __shared__ Choice choice;
+  __shared__ u32 last;
+  const RouteArgs& route = a.route;
+  u32 e = threadIdx.x;
+  bool mine = e < route.logits.cols;
+  float bias = mine && route.correction_bias ? route.correction_bias[e] : 0.f;
+  if (e == 0) {
+    __threadfence();
+    last = atomicInc(a.arrived, a.router.rows - 1) == a.router.rows - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!last) return;
+  choose(route, choice, mine ? *(volatile const float*)(route.logits.p + e) : 0.f, bias);
+  if (e >= 32) return;
+  float weight = chosen_weight(route, e < route.top_k ? choice.scores[e] : 0.f);
+  if (e < route.top_k) { route.ids[e] = choice.ids[e]; route.weights.p[e] = weight; }
 }
 template <int F> DEVICE void router_pair(const PairArgs& a) {
   pdl_launch();
@@ -354,6 +366,7 @@ template <int F> DEVICE void router_pair(const PairArgs& a) {
   if (a.router_kind == 0) router<0>(a.router);
   else if (a.router_kind == 1) router<1>(a.router);
   else router<2>(a.router);
+  if (a.route.top_k) choose_last(a);
 }
 
 // The chosen experts' gate and up, beside the second product of the shared expert.
@@ -361,7 +374,8 @@ struct UpArgs {
   UpPair routed;
   u32 shared_blocks;      // the first blocks of the grid: a product of a row, or none
   u32 slices;
-  RouteArgs route;        // the choice is made by every block for itself, and written by one
+  const u32* ids;         // of the chosen experts
+  u32 top_k, pad;
   Activation activation;
   u8* h_digits;           // h as digits, a part an expert, or null
   u32* arrived;           // a counter for 64 rows of h
@@ -370,13 +384,12 @@ struct UpArgs {
 template <int F> DEVICE void up(const UpArgs& a, u32 block, u32 blocks) {
   extern __shared__ __align__(16) u8 shared[];
   __shared__ float red[2][WARPS][2][16];
-  __shared__ Choice choice;
+  __shared__ u32 ids[32];
   const UpPair& pair = a.routed;
-  const u32* ids = choice.ids;
   u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 S = a.slices, side = WARPS / S, team = warp / S, slice = warp % S, step = blocks * side;
   const Packed* w[2] = {&pair.gate, &pair.up};
-  u32 row_tiles = (pair.gate.rows + 15) / 16, tiles = num_tiles(pair.gate), total = a.route.top_k * row_tiles;
+  u32 row_tiles = (pair.gate.rows + 15) / 16, tiles = num_tiles(pair.gate), total = a.top_k * row_tiles;
   u32 first = slice_start(slice, S, tiles), count = slice_start(slice + 1, S, tiles) - first;
   Pipe<F, 2> pipe;
   pipe.start(shared);
@@ -388,24 +401,20 @@ template <int F> DEVICE void up(const UpArgs& a, u32 block, u32 blocks) {
     }
     pipe.issue();
   };
-  bool mine = threadIdx.x < a.route.logits.cols;
-  float bias = mine && a.route.correction_bias ? a.route.correction_bias[threadIdx.x] : 0.f;
   pdl_wait();
-  choose(a.route, choice, mine ? a.route.logits.p[threadIdx.x] : 0.f, bias);
+  // Not before: what starts then reads the choice, which is there.
+  pdl_launch();
+  if (threadIdx.x < a.top_k) ids[threadIdx.x] = a.ids[threadIdx.x];
+  __syncthreads();
 #pragma unroll
   for (int i = 0; i < pipe.D; i++) issue();
-  if (block == 0 && warp == 0) {
-    float weight = chosen_weight(a.route, lane < a.route.top_k ? choice.scores[lane] : 0.f);
-    if (lane < a.route.top_k) { a.route.ids[lane] = ids[lane]; a.route.weights.p[lane] = weight; }
-  }
   bool reports = a.h_digits && slice == 0;
   u32 first_unit = unit;
   for (u32 buffer = 0; unit < total; unit += step, buffer ^= 1) {
     u32 k = unit / row_tiles, row_tile = unit % row_tiles;
-    float acc[2][4] = {};
+    float acc[pipe.SUMS] = {};
     pipe.unit(acc, pair.x, first, count, pair.gate.cols, issue);
-    put_one(red[buffer][warp][0], acc[0], lane);
-    put_one(red[buffer][warp][1], acc[1], lane);
+    pipe.put_sums(red[buffer][warp][0], acc);
     team_barrier(team, S);
     if (slice != 0) continue;
     float h = up_row<F>(pair, a.activation, red[buffer] + warp, S, ids[k], row_tile);
@@ -437,8 +446,7 @@ template <int F> DEVICE void up(const UpArgs& a, u32 block, u32 blocks) {
   }
 }
 template <int F, int G> DEVICE void experts_up(const UpArgs& a) {
-  pdl_launch();
-  if (blockIdx.x < a.shared_blocks) line<G>(a.shared, blockIdx.x, a.shared_blocks);
+  if (blockIdx.x < a.shared_blocks) line<G, 1>(a.shared, blockIdx.x, a.shared_blocks);
   else up<F>(a, blockIdx.x - a.shared_blocks, gridDim.x - a.shared_blocks);
 }
 
@@ -461,18 +469,20 @@ template <int F> DEVICE void experts_down(const DownArgs& a) {
   u32 S = a.slices, side = WARPS / S, team = warp / S, slice = warp % S;
   u32 row_tiles = (a.w.rows + 15) / 16, tiles = num_tiles(a.w);
   u32 first = slice_start(slice, S, tiles), count = slice_start(slice + 1, S, tiles) - first;
-  const Packed* w[1] = {&a.w};
   pdl_launch();
   pipe.start(shared);
-  pdl_wait();
-  if (threadIdx.x < a.top_k) { ids[threadIdx.x] = a.ids[threadIdx.x]; weights[threadIdx.x] = a.weights.p[threadIdx.x]; }
+  // The choice is older than the kernel before, which lets this one start only when it has read it: weights are asked for while that one ends.
+  if (threadIdx.x < a.top_k) {
+    ids[threadIdx.x] = *(volatile const u32*)(a.ids + threadIdx.x);
+    weights[threadIdx.x] = *(volatile const float*)(a.weights.p + threadIdx.x);
+  }
   __syncthreads();
   u32 ahead_tile = blockIdx.x, ahead_k = team;
   auto issue = [&] {
     if (pipe.left == 0) {
       if (ahead_k >= a.top_k) { ahead_k = team; ahead_tile += gridDim.x; }
       if (ahead_tile < row_tiles && ahead_k < a.top_k) {
-        pipe.aim(w, ids[ahead_k], ahead_tile, first, count);
+        pipe.aim(a.w, ids[ahead_k], ahead_tile, first, count);
         ahead_k += side;
       }
     }
@@ -480,6 +490,7 @@ template <int F> DEVICE void experts_down(const DownArgs& a) {
   };
 #pragma unroll
   for (int i = 0; i < pipe.D; i++) issue();
+  pdl_wait();
   u32 turn = 0;
   for (u32 row_tile = blockIdx.x; row_tile < row_tiles; row_tile += gridDim.x, turn++) {
     float* here = results + (turn & 1) * a.top_k * S * 16;
@@ -488,9 +499,9 @@ template <int F> DEVICE void experts_down(const DownArgs& a) {
     bool writes = warp == turn % WARPS && lane < 16 && row < a.w.rows;
     float sum = writes && a.plus.p ? a.plus.p[row] : 0.f, old = writes && a.residual.p ? a.residual.p[row] : 0.f;
     for (u32 k = team; k < a.top_k; k += side) {
-      float acc[1][4] = {};
+      float acc[pipe.SUMS] = {};
       pipe.unit(acc, a.x + k * a.part_bytes, first, count, a.w.cols, issue);
-      put_one(here + (k * S + slice) * 16, acc[0], lane);
+      pipe.put_sums(here + (k * S + slice) * 16, acc);
     }
     __syncthreads();
     if (writes) {
@@ -507,12 +518,16 @@ template <int F> DEVICE void experts_down(const DownArgs& a) {
   }
 }
 
+#ifndef NO_KERNELS  // programs under bench/ want the arguments alone
 #define KERNELS(NAME, F) \
-  KERNEL __launch_bounds__(256, 3) line_##NAME(const __grid_constant__ LineArgs a) { line<F>(a, blockIdx.x, gridDim.x); } \
+  KERNEL __launch_bounds__(256, 3) line_##NAME(const __grid_constant__ LineArgs a) { pdl_launch(); line<F, 1>(a, blockIdx.x, gridDim.x); } \
   KERNEL __launch_bounds__(256, 3) heads_##NAME(const __grid_constant__ HeadsArgs a) { heads<F>(a); } \
   KERNEL __launch_bounds__(256, 2) pair_##NAME(const __grid_constant__ PairArgs a) { router_pair<F>(a); } \
   KERNEL __launch_bounds__(256, 3) up_##NAME##_##NAME(const __grid_constant__ UpArgs a) { experts_up<F, F>(a); } \
   KERNEL __launch_bounds__(256, 3) experts_down_##NAME(const __grid_constant__ DownArgs a) { experts_down<F>(a); }
+// A product whose blocks would not fill the device: one a multiprocessor, with a ring that has all of its memory and two row tiles a warp. Kernels start
+// while the one before works, so that blocks go where there is room: three on one multiprocessor and one on another, where several fit.
+KERNEL __launch_bounds__(256, 1) deep_affine4(const __grid_constant__ LineArgs a) { pdl_launch(); line<AFFINE4, 2, 3, 4>(a, blockIdx.x, gridDim.x); }
 KERNELS(affine2, AFFINE2)
 KERNELS(affine3, AFFINE3)
 KERNELS(affine4, AFFINE4)
@@ -531,3 +546,4 @@ MIXED(affine3, AFFINE3, affine6, AFFINE6)
 MIXED(affine4, AFFINE4, affine6, AFFINE6)
 MIXED(affine4, AFFINE4, affine8, AFFINE8)
 MIXED(nvfp4, NVFP4, fp8, FP8)
+#endif

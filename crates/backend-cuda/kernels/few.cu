@@ -154,14 +154,6 @@ template <int F, int Q> DEVICE void add_slice(float sums[TALL][Q][Lot<F>::sums],
 
 template <int N> struct Count { static constexpr int n = N; };
 
-// Points the ring at tiles `first` to `first + count` of the row tiles.
-template <typename P> DEVICE void aim_at(P& pipe, const Packed* const w[TALL], u32 matrix, const u32 row_tile[TALL], u32 first, u32 count) {
-  pipe.left = count;
-#pragma unroll
-  for (int r = 0; r < TALL; r++)
-    pipe.code[r] = (const u8*)(w[r]->codes + matrix * w[r]->codes_stride) + (row_tile[r] * num_tiles(*w[r]) + first) * (u64)pipe.TILE;
-}
-
 // ---- the choice of experts, sorted ----
 
 // What the products with experts read: groups of up to eight rows of one expert.
@@ -318,8 +310,7 @@ template <int F, bool ROUTED> DEVICE void few_up(const FewUpArgs& a, const FewPa
       if (ahead < end) {
         u32 row_tile = row_block_of(ahead) * WARPS + warp, first = slice_start(ahead_slice, S, tiles);
         if (row_tile >= row_tiles) row_tile = row_tiles - 1;
-        const u32 both[TALL] = {row_tile, row_tile};
-        aim_at(pipe, w, group_of(ahead).expert, both, first, slice_start(ahead_slice + 1, S, tiles) - first);
+        pipe.aim(w, group_of(ahead).expert, row_tile, first, slice_start(ahead_slice + 1, S, tiles) - first);
         ahead_slice++;
       }
     }
@@ -391,7 +382,6 @@ template <int F> DEVICE void few_down(const FewDownArgs& a) {
   typedef SharedRows<F, Size::C, Size::X, GROUP> X;
   u32 warp = threadIdx.x / 32, S = a.slices, tiles = num_tiles(a.w);
   u32 row_tiles = (a.w.rows + 15) / 16, row_blocks = (row_tiles + WARPS * TALL - 1) / (WARPS * TALL);
-  const Packed* w[TALL] = {&a.w, &a.w};
   P pipe;
   X rows;
   if (warp < WARPS) pipe.start(shared);
@@ -416,8 +406,7 @@ template <int F> DEVICE void few_down(const FewDownArgs& a) {
       if (ahead_slice == S) { ahead_slice = 0; ahead++; }
       if (ahead < end) {
         u32 first = slice_start(ahead_slice, S, tiles), row_tile = (ahead % row_blocks * WARPS + warp) * TALL;
-        const u32 both[TALL] = {row_tile < row_tiles ? row_tile : row_tiles - 1, row_tile + 1 < row_tiles ? row_tile + 1 : row_tiles - 1};
-        aim_at(pipe, w, plan.get(ahead / row_blocks).expert, both, first, slice_start(ahead_slice + 1, S, tiles) - first);
+        pipe.aim(a.w, plan.get(ahead / row_blocks).expert, row_tile, first, slice_start(ahead_slice + 1, S, tiles) - first);
         ahead_slice++;
       }
     }
@@ -534,11 +523,8 @@ template <int F, int ROWS> DEVICE void few_line(const FewLineArgs& a) {
       if (ahead_slice == slices) { ahead_slice = 0; ahead++; }
       if (ahead < end) {
         Place p = place_of(ahead);
-        const Packed& weight = a.part[p.part].w;
-        const Packed* w[TALL] = {&weight, &weight};
-        u32 row_tiles = (weight.rows + 15) / 16, slice = ahead % a.shares * slices + ahead_slice, first = slice_start(slice, S, tiles);
-        const u32 both[TALL] = {p.row_tile < row_tiles ? p.row_tile : row_tiles - 1, p.row_tile + 1 < row_tiles ? p.row_tile + 1 : row_tiles - 1};
-        aim_at(pipe, w, p.matrix, both, first, slice_start(slice + 1, S, tiles) - first);
+        u32 slice = ahead % a.shares * slices + ahead_slice, first = slice_start(slice, S, tiles);
+        pipe.aim(a.part[p.part].w, p.matrix, p.row_tile, first, slice_start(slice + 1, S, tiles) - first);
         ahead_slice++;
       }
     }
@@ -591,15 +577,23 @@ template <int F, int ROWS> DEVICE void few_line(const FewLineArgs& a) {
         for (int q = 0; q < Q; q++)
 #pragma unroll
           for (int k = 0; k < N; k++) sums[r][q][k] = 0.f;
+      // Some slices at a time: each waits for the second-level cache (64.4 us of a layer's products for eight rows, 60.6 so). With 32 rows there
+      // are no registers for it.
+      constexpr u32 AT_ONCE = Q * N >= 16 ? 1 : 4;
 #pragma unroll 1
-      for (u32 slice = 0; slice < S; slice++) {
-        const Sums* from = place_of_sums(slice);
-        float acc[TALL][Q][N];
+      for (u32 slice = 0; slice < S; slice += AT_ONCE) {
+        float acc[AT_ONCE][TALL][Q][N];
 #pragma unroll
-        for (int r = 0; r < TALL; r++)
+        for (u32 i = 0; i < AT_ONCE; i++) {
+          const Sums* from = place_of_sums(slice + i < S ? slice + i : slice);
 #pragma unroll
-          for (int q = 0; q < Q; q++) *(Sums*)acc[r][q] = load_shared_sums(from + (r * Q + q) * 32);
-        add_slice<F, Q>(sums, acc);
+          for (int r = 0; r < TALL; r++)
+#pragma unroll
+            for (int q = 0; q < Q; q++) *(Sums*)acc[i][r][q] = load_shared_sums(from + (r * Q + q) * 32);
+        }
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; i++)
+          if (slice + i < S) add_slice<F, Q>(sums, acc[i]);
       }
     }
     auto each = [&](auto f) {
@@ -631,6 +625,7 @@ template <int F, int ROWS> DEVICE void few_line(const FewLineArgs& a) {
   }
 }
 
+#ifndef NO_KERNELS  // programs under bench/ want the arguments alone
 // Threads of a block: the warps that multiply, and the one that copies rows.
 #define UP(NAME, F, OTHER, G) KERNEL __launch_bounds__(32 * WARPS + 32, 2) few_up_##NAME##_##OTHER(const __grid_constant__ FewUpArgs a) { few_up_both<F, G>(a); }
 #define LINE(NAME, F, ROWS) \
@@ -656,3 +651,4 @@ UP(affine3, AFFINE3, affine6, AFFINE6)
 UP(affine4, AFFINE4, affine6, AFFINE6)
 UP(affine4, AFFINE4, affine8, AFFINE8)
 UP(nvfp4, NVFP4, fp8, FP8)
+#endif

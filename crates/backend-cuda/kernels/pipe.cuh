@@ -14,7 +14,7 @@ template <int F> struct Form { static constexpr u32 tile = Is<F>::affine ? DIGIT
 
 // The tiles of one warp on their way through shared memory: D slots of C neighbouring tiles of R matrices, each one bulk copy (TMA) a
 // matrix with a barrier of its own. A lane asks for 2 KB with two instructions; copies of 16 bytes a lane and their addresses were a third
-// of all instructions. Rows g and g + 8 of the sums are in acc[0] and acc[2] of the lanes with t = 0.
+// of all instructions.
 template <int F, int R, int TILES = 0, int SLOTS = 0> struct Pipe {
   static constexpr int N = Words<F>::n;
   static constexpr int TILE = N * 128 + (Is<F>::e8m0 ? 32 : 64);
@@ -41,11 +41,27 @@ template <int F, int R, int TILES = 0, int SLOTS = 0> struct Pipe {
     __syncwarp();
 #endif
   }
-  // Points the cursor at `count` tiles.
-  METHOD void aim(const Packed* const w[R], u32 matrix, u32 row_tile, u32 first, u32 count) {
+  // Points the cursor at `count` tiles from `first` on, of a row tile of each matrix.
+  METHOD void aim(const Packed* const w[R], const u32 matrix[R], const u32 row_tile[R], u32 first, u32 count) {
     left = count;
 #pragma unroll
-    for (int r = 0; r < R; r++) code[r] = (const u8*)(w[r]->codes + matrix * w[r]->codes_stride) + (row_tile * num_tiles(*w[r]) + first) * (u64)TILE;
+    for (int r = 0; r < R; r++)
+      code[r] = (const u8*)(w[r]->codes + matrix[r] * w[r]->codes_stride) + (row_tile[r] * num_tiles(*w[r]) + first) * (u64)TILE;
+  }
+  // The same row tile of all matrices.
+  METHOD void aim(const Packed* const w[R], u32 matrix, u32 row_tile, u32 first, u32 count) {
+    u32 matrices[R], row_tiles[R];
+#pragma unroll
+    for (int r = 0; r < R; r++) { matrices[r] = matrix; row_tiles[r] = row_tile; }
+    aim(w, matrices, row_tiles, first, count);
+  }
+  // Neighbouring row tiles of one matrix, of which `row_tile` is the first; past its end the last one again.
+  METHOD void aim(const Packed& w, u32 matrix, u32 row_tile, u32 first, u32 count) {
+    const Packed* all[R];
+    u32 matrices[R], row_tiles[R], end = (w.rows + 15) / 16;
+#pragma unroll
+    for (int r = 0; r < R; r++) { all[r] = &w; matrices[r] = matrix; row_tiles[r] = row_tile + r < end ? row_tile + r : end - 1; }
+    aim(all, matrices, row_tiles, first, count);
   }
   // Starts copying the next tiles at the cursor, if there are any; `more` bytes are copied by somebody else and end with them.
   METHOD void issue(u32 more = 0) {
@@ -86,7 +102,7 @@ template <int F, int R, int TILES = 0, int SLOTS = 0> struct Pipe {
     __syncwarp();
 #endif
   }
-  METHOD void read(Codes<F>& codes, Scales<F, true>& scales, u32 tile) {
+  METHOD void read_codes(Codes<F>& codes, u32 tile) {
     constexpr int four = N / 4 * 4;
 #pragma unroll
     for (int k = 0; k < four; k += 4) {
@@ -98,59 +114,75 @@ template <int F, int R, int TILES = 0, int SLOTS = 0> struct Pipe {
       codes.w[four] = v.x; codes.w[four + 1] = v.y;
     }
     if constexpr (N % 2 == 1) codes.w[N - 1] = shared_load<u32>(tile + lane * 4 + (N - 1) * 128);
+  }
+  METHOD void read(Codes<F>& codes, Scales<F, true>& scales, u32 tile) {
+    read_codes(codes, tile);
     u32 p = tile + N * 128, g = lane / 4, t = lane % 4;
     if constexpr (F == NVFP4) scales.raw = shared_load<u32>(p + (g * 2 + t / 2) * 4);
     else if constexpr (Is<F>::e8m0) scales.raw = shared_load<u32>(p + g * 4);
     else if constexpr (F == FP8) { uint2 v = shared_load<uint2>(p + g * 8); scales.s[0] = __uint_as_float(v.x); scales.s[1] = __uint_as_float(v.y); }
     else scales.v = shared_load<uint2>(p + g * 8);
   }
+  // Sums of a lane. Affine formats: rows g and g + 8 of matrix t % R, as every pair of columns of a product holds the same digits. Others:
+  // those of all matrices as the tensor cores have them, rows g and g + 8 in the first and third of four where t is 0.
+  static constexpr int SUMS = Is<F>::affine ? 2 : 4 * R;
   // acc += a tile of each matrix times 64 columns of the row, which start at `x` (this lane's part of them).
-  METHOD void tile(float acc[R][4], u32 at, const u8* x, u32 column, u32 cols) {
-    uint4 b0, b1;
-    float scale = 0.f, sum = 0.f;
+  METHOD void tile(float acc[SUMS], u32 at, const u8* x, u32 column, u32 cols) {
     u32 g = lane / 4, t = lane % 4;
     if constexpr (Is<F>::affine) {
-      // Column 0 of the product is the high digits, column 1 the low ones; nobody reads the others.
-      b0 = *(const uint4*)(x + 16 * t + (g & 1) * 64);
-      float4 about = *(const float4*)(x + 128);
-      scale = about.x;
-      sum = about.w;
-    } else {
-      b0 = b1 = make_uint4(0, 0, 0, 0);
-      if (column + 8 * t < cols) b0 = *(const uint4*)(x + 16 * t);
-      if (column + 32 + 8 * t < cols) b1 = *(const uint4*)(x + 16 * t + 64);
-    }
+      // Even columns of the product are the high digits, odd ones the low ones.
+      uint4 b = *(const uint4*)(x + 16 * t + (g & 1) * 64);
+      const int bias[4] = {BIAS_BITS, BIAS_BITS, BIAS_BITS, BIAS_BITS};
+      int d[R][4];
 #pragma unroll
-    for (int r = 0; r < R; r++) {
-      Codes<F> codes;
-      Scales<F, true> scales;
-      read(codes, scales, at + r * (C * TILE));
-      if constexpr (Is<F>::affine) {
-        const int bias[4] = {BIAS_BITS, BIAS_BITS, BIAS_BITS, BIAS_BITS};
-        int c[4], d[4];
+      for (int r = 0; r < R; r++) {
+        Codes<F> codes;
+        read_codes(codes, at + r * (C * TILE));
         u32 a0[4] = {code_bytes<F>(codes, 0), code_bytes<F>(codes, 4), code_bytes<F>(codes, 1), code_bytes<F>(codes, 5)};
         u32 a1[4] = {code_bytes<F>(codes, 2), code_bytes<F>(codes, 6), code_bytes<F>(codes, 3), code_bytes<F>(codes, 7)};
-        mma_bytes_biased(c, a0, b0.x, b0.y, bias);
-        mma_bytes_biased(d, a1, b0.z, b0.w, c);
-        float s0 = __uint_as_float(scales.v.x << 16), o0 = __uint_as_float(scales.v.x & 0xffff0000u);
-        float s1 = __uint_as_float(scales.v.y << 16), o1 = __uint_as_float(scales.v.y & 0xffff0000u);
-        float y0 = join_digits(d[0], d[1]);
-        float y1 = join_digits(d[2], d[3]);
-        acc[r][0] = fmaf(o0, sum, fmaf(s0 * scale, y0, acc[r][0]));
-        acc[r][2] = fmaf(o1, sum, fmaf(s1 * scale, y1, acc[r][2]));
-      } else {
+        int c[4];
+        mma_bytes_biased(c, a0, b.x, b.y, bias);
+        mma_bytes_biased(d[r], a1, b.z, b.w, c);
+      }
+      // A lane makes floats of one matrix: those of all matrices are in all lanes.
+      u32 mine = R == 2 ? t & 1 : 0;
+      float4 about = *(const float4*)(x + 128);
+      uint2 v = shared_load<uint2>(at + mine * (C * TILE) + N * 128 + g * 8);
+      int e[4];
+#pragma unroll
+      for (int k = 0; k < 4; k++) e[k] = mine ? d[R - 1][k] : d[0][k];
+      float s0 = __uint_as_float(v.x << 16), o0 = __uint_as_float(v.x & 0xffff0000u);
+      float s1 = __uint_as_float(v.y << 16), o1 = __uint_as_float(v.y & 0xffff0000u);
+      acc[0] = fmaf(o0, about.w, fmaf(s0 * about.x, join_digits(e[0], e[1]), acc[0]));
+      acc[1] = fmaf(o1, about.w, fmaf(s1 * about.x, join_digits(e[2], e[3]), acc[1]));
+    } else {
+      Columns<false> columns;
+#pragma unroll
+      for (int h = 0; h < 2; h++) columns.b[h] = column + 32 * h + 8 * t < cols ? *(const uint4*)(x + 16 * t + 64 * h) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+      for (int r = 0; r < R; r++) {
+        Codes<F> codes;
+        Scales<F, true> scales;
+        read(codes, scales, at + r * (C * TILE));
         Taken<F, true> taken;
         take_apart<F, true>(taken, codes, scales);
-        Columns<false> columns;
-        columns.b[0] = b0;
-        columns.b[1] = b1;
-        accumulate<F, true>(acc[r], taken, scales, columns, false);
+        accumulate<F, true>(acc + 4 * r, taken, scales, columns, false);
       }
+    }
+  }
+  // The sums of a lane into [R][16].
+  METHOD void put_sums(float* red, const float acc[SUMS]) {
+    u32 g = lane / 4, t = lane % 4;
+    if constexpr (Is<F>::affine) {
+      if (t < R) { red[t * 16 + g] = acc[0]; red[t * 16 + g + 8] = acc[1]; }
+    } else if (t == 0) {
+#pragma unroll
+      for (int r = 0; r < R; r++) { red[r * 16 + g] = acc[4 * r]; red[r * 16 + g + 8] = acc[4 * r + 2]; }
     }
   }
   // Multiplies `count` tiles from `first` on, which have been issued in this order; `refill` keeps the ring full.
   template <typename Refill>
-  METHOD void unit(float acc[R][4], const u8* x, u32 first, u32 count, u32 cols, Refill refill) {
+  METHOD void unit(float acc[SUMS], const u8* x, u32 first, u32 count, u32 cols, Refill refill) {
     x += first * Form<F>::tile;
     u32 column = first * 64;
     for (u32 j = 0; j < count; j += C) {

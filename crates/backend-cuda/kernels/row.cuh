@@ -98,13 +98,15 @@ DEVICE float inverse_rms(const float v[][8], int steps, u32 cols, float eps, flo
   return rsqrtf(block_sum(sum, scratch) / (float)cols + eps);
 }
 
+// A pair, rotated by the angle with cosine `c` and sine `s`.
+DEVICE float2 rotated(float x0, float x1, float c, float s) { return make_float2(x0 * c - x1 * s, x1 * c + x0 * s); }
 // Rotates one pair of the head that starts at column `head` of row `t`.
 DEVICE void rope_pair(const Mat& x, u32 t, u32 head, const float* table, u32 half, u32 i, bool interleaved) {
   u32 c0 = head + (interleaved ? 2 * i : i), c1 = head + (interleaved ? 2 * i + 1 : i + half);
   const float* row = x.p + (u64)t * x.stride;
-  float x0 = row[c0], x1 = row[c1], c = table[i], s = table[half + i];
-  store(x, t, c0, x0 * c - x1 * s);
-  store(x, t, c1, x1 * c + x0 * s);
+  float2 y = rotated(row[c0], row[c1], table[i], table[half + i]);
+  store(x, t, c0, y.x);
+  store(x, t, c1, y.y);
 }
 
 DEVICE void cache_store(void* cache, bool is_bf16, u64 at, float x) {

@@ -362,6 +362,33 @@ pub(crate) struct Attend {
     pub(crate) scale: f32,
 }
 
+/// `StepHeads` of `attend_rows.cuh`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct StepHeads {
+    pub(crate) k: Mat,
+    pub(crate) v: Mat,
+    pub(crate) table: Mat,
+    pub(crate) q_norm: DevicePtr,
+    pub(crate) k_norm: DevicePtr,
+    pub(crate) slots: DevicePtr,
+    pub(crate) cache: DevicePtr,
+    pub(crate) digits: DevicePtr,
+    pub(crate) arrived: DevicePtr,
+    pub(crate) rows: u32,
+    pub(crate) interleaved: u32,
+    pub(crate) eps: f32,
+    pub(crate) pad: u32,
+}
+
+/// `GqaArgs` of `gqa.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Gqa {
+    pub(crate) attend: Attend,
+    pub(crate) heads: StepHeads,
+}
+
 /// `JoinArgs` of `attention.cu`.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
@@ -512,6 +539,8 @@ pub(crate) struct UpPair {
 #[repr(C)]
 pub(crate) struct Pair {
     pub(crate) router: Router,
+    pub(crate) route: Route,
+    pub(crate) arrived: DevicePtr,
     pub(crate) pair: UpPair,
     pub(crate) input: RowInput,
     pub(crate) router_kind: u32,
@@ -526,7 +555,9 @@ pub(crate) struct Up {
     pub(crate) routed: UpPair,
     pub(crate) shared_blocks: u32,
     pub(crate) slices: u32,
-    pub(crate) route: Route,
+    pub(crate) ids: DevicePtr,
+    pub(crate) top_k: u32,
+    pub(crate) pad: u32,
     pub(crate) activation: Activation,
     pub(crate) h_digits: DevicePtr,
     pub(crate) arrived: DevicePtr,

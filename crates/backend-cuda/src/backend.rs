@@ -1,7 +1,9 @@
 //! The back end: memory, weights, caches, and steps that are recorded and replayed.
 
 mod decode;
+mod experts;
 mod few;
+mod gqa;
 mod operations;
 mod products;
 

@@ -62,6 +62,11 @@ pub(crate) fn pipe_bytes(format: WeightFormat, matrices: u32) -> u32 {
     8 * (slots * matrices * tiles * tile_bytes(format) + 64)
 }
 
+/// The same of `deep_*`: four slots of three tiles of two row tiles a warp, of up to four bits; more than half of a multiprocessor's memory.
+pub(crate) fn deep_bytes(format: WeightFormat) -> u32 {
+    8 * (4 * 2 * 3 * tile_bytes(format) + 64)
+}
+
 /// The rings of a kernel of few.cu (`Size`): tiles of a slot, slots of a warp's ring of two row tiles, slots of the rows' ring.
 type Rings = (u32, u32, u32);
 

@@ -17,7 +17,7 @@ use moellon_tensor::WeightFormat;
 
 /// Most parts that an attention row of up to `max_keys` keys is cut into: `split_of` of attend.cuh, which has fewer keys a part
 /// for shorter rows.
-fn max_splits(max_keys: usize) -> usize {
+pub(super) fn max_splits(max_keys: usize) -> usize {
     let parts = |keys: usize, split: usize| keys.min(max_keys).div_ceil(split);
     let long = if max_keys > 4096 { max_keys.div_ceil(256) } else { 0 };
     let medium = if max_keys > 1024 { parts(4096, 64) } else { 0 };
@@ -46,8 +46,28 @@ fn mla_by_tensor_cores(args: &args::Attend) -> bool {
         && args.key_first.is_multiple_of(8)
 }
 
+/// What `attend` of attend_rows.cuh needs: pairs of value columns of a lane, the type of cached rows, shared memory.
+pub(super) fn attend_rows_kernel(args: &args::Attend) -> Result<(u32, &'static str, u32)> {
+    let Some(lanes) = [64, 128, 256, 512].into_iter().find(|d| *d >= args.value_dim) else {
+        return Err(device_error(format!("a value head has {} elements, expected at most 512", args.value_dim)));
+    };
+    let (dtype, size) = if args.cache_bf16 == 1 { ("bf16", 2) } else { ("f32", 4) };
+    let per = 16 / size;
+    let padded = (args.q_dim + args.q_rope_dim).next_multiple_of(per);
+    let values = if args.values_are_keys == 1 { 0 } else { args.value_dim.next_multiple_of(per) };
+    let shared = 4 * args.heads_per_block * padded + size * TILE * (padded + per + values);
+    if shared > ATTENTION_SHARED - 1024 {
+        return Err(device_error(format!(
+            "attention needs {shared} bytes of shared memory for keys of {} elements, expected at most {}",
+            args.q_dim + args.q_rope_dim,
+            ATTENTION_SHARED - 1024
+        )));
+    }
+    Ok((lanes / 64, dtype, shared))
+}
+
 /// Bytes of the parts of one row of attention.
-fn partial_row_bytes(args: &args::Attend, max_keys: usize) -> usize {
+pub(super) fn partial_row_bytes(args: &args::Attend, max_keys: usize) -> usize {
     const HEADER: usize = 4;
     args.num_heads as usize * max_splits(max_keys) * (HEADER + args.value_dim as usize) * 4
 }
@@ -172,24 +192,8 @@ impl CudaBackend {
                 args,
             );
         }
-        let lanes = [64, 128, 256, 512].into_iter().find(|d| *d >= args.value_dim);
-        let Some(lanes) = lanes else {
-            return Err(device_error(format!("a value head has {} elements, expected at most 512", args.value_dim)));
-        };
-        let (dtype, size) = if args.cache_bf16 == 1 { ("bf16", 2) } else { ("f32", 4) };
-        let kernel = self.kernels.attention(&format!("attend{}_{dtype}", lanes / 64))?;
-        // The sizes of `attend` in attention.cu.
-        let per = 16 / size;
-        let padded = (args.q_dim + args.q_rope_dim).next_multiple_of(per);
-        let values = if args.values_are_keys == 1 { 0 } else { args.value_dim.next_multiple_of(per) };
-        let shared = 4 * args.heads_per_block * padded + size * TILE * (padded + per + values);
-        if shared > ATTENTION_SHARED - 1024 {
-            return Err(device_error(format!(
-                "attention needs {shared} bytes of shared memory for keys of {} elements, expected at most {}",
-                args.q_dim + args.q_rope_dim,
-                ATTENTION_SHARED - 1024
-            )));
-        }
+        let (lanes, dtype, shared) = attend_rows_kernel(args)?;
+        let kernel = self.kernels.attention(&format!("attend{lanes}_{dtype}"))?;
         let groups = args.num_heads / args.heads_per_block;
         self.device.launch(&kernel, [splits as u32, groups, rows as u32], 256, shared, args)
     }
@@ -349,6 +353,12 @@ impl CudaBackend {
 
     pub(super) fn attend_gqa_now(&mut self, op: &AttendGqa) -> Result<()> {
         op.validate()?;
+        let (args, max_keys) = self.attend_gqa_args(op)?;
+        self.attend(args, op.q.rows, max_keys, None, 0)
+    }
+
+    /// The arguments of attention with grouped queries, and the most keys that a row has.
+    pub(super) fn attend_gqa_args(&mut self, op: &AttendGqa) -> Result<(args::Attend, usize)> {
         let group = op.num_heads / op.num_kv_heads;
         let heads_per_block = (1..=WARPS.min(group)).rev().find(|h| group.is_multiple_of(*h)).unwrap_or(1);
         let args = args::Attend {
@@ -381,7 +391,7 @@ impl CudaBackend {
             scale: op.scale,
         };
         let max_keys = op.window.map_or(op.paging.max_context, |w| w.min(op.paging.max_context));
-        self.attend(args, op.q.rows, max_keys, None, 0)
+        Ok((args, max_keys))
     }
 
     pub(super) fn attend_mla_now(&mut self, op: &AttendMla) -> Result<()> {
