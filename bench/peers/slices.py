@@ -59,25 +59,26 @@ def q3_k(rng, rows, cols):
     return blocks, gguf.GGMLQuantizationType.Q3_K
 
 
+def signed_blocks(rng, rows, cols, block_bytes, codes):
+    """Blocks of 32 that begin with d, of either sign because codes reach one further down than up."""
+    blocks = random_blocks(rng, rows, cols, 32, block_bytes)
+    signed(blocks, 0, spread(cols, codes, 0.5))
+    return blocks
+
+
 def q4_0(rng, rows, cols):
-    """Blocks of 32: d (of either sign: codes are -8 to 7), codes."""
-    blocks = random_blocks(rng, rows, cols, 32, 18)
-    signed(blocks, 0, spread(cols, 16, 0.5))
-    return blocks, gguf.GGMLQuantizationType.Q4_0
+    """d, codes from -8 to 7."""
+    return signed_blocks(rng, rows, cols, 18, 16), gguf.GGMLQuantizationType.Q4_0
 
 
 def q5_0(rng, rows, cols):
-    """Blocks of 32: d (of either sign: codes are -16 to 15), fifth bits, codes."""
-    blocks = random_blocks(rng, rows, cols, 32, 22)
-    signed(blocks, 0, spread(cols, 32, 0.5))
-    return blocks, gguf.GGMLQuantizationType.Q5_0
+    """d, fifth bits, codes from -16 to 15."""
+    return signed_blocks(rng, rows, cols, 22, 32), gguf.GGMLQuantizationType.Q5_0
 
 
 def q8_0(rng, rows, cols):
-    """Blocks of 32: d (of either sign: codes are -128 to 127), codes."""
-    blocks = random_blocks(rng, rows, cols, 32, 34)
-    signed(blocks, 0, spread(cols, 256, 0.5))
-    return blocks, gguf.GGMLQuantizationType.Q8_0
+    """d, codes from -128 to 127."""
+    return signed_blocks(rng, rows, cols, 34, 256), gguf.GGMLQuantizationType.Q8_0
 
 
 def nvfp4(rng, rows, cols):
