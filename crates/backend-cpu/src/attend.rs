@@ -11,6 +11,8 @@
 //! `unsafe`: threads write disjoint heads of the output.
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "x86_64")]
+use crate::attend_tiles::TileRows;
 use crate::attention::{
     CHUNK, Heads, KeysAndValues, PART_KEYS, Sums, WideRows, attend_chunk, heads_floats, sums_floats,
 };
@@ -27,10 +29,14 @@ use std::ops::Range;
 const UNIT_TOKENS: usize = 8;
 /// Heads that kernels take at once: units hold multiples, except the last of a key head.
 const UNIT_HEADS: usize = 4;
+/// The same for tile registers, which have only whole tiles.
+const TILE_HEADS: usize = 16;
 /// Heads that read a row at once, at most ([`crate::attention`]): with more of them, or several tokens, rows are widened first.
 const WIDE_HEADS: usize = 8;
 /// Floats of queries and sums of a unit of several tokens, about: they and a chunk's rows share L2.
 const UNIT_FLOATS: usize = 40 * 1024;
+/// The same for tile registers: the more heads and tokens multiply a chunk, the less it costs to make tiles of it.
+const TILE_UNIT_FLOATS: usize = 256 * 1024;
 
 /// What attention is over, for both kinds.
 pub(crate) struct Attend<'a, K, C, Q> {
@@ -53,13 +59,87 @@ pub(crate) struct Attend<'a, K, C, Q> {
     pub(crate) chosen: C,
     /// `write_query(token, head, to)`
     pub(crate) write_query: Q,
+    /// Whether tile registers multiply; only if [`tiles_fit`].
+    pub(crate) tiles: bool,
     /// `[num_tokens][num_key_heads * heads_per_key * value_dim]`
     pub(crate) out: Floats,
+}
+
+/// Whether tile registers can multiply `num_heads` heads over such rows ([`crate::attend_tiles`]).
+pub(crate) fn tiles_fit(level: Level, shared: &KeysAndValues, num_heads: usize) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return crate::attend_tiles::fits(level, shared, num_heads);
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = (level, shared, num_heads);
+        false
+    }
+}
+
+/// A chunk's rows as kernels want them.
+enum ChunkRows<'a> {
+    /// As they are in the cache.
+    Cached,
+    Wide(WideRows<'a>),
+    #[cfg(target_arch = "x86_64")]
+    Tiles(TileRows<'a>),
+}
+
+impl<'a> ChunkRows<'a> {
+    /// `space`: as much as [`Attend::rows_floats`] says.
+    fn new(space: &'a mut [f32], tiles: bool) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if tiles {
+            return ChunkRows::Tiles(TileRows::new(space));
+        }
+        debug_assert!(!tiles || cfg!(target_arch = "x86_64"));
+        if space.is_empty() { ChunkRows::Cached } else { ChunkRows::Wide(WideRows::new(space)) }
+    }
+
+    /// Makes the rows of `slots` ready; `known`: earlier ones of them are.
+    fn extend(&mut self, level: Level, shared: &KeysAndValues, slots: &[u32], known: bool) {
+        match self {
+            ChunkRows::Cached => (),
+            ChunkRows::Wide(rows) => {
+                if !known {
+                    rows.forget();
+                }
+                rows.extend(level, shared, slots);
+            }
+            #[cfg(target_arch = "x86_64")]
+            ChunkRows::Tiles(rows) => {
+                if !known {
+                    rows.forget();
+                }
+                rows.extend(level, shared, slots);
+            }
+        }
+    }
+
+    /// Adds the rows of `slots`, which are ready, to the state of all heads.
+    fn attend(
+        &self,
+        level: Level,
+        shared: &KeysAndValues,
+        scale: f32,
+        heads: &mut Heads<'_>,
+        slots: &[u32],
+        known: bool,
+    ) {
+        match self {
+            ChunkRows::Cached => attend_chunk(level, shared, scale, heads, slots, !known, None),
+            ChunkRows::Wide(rows) => attend_chunk(level, shared, scale, heads, slots, !known, Some(rows)),
+            #[cfg(target_arch = "x86_64")]
+            ChunkRows::Tiles(rows) => rows.attend(level, shared, scale, heads, slots.len()),
+        }
+    }
 }
 
 /// How work is cut into units.
 #[derive(Clone, Copy)]
 struct Split {
+    /// Heads of a group.
+    group_heads: usize,
     /// Tokens of a unit, and units that all tokens are.
     unit_tokens: usize,
     token_blocks: usize,
@@ -78,7 +158,7 @@ impl Split {
 
     /// Heads of a unit, at most.
     fn unit_heads(&self) -> usize {
-        self.head_groups.div_ceil(self.head_parts) * UNIT_HEADS
+        self.head_groups.div_ceil(self.head_parts) * self.group_heads
     }
 }
 
@@ -171,24 +251,26 @@ where
     pub(crate) fn run(&self, pool: &Pool, scratch: &mut Scratch, queues: &mut Queues) {
         let num_threads = pool.num_threads();
         let split = self.split(num_threads);
-        let space_floats = self.wide_floats(&split) + split.unit_tokens * self.token_floats(split.unit_heads());
+        let space_floats = self.rows_floats(&split) + split.unit_tokens * self.token_floats(split.unit_heads());
         let parts_floats = if split.context_parts == 1 { 0 } else { split.num_units() * self.part_floats(&split) };
         let (space, parts) = scratch.per_thread_and_shared(num_threads, space_floats, parts_floats);
         queues.fill(split.num_units(), num_threads);
         let queues = &*queues;
         pool.run(|index, _| {
+            #[cfg(target_arch = "x86_64")]
+            let _tiles = crate::simd::amx::Use;
             // SAFETY: each thread takes its own part.
             let space = unsafe { space.part(index) };
             // Pieces of one key head and part of its heads are neighbours: a thread keeps its rows in L2.
             while let Some(number) = queues.take(index) {
-                let (wide, space) = space.split_at_mut(self.wide_floats(&split));
-                let wide = (!wide.is_empty()).then(|| WideRows::new(wide));
+                let (rows, space) = space.split_at_mut(self.rows_floats(&split));
+                let rows = ChunkRows::new(rows, self.tiles);
                 if split.context_parts == 1 {
-                    self.whole_contexts(&self.unit(&split, number), wide, space);
+                    self.whole_contexts(&self.unit(&split, number), rows, space);
                 } else {
                     // SAFETY: this unit's part, by the thread that took it; others are read after the barrier.
                     let sums = unsafe { parts.part(self.part_range(&split, number)) };
-                    self.part_of_context(&self.unit(&split, number), wide, space, sums);
+                    self.part_of_context(&self.unit(&split, number), rows, space, sums);
                 }
             }
             if split.context_parts > 1 {
@@ -208,8 +290,11 @@ where
     fn split(&self, num_threads: usize) -> Split {
         let unit_tokens = if self.num_tokens > UNIT_TOKENS { UNIT_TOKENS } else { 1 };
         let token_blocks = self.num_tokens.div_ceil(unit_tokens);
-        let head_groups = self.heads_per_key.div_ceil(UNIT_HEADS);
+        let (group_heads, unit_floats) =
+            if self.tiles { (TILE_HEADS, TILE_UNIT_FLOATS) } else { (UNIT_HEADS, UNIT_FLOATS) };
+        let head_groups = self.heads_per_key.div_ceil(group_heads);
         let whole = Split {
+            group_heads,
             unit_tokens,
             token_blocks,
             num_key_heads: self.num_key_heads,
@@ -218,8 +303,8 @@ where
             context_parts: 1,
         };
         // A unit has all heads of a key head, unless that is too much for L2.
-        let group_floats = unit_tokens * self.token_floats(UNIT_HEADS);
-        let for_l2 = if unit_tokens == 1 { 1 } else { head_groups.div_ceil((UNIT_FLOATS / group_floats).max(1)) };
+        let group_floats = unit_tokens * self.token_floats(group_heads);
+        let for_l2 = if unit_tokens == 1 { 1 } else { head_groups.div_ceil((unit_floats / group_floats).max(1)) };
         if whole.num_units() >= num_threads {
             return Split { head_parts: for_l2, ..whole };
         }
@@ -242,7 +327,7 @@ where
         let (key_head, head_part) = (heads / split.head_parts, heads % split.head_parts);
         let groups = partition(split.head_groups, split.head_parts, head_part, 1);
         let tokens = block * split.unit_tokens..((block + 1) * split.unit_tokens).min(self.num_tokens);
-        let heads = groups.start * UNIT_HEADS..(groups.end * UNIT_HEADS).min(self.heads_per_key);
+        let heads = groups.start * split.group_heads..(groups.end * split.group_heads).min(self.heads_per_key);
         Unit { key_head, heads, tokens, part }
     }
 
@@ -254,16 +339,29 @@ where
         Context { blocks: self.pages.blocks(token), chosen, first, num_keys }
     }
 
-    /// Floats for keys and values of a chunk as f32; none where they are so already, or one group of heads alone reads them.
-    fn wide_floats(&self, split: &Split) -> usize {
+    /// Floats for keys and values of a chunk as tiles or f32; none where they are so already, or one group of heads alone reads them.
+    fn rows_floats(&self, split: &Split) -> usize {
         let shared = (self.keys)(0);
+        #[cfg(target_arch = "x86_64")]
+        if self.tiles {
+            return TileRows::num_floats(&shared);
+        }
         let groups = split.unit_tokens * split.unit_heads().div_ceil(WIDE_HEADS);
         if shared.rows.dtype == CacheDtype::F32 || groups < 2 { 0 } else { WideRows::num_floats(&shared) }
     }
 
     /// Floats of one token with `num_heads` heads: queries, sums of the current part and of those before.
     fn token_floats(&self, num_heads: usize) -> usize {
-        heads_floats(num_heads, self.dims[0], self.dims[1]) + sums_floats(num_heads, self.dims[1])
+        heads_floats(num_heads, self.query_floats(), self.dims[1]) + sums_floats(num_heads, self.dims[1])
+    }
+
+    /// Floats of a query.
+    fn query_floats(&self) -> usize {
+        #[cfg(target_arch = "x86_64")]
+        if self.tiles {
+            return crate::attend_tiles::query_floats(self.dims[0]);
+        }
+        self.dims[0]
     }
 
     /// Floats of a unit's part of a context, whole cache lines.
@@ -277,14 +375,26 @@ where
     }
 
     /// Token `number` of `unit` with its queries, at the start of `space`, and the rest of it.
-    fn token<'s>(&'s self, unit: &Unit, number: usize, space: &'s mut [f32]) -> (Token<'s>, &'s mut [f32]) {
-        let (num_heads, [key_dim, value_dim]) = (unit.heads.len(), self.dims);
-        let (heads, rest) = space.split_at_mut(heads_floats(num_heads, key_dim, value_dim));
+    fn token<'s>(
+        &'s self,
+        unit: &Unit,
+        number: usize,
+        rows: &mut ChunkRows<'_>,
+        space: &'s mut [f32],
+    ) -> (Token<'s>, &'s mut [f32]) {
+        let (num_heads, query_floats, [key_dim, value_dim]) = (unit.heads.len(), self.query_floats(), self.dims);
+        let (heads, rest) = space.split_at_mut(heads_floats(num_heads, query_floats, value_dim));
         let (joined, rest) = rest.split_at_mut(sums_floats(num_heads, value_dim));
-        let mut heads = Heads::new(heads, num_heads, self.dims);
+        let mut heads = Heads::new(heads, num_heads, [query_floats, value_dim]);
         let first_head = unit.key_head * self.heads_per_key + unit.heads.start;
         for head in 0..num_heads {
-            (self.write_query)(number, first_head + head, heads.query_mut(head, key_dim));
+            let (query, padding) = heads.query_mut(head, query_floats).split_at_mut(key_dim);
+            (self.write_query)(number, first_head + head, query);
+            padding.fill(0.0);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let ChunkRows::Tiles(rows) = rows {
+            rows.pack_queries(self.level, &(self.keys)(unit.key_head), &mut heads);
         }
         // A sink is there before the first position.
         let sinks = self.sinks.filter(|_| unit.part == 0).map(|sinks| &sinks[first_head..][..num_heads]);
@@ -294,11 +404,11 @@ where
     }
 
     /// Whole contexts of the unit's tokens.
-    fn whole_contexts<'s>(&'s self, unit: &Unit, mut wide: Option<WideRows<'_>>, mut space: &'s mut [f32]) {
+    fn whole_contexts<'s>(&'s self, unit: &Unit, mut rows: ChunkRows<'_>, mut space: &'s mut [f32]) {
         let shared = (self.keys)(unit.key_head);
         let mut tokens: [Option<Token<'_>>; UNIT_TOKENS] = [const { None }; UNIT_TOKENS];
         for (slot, number) in tokens.iter_mut().zip(unit.tokens.clone()) {
-            let (token, rest) = self.token(unit, number, space);
+            let (token, rest) = self.token(unit, number, &mut rows, space);
             space = rest;
             *slot = Some(token);
         }
@@ -310,13 +420,8 @@ where
                     token.end_part(self.level);
                 }
                 let (slots, known) = slots.of_context(&self.pages, &token.context, start);
-                if let Some(wide) = &mut wide {
-                    if !known {
-                        wide.forget();
-                    }
-                    wide.extend(self.level, &shared, slots);
-                }
-                attend_chunk(self.level, &shared, self.scale, &mut token.heads, slots, !known, wide.as_ref());
+                rows.extend(self.level, &shared, slots, known);
+                rows.attend(self.level, &shared, self.scale, &mut token.heads, slots, known);
             }
         }
         for token in tokens.iter_mut().flatten() {
@@ -329,18 +434,15 @@ where
     }
 
     /// The unit's part of the context of its one token, into `sums`.
-    fn part_of_context(&self, unit: &Unit, mut wide: Option<WideRows<'_>>, space: &mut [f32], sums: &mut [f32]) {
+    fn part_of_context(&self, unit: &Unit, mut rows: ChunkRows<'_>, space: &mut [f32], sums: &mut [f32]) {
         let shared = (self.keys)(unit.key_head);
-        let (mut token, _) = self.token(unit, unit.tokens.start, space);
+        let (mut token, _) = self.token(unit, unit.tokens.start, &mut rows, space);
         let end = ((unit.part + 1) * PART_KEYS).min(token.context.num_keys);
         let mut slots = ChunkSlots::default();
         for start in (unit.part * PART_KEYS..end).step_by(CHUNK) {
             let (slots, _) = slots.of_context(&self.pages, &token.context, start);
-            if let Some(wide) = &mut wide {
-                wide.forget();
-                wide.extend(self.level, &shared, slots);
-            }
-            attend_chunk(self.level, &shared, self.scale, &mut token.heads, slots, true, wide.as_ref());
+            rows.extend(self.level, &shared, slots, false);
+            rows.attend(self.level, &shared, self.scale, &mut token.heads, slots, false);
         }
         Sums::new(sums, unit.heads.len(), self.dims[1]).copy_from(&token.heads.sums);
     }

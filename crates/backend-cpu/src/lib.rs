@@ -19,6 +19,8 @@ mod argmax;
 mod attend;
 mod attend_gqa;
 mod attend_mla;
+#[cfg(target_arch = "x86_64")]
+mod attend_tiles;
 mod attention;
 mod backend;
 pub mod bandwidth;

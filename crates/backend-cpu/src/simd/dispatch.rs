@@ -149,6 +149,8 @@ pub(crate) trait Kernel {
 pub(crate) struct Level {
     name: CpuLevel,
     available: Available,
+    #[cfg(target_arch = "x86_64")]
+    bf16_tiles: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -197,7 +199,12 @@ impl Level {
             #[cfg(not(target_arch = "x86_64"))]
             CpuLevel::Avx2 | CpuLevel::Avx2Vnni | CpuLevel::Avx512Vnni | CpuLevel::Avx512Amx => None,
         };
-        available.map(|available| Level { name: level, available })
+        available.map(|available| Level {
+            name: level,
+            available,
+            #[cfg(target_arch = "x86_64")]
+            bf16_tiles: level == CpuLevel::Avx512Amx && super::amx::has_bf16(),
+        })
     }
 
     /// Its name.
@@ -222,6 +229,12 @@ impl Level {
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn has_tiles(self) -> bool {
         self.name == CpuLevel::Avx512Amx
+    }
+
+    /// Whether tile registers multiply bf16 as well.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn has_bf16_tiles(self) -> bool {
+        self.bf16_tiles
     }
 
     /// Runs a kernel that uses tile registers.
