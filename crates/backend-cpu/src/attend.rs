@@ -11,17 +11,13 @@
 //! `unsafe`: threads write disjoint heads of the output.
 #![allow(unsafe_code)]
 
-#[cfg(target_arch = "x86_64")]
-use crate::attend_tiles::TileRows;
-use crate::attention::{
-    CHUNK, Heads, KeysAndValues, PART_KEYS, Sums, WideRows, attend_chunk, heads_floats, sums_floats,
-};
+use crate::attention::{CHUNK, Heads, KeysAndValues, PART_KEYS, Sums, heads_floats, sums_floats};
+use crate::chunk_rows::{ChunkRows, query_floats};
 use crate::memory::Floats;
 use crate::paged::Pages;
 use crate::scratch::Scratch;
 use crate::simd::Level;
 use crate::work::Queues;
-use moellon_ops::CacheDtype;
 use moellon_tensor::pool::{Pool, partition};
 use std::ops::Range;
 
@@ -59,80 +55,10 @@ pub(crate) struct Attend<'a, K, C, Q> {
     pub(crate) chosen: C,
     /// `write_query(token, head, to)`
     pub(crate) write_query: Q,
-    /// Whether tile registers multiply; only if [`tiles_fit`].
+    /// Whether tile registers multiply; only if [`crate::chunk_rows::tiles_fit`].
     pub(crate) tiles: bool,
     /// `[num_tokens][num_key_heads * heads_per_key * value_dim]`
     pub(crate) out: Floats,
-}
-
-/// Whether tile registers can multiply `num_heads` heads over such rows ([`crate::attend_tiles`]).
-pub(crate) fn tiles_fit(level: Level, shared: &KeysAndValues, num_heads: usize) -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return crate::attend_tiles::fits(level, shared, num_heads);
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        let _ = (level, shared, num_heads);
-        false
-    }
-}
-
-/// A chunk's rows as kernels want them.
-enum ChunkRows<'a> {
-    /// As they are in the cache.
-    Cached,
-    Wide(WideRows<'a>),
-    #[cfg(target_arch = "x86_64")]
-    Tiles(TileRows<'a>),
-}
-
-impl<'a> ChunkRows<'a> {
-    /// `space`: as much as [`Attend::rows_floats`] says.
-    fn new(space: &'a mut [f32], tiles: bool) -> Self {
-        #[cfg(target_arch = "x86_64")]
-        if tiles {
-            return ChunkRows::Tiles(TileRows::new(space));
-        }
-        debug_assert!(!tiles || cfg!(target_arch = "x86_64"));
-        if space.is_empty() { ChunkRows::Cached } else { ChunkRows::Wide(WideRows::new(space)) }
-    }
-
-    /// Makes the rows of `slots` ready; `known`: earlier ones of them are.
-    fn extend(&mut self, level: Level, shared: &KeysAndValues, slots: &[u32], known: bool) {
-        match self {
-            ChunkRows::Cached => (),
-            ChunkRows::Wide(rows) => {
-                if !known {
-                    rows.forget();
-                }
-                rows.extend(level, shared, slots);
-            }
-            #[cfg(target_arch = "x86_64")]
-            ChunkRows::Tiles(rows) => {
-                if !known {
-                    rows.forget();
-                }
-                rows.extend(level, shared, slots);
-            }
-        }
-    }
-
-    /// Adds the rows of `slots`, which are ready, to the state of all heads.
-    fn attend(
-        &self,
-        level: Level,
-        shared: &KeysAndValues,
-        scale: f32,
-        heads: &mut Heads<'_>,
-        slots: &[u32],
-        known: bool,
-    ) {
-        match self {
-            ChunkRows::Cached => attend_chunk(level, shared, scale, heads, slots, !known, None),
-            ChunkRows::Wide(rows) => attend_chunk(level, shared, scale, heads, slots, !known, Some(rows)),
-            #[cfg(target_arch = "x86_64")]
-            ChunkRows::Tiles(rows) => rows.attend(level, shared, scale, heads, slots.len()),
-        }
-    }
 }
 
 /// How work is cut into units.
@@ -218,6 +144,11 @@ impl Default for ChunkSlots {
 }
 
 impl ChunkSlots {
+    /// Slots of the positions from `start` on that are before `end`, which is their chunk's or further; none where there are none.
+    fn before(&mut self, pages: &Pages, context: &Context<'_>, start: usize, end: usize) -> &[u32] {
+        if start < end { self.of_context(pages, context, start).0 } else { &[] }
+    }
+
     /// Slots of the positions of `context` from `start` on, and whether they were asked for before.
     fn of_context(&mut self, pages: &Pages, context: &Context<'_>, start: usize) -> (&[u32], bool) {
         let count = CHUNK.min(context.num_keys - start);
@@ -341,27 +272,14 @@ where
 
     /// Floats for keys and values of a chunk as tiles or f32; none where they are so already, or one group of heads alone reads them.
     fn rows_floats(&self, split: &Split) -> usize {
-        let shared = (self.keys)(0);
-        #[cfg(target_arch = "x86_64")]
-        if self.tiles {
-            return TileRows::num_floats(&shared);
-        }
         let groups = split.unit_tokens * split.unit_heads().div_ceil(WIDE_HEADS);
-        if shared.rows.dtype == CacheDtype::F32 || groups < 2 { 0 } else { WideRows::num_floats(&shared) }
+        ChunkRows::num_floats(&(self.keys)(0), self.tiles, split.unit_heads(), groups > 1)
     }
 
     /// Floats of one token with `num_heads` heads: queries, sums of the current part and of those before.
     fn token_floats(&self, num_heads: usize) -> usize {
-        heads_floats(num_heads, self.query_floats(), self.dims[1]) + sums_floats(num_heads, self.dims[1])
-    }
-
-    /// Floats of a query.
-    fn query_floats(&self) -> usize {
-        #[cfg(target_arch = "x86_64")]
-        if self.tiles {
-            return crate::attend_tiles::query_floats(self.dims[0]);
-        }
-        self.dims[0]
+        heads_floats(num_heads, query_floats(self.dims[0], self.tiles), self.dims[1])
+            + sums_floats(num_heads, self.dims[1])
     }
 
     /// Floats of a unit's part of a context, whole cache lines.
@@ -382,7 +300,8 @@ where
         rows: &mut ChunkRows<'_>,
         space: &'s mut [f32],
     ) -> (Token<'s>, &'s mut [f32]) {
-        let (num_heads, query_floats, [key_dim, value_dim]) = (unit.heads.len(), self.query_floats(), self.dims);
+        let (num_heads, [key_dim, value_dim]) = (unit.heads.len(), self.dims);
+        let query_floats = query_floats(key_dim, self.tiles);
         let (heads, rest) = space.split_at_mut(heads_floats(num_heads, query_floats, value_dim));
         let (joined, rest) = rest.split_at_mut(sums_floats(num_heads, value_dim));
         let mut heads = Heads::new(heads, num_heads, [query_floats, value_dim]);
@@ -392,10 +311,7 @@ where
             (self.write_query)(number, first_head + head, query);
             padding.fill(0.0);
         }
-        #[cfg(target_arch = "x86_64")]
-        if let ChunkRows::Tiles(rows) = rows {
-            rows.pack_queries(self.level, &(self.keys)(unit.key_head), &mut heads);
-        }
+        rows.pack_queries(self.level, &(self.keys)(unit.key_head), heads.queries);
         // A sink is there before the first position.
         let sinks = self.sinks.filter(|_| unit.part == 0).map(|sinks| &sinks[first_head..][..num_heads]);
         heads.sums.clear(sinks);
@@ -413,15 +329,18 @@ where
             *slot = Some(token);
         }
         let longest = tokens.iter().flatten().map(|token| token.context.num_keys).max().unwrap_or(0);
-        let mut slots = ChunkSlots::default();
+        let (mut slots, mut ahead) = (ChunkSlots::default(), ChunkSlots::default());
         for start in (0..longest).step_by(CHUNK) {
             for token in tokens.iter_mut().flatten().filter(|token| start < token.context.num_keys) {
                 if start > 0 && start.is_multiple_of(PART_KEYS) {
                     token.end_part(self.level);
                 }
+                // Other tokens ask for rows of their own, mostly these.
+                let end = if unit.tokens.len() == 1 { token.context.num_keys } else { 0 };
+                let next = ahead.before(&self.pages, &token.context, start + CHUNK, end);
                 let (slots, known) = slots.of_context(&self.pages, &token.context, start);
                 rows.extend(self.level, &shared, slots, known);
-                rows.attend(self.level, &shared, self.scale, &mut token.heads, slots, known);
+                rows.attend(self.level, &shared, self.scale, &mut token.heads, (slots, known), next);
             }
         }
         for token in tokens.iter_mut().flatten() {
@@ -436,13 +355,16 @@ where
     /// The unit's part of the context of its one token, into `sums`.
     fn part_of_context(&self, unit: &Unit, mut rows: ChunkRows<'_>, space: &mut [f32], sums: &mut [f32]) {
         let shared = (self.keys)(unit.key_head);
+        let (mut slots, mut ahead) = (ChunkSlots::default(), ChunkSlots::default());
+        let context = self.context(unit.tokens.start);
+        let end = ((unit.part + 1) * PART_KEYS).min(context.num_keys);
+        rows.fetch(&shared, slots.before(&self.pages, &context, unit.part * PART_KEYS, end));
         let (mut token, _) = self.token(unit, unit.tokens.start, &mut rows, space);
-        let end = ((unit.part + 1) * PART_KEYS).min(token.context.num_keys);
-        let mut slots = ChunkSlots::default();
         for start in (unit.part * PART_KEYS..end).step_by(CHUNK) {
-            let (slots, _) = slots.of_context(&self.pages, &token.context, start);
+            let next = ahead.before(&self.pages, &context, start + CHUNK, end);
+            let (slots, _) = slots.of_context(&self.pages, &context, start);
             rows.extend(self.level, &shared, slots, false);
-            rows.attend(self.level, &shared, self.scale, &mut token.heads, slots, false);
+            rows.attend(self.level, &shared, self.scale, &mut token.heads, (slots, false), next);
         }
         Sums::new(sums, unit.heads.len(), self.dims[1]).copy_from(&token.heads.sums);
     }

@@ -4,11 +4,11 @@
 //! `unsafe`: reads queries and index sets.
 #![allow(unsafe_code)]
 
-use crate::attend::{Attend, tiles_fit};
+use crate::attend::Attend;
 use crate::attention::KeysAndValues;
 use crate::backend::CpuBackend;
+use crate::chunk_rows::tiles_fit;
 use crate::paged::Pages;
-use crate::product::ActivationMode;
 use moellon_ops::{AttendMla, Result};
 
 pub(crate) fn run(backend: &mut CpuBackend, op: &AttendMla) -> Result<()> {
@@ -17,7 +17,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &AttendMla) -> Result<()> {
     let index_set = op.index.map(|set| (backend.memory.integers(set.ids), backend.memory.integers(set.counts)));
     let rows = backend.memory.cache(&op.cache);
     let shared = KeysAndValues { rows, key_at: 0, key_dim: rank + rope_dim, value_at: 0, value_dim: rank };
-    let tiles = backend.mode == ActivationMode::Int8 && tiles_fit(backend.level, &shared, op.num_heads);
+    let tiles = tiles_fit(backend.level, backend.mode, &shared, op.num_heads);
     let attend = Attend {
         level: backend.level,
         scale: op.scale,

@@ -7,7 +7,8 @@
 //!
 //! - *Scores* are keys (16 positions by 32 columns a tile, as they are) times queries (pairs of columns by 16 heads, packed once a unit), which
 //!   leaves heads in lanes: the softmax needs no sum across lanes.
-//! - *Values* are weights (16 heads by 32 positions) times values (pairs of positions by 16 columns, interleaved once a chunk for all heads).
+//! - *Values* are weights (16 heads by 32 positions) times values, which are the first columns of keys (pairs of positions by 16 columns,
+//!   interleaved in the nearest cache while the columns before are multiplied).
 //!
 //! A sum goes over columns, or positions, in their order, high part before low part, whoever shares the tile: what a head gets depends
 //! on its token alone.
@@ -16,6 +17,7 @@
 #![allow(unsafe_code)]
 
 use crate::attention::{CHUNK, Heads, KeysAndValues, PREFETCH_ROWS, check_row, prefetch_row};
+use crate::chunk_rows::query_floats;
 use crate::simd::amx::{Shape, configure};
 use crate::simd::math::exp;
 use crate::simd::{Kernel, Level, Simd};
@@ -41,14 +43,11 @@ pub(crate) fn fits(level: Level, shared: &KeysAndValues, num_heads: usize) -> bo
         && num_heads.is_multiple_of(TILE)
         && shared.key_dim.is_multiple_of(TILE)
         && shared.value_dim.is_multiple_of(DEPTH)
+        && shared.value_at == shared.key_at
+        && shared.value_dim <= shared.key_dim
 }
 
-/// Floats of a query, and twice that many bf16 of it: zeros fill the last tile.
-pub(crate) fn query_floats(key_dim: usize) -> usize {
-    key_dim.next_multiple_of(DEPTH)
-}
-
-/// Keys and values of a chunk as tiles: `[CHUNK / 16][key columns / 32]` tiles of keys, `[CHUNK / 32][value columns / 16]` tiles of values.
+/// Keys of a chunk as tiles, `[CHUNK / 16][columns / 32]`, and behind them weights of up to `num_heads` heads (see [`ChunkArgs`]).
 pub(crate) struct TileRows<'a> {
     space: &'a mut [f32],
     /// Rows that are there; zeros follow up to a multiple of [`DEPTH`].
@@ -57,8 +56,13 @@ pub(crate) struct TileRows<'a> {
 
 impl<'a> TileRows<'a> {
     /// Floats that it needs.
-    pub(crate) fn num_floats(shared: &KeysAndValues) -> usize {
-        CHUNK * (query_floats(shared.key_dim) + shared.value_dim) / 2
+    pub(crate) fn num_floats(shared: &KeysAndValues, num_heads: usize) -> usize {
+        Self::key_floats(shared) + CHUNK * num_heads
+    }
+
+    /// Floats of keys.
+    fn key_floats(shared: &KeysAndValues) -> usize {
+        CHUNK * query_floats(shared.key_dim, true) / 2
     }
 
     /// Room for rows, and none there.
@@ -78,21 +82,13 @@ impl<'a> TileRows<'a> {
     pub(crate) fn extend(&mut self, level: Level, shared: &KeysAndValues, slots: &[u32]) {
         assert!(fits(level, shared, TILE), "tiles for {} and {} columns", shared.key_dim, shared.value_dim);
         check_row(shared);
-        assert!(slots.len() <= CHUNK && self.space.len() >= Self::num_floats(shared), "room for a chunk");
+        assert!(slots.len() <= CHUNK && self.space.len() >= Self::key_floats(shared), "room for a chunk");
         if self.count >= slots.len() {
             return;
         }
-        let mut rows = [std::ptr::null::<u8>(); CHUNK];
-        for (row, slot) in rows.iter_mut().zip(slots) {
-            *row = shared.rows.pointer(*slot as usize);
-        }
-        let args = GatherArgs {
-            shared,
-            rows: &rows[..slots.len()],
-            // A pair of positions is one line.
-            first: self.count / 2 * 2,
-            to: self.space.as_mut_ptr().cast(),
-        };
+        let rows = pointers(shared, slots);
+        let (rows, first) = (&rows[..slots.len()], self.count);
+        let args = GatherArgs { shared, rows, first, to: self.space.as_mut_ptr().cast() };
         // SAFETY: rows are inside the cache, which nobody writes during this operation; there is room for all of them. Only the
         // lifetime changes, and the kernel keeps nothing.
         unsafe {
@@ -101,15 +97,16 @@ impl<'a> TileRows<'a> {
         self.count = slots.len();
     }
 
-    /// Makes operands of the queries of `heads`, which are rows of [`query_floats`]. No rows may be there.
+    /// Makes operands of queries, which are rows of [`query_floats`], in their place. No rows are there then.
     ///
     /// # Panics
     /// If sizes disagree or the level has no tiles.
-    pub(crate) fn pack_queries(&mut self, level: Level, shared: &KeysAndValues, heads: &mut Heads<'_>) {
-        let columns = query_floats(shared.key_dim);
-        assert!(self.count == 0 && self.space.len() >= TILE * columns, "room for a tile of heads");
-        assert!(heads.num_heads.is_multiple_of(TILE) && heads.queries.len() == heads.num_heads * columns, "queries");
-        for queries in heads.queries.chunks_exact_mut(TILE * columns) {
+    pub(crate) fn pack_queries(&mut self, level: Level, shared: &KeysAndValues, queries: &mut [f32]) {
+        let columns = query_floats(shared.key_dim, true);
+        assert!(self.space.len() >= TILE * columns, "room for a tile of heads");
+        self.count = 0;
+        assert!(queries.len().is_multiple_of(TILE * columns), "queries of whole tiles of heads");
+        for queries in queries.chunks_exact_mut(TILE * columns) {
             let from = &mut self.space[..TILE * columns];
             from.copy_from_slice(queries);
             let args = PackArgs { columns, from: from.as_ptr(), to: queries.as_mut_ptr().cast() };
@@ -118,47 +115,113 @@ impl<'a> TileRows<'a> {
         }
     }
 
-    /// Adds the first `count` rows to the state of all heads, whose queries are packed.
+    /// Adds the first `count` rows to the state of all heads, whose queries are packed. Rows of `next` are fetched meanwhile.
     ///
     /// # Panics
-    /// If there are fewer rows, or the work space has other sizes.
-    pub(crate) fn attend(&self, level: Level, shared: &KeysAndValues, scale: f32, heads: &mut Heads<'_>, count: usize) {
-        assert!(fits(level, shared, heads.num_heads), "tiles for {} heads", heads.num_heads);
-        assert!((1..=self.count).contains(&count), "{count} of {} rows", self.count);
-        assert!(self.space.len() >= Self::num_floats(shared), "room for a chunk");
-        let (num_heads, key_columns) = (heads.num_heads, query_floats(shared.key_dim));
-        assert_eq!(heads.queries.len(), num_heads * key_columns, "queries");
+    /// If there are fewer rows, a slot is not in the cache, or the work space has other sizes.
+    pub(crate) fn attend(
+        &mut self,
+        level: Level,
+        shared: &KeysAndValues,
+        scale: f32,
+        heads: &mut Heads<'_>,
+        count: usize,
+        next: &[u32],
+    ) {
+        let num_heads = heads.num_heads;
+        let products = self.products(level, shared, heads.queries, num_heads, count);
+        assert!(self.space.len() >= Self::num_floats(shared, num_heads), "room for weights");
         let sums = &mut heads.sums;
         assert_eq!(sums.values.len(), num_heads * shared.value_dim, "values");
         assert!(sums.largest.len() == num_heads && sums.sums.len() == num_heads, "sums");
-        let keys: *const u8 = self.space.as_ptr().cast();
+        let next_rows = pointers(shared, next);
         let args = ChunkArgs {
-            keys,
-            values: keys.wrapping_add(CHUNK * key_columns * 2),
-            count,
-            key_columns,
+            products,
+            next: &next_rows[..next.len()],
+            weights: self.space[Self::key_floats(shared)..].as_mut_ptr().cast(),
             value_dim: shared.value_dim,
             scale,
             num_heads,
-            queries: heads.queries.as_ptr().cast(),
             largest: sums.largest.as_mut_ptr(),
             sums: sums.sums.as_mut_ptr(),
             weighted: sums.values.as_mut_ptr(),
         };
-        // SAFETY: sizes were checked above, and that rows are there.
-        unsafe { level.call_with_tiles::<Chunk>(&args) }
+        // SAFETY: sizes were checked above, and that rows are there. Only the lifetime changes, and the kernel keeps nothing.
+        unsafe { level.call_with_tiles::<Chunk>(std::mem::transmute::<&ChunkArgs<'_>, &ChunkArgs<'static>>(&args)) }
+    }
+
+    /// `out[i] = Σ_h weights[h] * relu(queries[h] · key_i * scale)` for the first rows: scores of the indexer. Queries are packed.
+    ///
+    /// # Panics
+    /// If there are fewer rows, or the work space has other sizes.
+    pub(crate) fn index(
+        &self,
+        level: Level,
+        shared: &KeysAndValues,
+        scale: f32,
+        (queries, weights): (&[f32], &[f32]),
+        out: &mut [f32],
+    ) {
+        let products = self.products(level, shared, queries, weights.len(), out.len());
+        let mut totals = [0.0; CHUNK];
+        let args = IndexArgs { products, scale, weights, out: totals.as_mut_ptr() };
+        // SAFETY: sizes were checked, and that rows are there. Only the lifetime changes, and the kernel keeps nothing.
+        unsafe { level.call_with_tiles::<Index>(std::mem::transmute::<&IndexArgs<'_>, &IndexArgs<'static>>(&args)) }
+        out.copy_from_slice(&totals[..out.len()]);
+    }
+
+    /// Packed queries of `num_heads` heads and the first `count` rows, checked.
+    fn products(
+        &self,
+        level: Level,
+        shared: &KeysAndValues,
+        queries: &[f32],
+        num_heads: usize,
+        count: usize,
+    ) -> Products {
+        assert!(fits(level, shared, num_heads), "tiles for {num_heads} heads");
+        assert!((1..=self.count).contains(&count), "{count} of {} rows", self.count);
+        assert!(self.space.len() >= Self::key_floats(shared), "room for a chunk");
+        let key_tiles = query_floats(shared.key_dim, true) / DEPTH;
+        assert_eq!(queries.len(), num_heads * key_tiles * DEPTH, "queries");
+        Products { keys: self.space.as_ptr().cast(), key_tiles, queries: queries.as_ptr().cast(), count }
+    }
+}
+
+/// Where rows of `slots` are.
+///
+/// # Panics
+/// If one is not in the cache, or there are more than a chunk has.
+fn pointers(shared: &KeysAndValues, slots: &[u32]) -> [*const u8; CHUNK] {
+    let mut rows = [std::ptr::null::<u8>(); CHUNK];
+    for (row, slot) in rows[..slots.len()].iter_mut().zip(slots) {
+        *row = shared.rows.pointer(*slot as usize);
+    }
+    rows
+}
+
+/// Fetches rows of `slots` into the second-nearest cache.
+///
+/// # Panics
+/// If one is not in the cache, or there are more than a chunk has.
+pub(crate) fn fetch(shared: &KeysAndValues, slots: &[u32]) {
+    for row in &pointers(shared, slots)[..slots.len()] {
+        for byte in (0..2 * shared.key_dim).step_by(LINE_BYTES) {
+            // SAFETY: every processor with tiles has the instruction, and any address is allowed.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(row.wrapping_add(2 * shared.key_at + byte).cast()) }
+        }
     }
 }
 
 struct GatherArgs<'a> {
     shared: &'a KeysAndValues,
     rows: &'a [*const u8],
-    /// The first row to gather, an even one.
+    /// The first row to gather.
     first: usize,
     to: *mut u8,
 }
 
-/// Cache rows to tiles of keys and of values.
+/// Cache rows to tiles of keys.
 struct Gather;
 
 impl Kernel for Gather {
@@ -167,41 +230,24 @@ impl Kernel for Gather {
     #[inline(always)]
     unsafe fn run<S: Simd>(s: S, args: &GatherArgs<'static>) {
         let GatherArgs { shared, rows, first, to } = *args;
-        let (key_tiles, value_tiles) = (shared.key_dim.div_ceil(DEPTH), shared.value_dim / TILE);
-        let values = to.wrapping_add(CHUNK * key_tiles * LINE_BYTES);
+        let key_tiles = shared.key_dim.div_ceil(DEPTH);
         for i in 0..PREFETCH_ROWS {
             prefetch_row::<S, true>(s, shared, rows, first + i);
         }
-        for pair in (first..rows.len().next_multiple_of(DEPTH)).step_by(2) {
-            prefetch_row::<S, true>(s, shared, rows, pair + PREFETCH_ROWS);
-            prefetch_row::<S, true>(s, shared, rows, pair + PREFETCH_ROWS + 1);
+        for position in first..rows.len().next_multiple_of(DEPTH) {
+            prefetch_row::<S, true>(s, shared, rows, position + PREFETCH_ROWS);
             // Zeros behind the last row: nothing is read of it.
-            let row = |i: usize| rows.get(i).map_or((rows[0], 0), |row| (*row, u32::MAX));
-            let (even, odd) = (row(pair), row(pair + 1));
-            // SAFETY: the caller's promise: rows hold keys and values (masked where there is no row or no column), and there is room for a
-            // chunk of tiles. The level has AVX-512.
-            unsafe {
-                for (i, (row, mask)) in [even, odd].into_iter().enumerate() {
-                    let position = pair + i;
-                    let key = row.add(2 * shared.key_at);
-                    let tiles = to.add(position / TILE * key_tiles * TILE_BYTES + position % TILE * LINE_BYTES);
-                    for tile in 0..key_tiles {
-                        let columns = shared.key_dim - tile * DEPTH;
-                        let mask = if columns < DEPTH { mask & 0xffff } else { mask };
-                        let line = _mm512_maskz_loadu_epi16(mask, key.wrapping_add(tile * LINE_BYTES).cast());
-                        _mm512_storeu_si512(tiles.add(tile * TILE_BYTES).cast(), line);
-                    }
-                }
-                let [low, high] = [interleaving(0), interleaving(1)];
-                let tiles = values.add(pair / DEPTH * value_tiles * TILE_BYTES + pair % DEPTH / 2 * LINE_BYTES);
-                for tile in 0..value_tiles / 2 {
-                    let line = |(row, mask): (*const u8, u32)| {
-                        _mm512_maskz_loadu_epi16(mask, row.wrapping_add(2 * shared.value_at + tile * LINE_BYTES).cast())
-                    };
-                    let (even, odd) = (line(even), line(odd));
-                    let to = tiles.add(2 * tile * TILE_BYTES);
-                    _mm512_storeu_si512(to.cast(), _mm512_permutex2var_epi16(even, low, odd));
-                    _mm512_storeu_si512(to.add(TILE_BYTES).cast(), _mm512_permutex2var_epi16(even, high, odd));
+            let (row, mask) = rows.get(position).map_or((rows[0], 0), |row| (*row, u32::MAX));
+            let key = row.wrapping_add(2 * shared.key_at);
+            let line = to.wrapping_add(position / TILE * key_tiles * TILE_BYTES + position % TILE * LINE_BYTES);
+            for tile in 0..key_tiles {
+                let columns = shared.key_dim - tile * DEPTH;
+                let mask = if columns < DEPTH { mask & 0xffff } else { mask };
+                // SAFETY: the caller's promise: rows hold keys (masked where there is no row or no column), and there is room for a
+                // chunk of tiles. The level has AVX-512.
+                unsafe {
+                    let keys = _mm512_maskz_loadu_epi16(mask, key.wrapping_add(tile * LINE_BYTES).cast());
+                    _mm512_storeu_si512(line.add(tile * TILE_BYTES).cast(), keys);
                 }
             }
         }
@@ -342,101 +388,173 @@ impl Kernel for Pack {
     }
 }
 
-struct ChunkArgs {
+/// What scores are products of.
+struct Products {
     /// [`TileRows`]
     keys: *const u8,
-    values: *const u8,
+    key_tiles: usize,
+    /// `[tile of heads]` of what [`Pack`] makes.
+    queries: *const u8,
+    /// Rows.
     count: usize,
-    key_columns: usize,
+}
+
+impl Products {
+    /// Groups of [`DEPTH`] rows, the last one with zeros.
+    fn steps(&self) -> usize {
+        self.count.div_ceil(DEPTH)
+    }
+}
+
+struct ChunkArgs<'a> {
+    products: Products,
+    /// Rows to fetch.
+    next: &'a [*const u8],
+    /// `[tile of heads][CHUNK / 32][high, low]` tiles: heads by positions.
+    weights: *mut u8,
     value_dim: usize,
     scale: f32,
     num_heads: usize,
-    /// `[num_heads / 16]` of what [`Pack`] makes.
-    queries: *const u8,
     /// As in [`crate::attention::Sums`].
     largest: *mut f32,
     sums: *mut f32,
     weighted: *mut f32,
 }
 
-/// Scores of a chunk for up to 32 heads, and their weights as tiles.
-#[repr(C, align(64))]
-struct Space {
-    /// `[position][head]`
-    scores: [MaybeUninit<f32>; CHUNK * 2 * TILE],
-    /// `[tile of heads][CHUNK / 32][high, low]` tiles: heads by positions.
-    weights: [MaybeUninit<u8>; 2 * (CHUNK / DEPTH) * 2 * TILE_BYTES],
-}
-
-/// Bytes from the scores of a position to those of the next one.
-const SCORES_BYTES: usize = 2 * TILE * 4;
-
-impl Space {
+impl ChunkArgs<'_> {
     /// The tile of weights of these heads and positions.
-    #[inline(always)]
-    fn weights(&mut self, heads: usize, step: usize, part: usize) -> *mut u8 {
-        self.weights[((heads * (CHUNK / DEPTH) + step) * 2 + part) * TILE_BYTES..][..TILE_BYTES].as_mut_ptr().cast()
+    fn weights(&self, tile: usize, step: usize, part: usize) -> *mut u8 {
+        self.weights.wrapping_add(((tile * (CHUNK / DEPTH) + step) * 2 + part) * TILE_BYTES)
     }
 }
+
+/// `[position][head]`: scores of a chunk for up to 32 heads.
+#[repr(C, align(64))]
+struct Scores([MaybeUninit<f32>; CHUNK * SCORE_HEADS]);
+
+/// Heads of [`Scores`].
+const SCORE_HEADS: usize = 2 * TILE;
+
+/// `[CHUNK / 32][2]` tiles of values: pairs of positions by 16 columns.
+#[repr(C, align(64))]
+struct Values([MaybeUninit<u8>; CHUNK / DEPTH * 2 * TILE_BYTES]);
 
 /// A chunk for all heads.
 struct Chunk;
 
 impl Kernel for Chunk {
-    type Args = ChunkArgs;
+    type Args = ChunkArgs<'static>;
 
     #[inline(always)]
-    unsafe fn run<S: Simd>(s: S, args: &ChunkArgs) {
-        let mut space = MaybeUninit::<Space>::uninit();
-        // SAFETY: all of it may be uninitialised.
-        let space = unsafe { &mut *space.as_mut_ptr() };
+    unsafe fn run<S: Simd>(s: S, args: &ChunkArgs<'static>) {
+        let mut scores = Scores([MaybeUninit::uninit(); _]);
+        let mut values = [const { Values([MaybeUninit::uninit(); _]) }; 2];
         let tiles = args.num_heads / TILE;
-        // SAFETY: `args` holds rows, queries and state of all heads; only levels with tiles run this.
+        // Each step of scores fetches as many rows, column by column.
+        let fetched = args.next.len().div_ceil(tiles.div_ceil(2) * args.products.steps());
+        let mut next = args.next.chunks(fetched.max(1));
+        // SAFETY: `args` holds rows, queries and state of all heads; each reads what the one before wrote; only levels with tiles run this.
         unsafe {
             configure(Shape { rows: TILE, cols: LINE_BYTES });
-            let mut tile = 0;
-            while tile + 2 <= tiles {
-                attend_heads::<S, 2>(s, args, tile, space);
-                tile += 2;
+            for tile in (0..tiles).step_by(2) {
+                for step in 0..args.products.steps() {
+                    let next = next.next().unwrap_or(&[]);
+                    if tile + 2 <= tiles {
+                        score::<S, 2>(s, &args.products, tile, step, next, &mut scores);
+                    } else {
+                        score::<S, 1>(s, &args.products, tile, step, next, &mut scores);
+                    }
+                }
+                for h in 0..2.min(tiles - tile) {
+                    weigh(s, args, tile + h, h, &scores);
+                }
             }
-            if tile < tiles {
-                attend_heads::<S, 1>(s, args, tile, space);
+            interleave(&args.products, 0, &mut values[0]);
+            for columns in 0..args.value_dim / DEPTH {
+                for tile in (0..tiles).step_by(2) {
+                    if tile + 2 <= tiles {
+                        add_values::<2>(args, tile, columns, &values[columns % 2]);
+                    } else {
+                        add_values::<1>(args, tile, columns, &values[columns % 2]);
+                    }
+                    // Vectors work while tiles do.
+                    if tile == 0 && (columns + 1) * DEPTH < args.value_dim {
+                        interleave(&args.products, columns + 1, &mut values[(columns + 1) % 2]);
+                    }
+                }
             }
         }
     }
 }
 
-/// `H` tiles of heads from tile `tile` on.
-///
-/// # Safety
-/// As [`Chunk`]; heads exist.
-#[inline(always)]
-unsafe fn attend_heads<S: Simd, const H: usize>(s: S, args: &ChunkArgs, tile: usize, space: &mut Space) {
-    // SAFETY: the caller's promise; each reads what the one before wrote.
-    unsafe {
-        for step in 0..args.count.div_ceil(DEPTH) {
-            score::<H>(args, tile, step, space);
-        }
-        for h in 0..H {
-            weigh(s, args, tile + h, h, space);
-        }
-        for columns in 0..args.value_dim / DEPTH {
-            add_values::<H>(args, tile, columns, space);
+struct IndexArgs<'a> {
+    products: Products,
+    scale: f32,
+    /// Of all heads.
+    weights: &'a [f32],
+    /// `[CHUNK]`, zeros.
+    out: *mut f32,
+}
+
+/// Scores of the indexer.
+struct Index;
+
+impl Kernel for Index {
+    type Args = IndexArgs<'static>;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(s: S, args: &IndexArgs<'static>) {
+        let mut scores = Scores([MaybeUninit::uninit(); _]);
+        let tiles = args.weights.len() / TILE;
+        let scale = s.splat(args.scale);
+        // SAFETY: `args` holds rows and queries; scores are read after they were written; only levels with tiles run this.
+        unsafe {
+            configure(Shape { rows: TILE, cols: LINE_BYTES });
+            for tile in (0..tiles).step_by(2) {
+                for step in 0..args.products.steps() {
+                    if tile + 2 <= tiles {
+                        score::<S, 2>(s, &args.products, tile, step, &[], &mut scores);
+                    } else {
+                        score::<S, 1>(s, &args.products, tile, step, &[], &mut scores);
+                    }
+                }
+                for first in (0..args.products.count).step_by(4) {
+                    let mut totals = [s.splat(0.0); 4];
+                    for i in 0..4 {
+                        for h in 0..2.min(tiles - tile) {
+                            let at = (first + i) * SCORE_HEADS + h * TILE;
+                            let score = s.mul(s.load(scores.0.as_ptr().add(at).cast()), scale);
+                            let weight = s.load(args.weights.as_ptr().add((tile + h) * TILE));
+                            totals[i] = s.mul_add(weight, s.max(score, s.splat(0.0)), totals[i]);
+                        }
+                    }
+                    for (i, total) in s.sum_4(totals).into_iter().enumerate() {
+                        *args.out.add(first + i) += total;
+                    }
+                }
+            }
         }
     }
 }
 
-/// Scores of 32 positions.
+/// Scores of 32 positions for `H` tiles of heads from tile `tile` on. Fetches `next`.
 ///
 /// # Safety
-/// As [`attend_heads`].
+/// Queries, keys and heads exist, and the registers have the shape.
 #[inline(always)]
-unsafe fn score<const H: usize>(args: &ChunkArgs, tile: usize, step: usize, space: &mut Space) {
-    let key_tiles = args.key_columns / DEPTH;
+unsafe fn score<S: Simd, const H: usize>(
+    s: S,
+    args: &Products,
+    tile: usize,
+    step: usize,
+    next: &[*const u8],
+    scores: &mut Scores,
+) {
+    let key_tiles = args.key_tiles;
     let keys = args.keys.wrapping_add(2 * step * key_tiles * TILE_BYTES);
     let queries = args.queries.wrapping_add(tile * key_tiles * 2 * TILE_BYTES);
-    let scores = space.scores[step * DEPTH * 2 * TILE..][..DEPTH * 2 * TILE].as_mut_ptr();
-    // SAFETY: the caller's promise: tiles are there, and the registers have the shape. Nothing else touches tile registers.
+    let scores = scores.0[step * DEPTH * SCORE_HEADS..][..DEPTH * SCORE_HEADS].as_mut_ptr();
+    // SAFETY: the caller's promise. Nothing else touches tile registers.
     unsafe {
         asm!(
             "tilezero tmm0",
@@ -446,6 +564,9 @@ unsafe fn score<const H: usize>(args: &ChunkArgs, tile: usize, step: usize, spac
             options(nomem, nostack, preserves_flags)
         );
         for column in 0..key_tiles {
+            for row in next {
+                s.prefetch_far(row.wrapping_add(column * LINE_BYTES));
+            }
             let query = queries.add(2 * column * TILE_BYTES);
             asm!(
                 "tileloadd tmm4, [{first} + {line}]",
@@ -480,8 +601,8 @@ unsafe fn score<const H: usize>(args: &ChunkArgs, tile: usize, step: usize, spac
             "tilestored [{first} + {position}], tmm0",
             "tilestored [{second} + {position}], tmm1",
             first = in(reg) scores,
-            second = in(reg) scores.add(TILE * 2 * TILE),
-            position = in(reg) SCORES_BYTES,
+            second = in(reg) scores.add(TILE * SCORE_HEADS),
+            position = in(reg) SCORE_HEADS * 4,
             options(nostack, preserves_flags)
         );
         if H == 2 {
@@ -489,8 +610,8 @@ unsafe fn score<const H: usize>(args: &ChunkArgs, tile: usize, step: usize, spac
                 "tilestored [{first} + {position} + 64], tmm2",
                 "tilestored [{second} + {position} + 64], tmm3",
                 first = in(reg) scores,
-                second = in(reg) scores.add(TILE * 2 * TILE),
-                position = in(reg) SCORES_BYTES,
+                second = in(reg) scores.add(TILE * SCORE_HEADS),
+                position = in(reg) SCORE_HEADS * 4,
                 options(nostack, preserves_flags)
             );
         }
@@ -500,28 +621,28 @@ unsafe fn score<const H: usize>(args: &ChunkArgs, tile: usize, step: usize, spac
 /// The softmax of tile `tile` of heads, which is tile `h` of the scores: weights, sums, and what was before rescaled.
 ///
 /// # Safety
-/// As [`attend_heads`]; scores are there.
+/// Scores are there, and room for weights.
 #[inline(always)]
-unsafe fn weigh<S: Simd>(s: S, args: &ChunkArgs, tile: usize, h: usize, space: &mut Space) {
-    let scale = s.splat(args.scale);
-    let first_score: *const f32 = space.scores[h * TILE..].as_ptr().cast();
+unsafe fn weigh<S: Simd>(s: S, args: &ChunkArgs<'_>, tile: usize, h: usize, scores: &Scores) {
+    let (count, scale) = (args.products.count, s.splat(args.scale));
+    let first_score: *const f32 = scores.0[h * TILE..].as_ptr().cast();
     let (largest_to, sums_to) = (args.largest.wrapping_add(tile * TILE), args.sums.wrapping_add(tile * TILE));
     // SAFETY: the caller's promise.
     unsafe {
         let before = s.load(largest_to);
         let mut largest = before;
-        for i in 0..args.count {
-            largest = s.max(largest, s.mul(s.load(first_score.add(i * 2 * TILE)), scale));
+        for i in 0..count {
+            largest = s.max(largest, s.mul(s.load(first_score.add(i * SCORE_HEADS)), scale));
         }
         let mut sum = s.splat(0.0);
         let mut parts = [Square::new(), Square::new()];
-        for step in 0..args.count.div_ceil(DEPTH) {
+        for step in 0..args.products.steps() {
             for line in 0..TILE {
                 let mut halves = [[s.splat_i(0); 2]; 2];
                 for (odd, half) in halves.iter_mut().enumerate() {
                     let position = step * DEPTH + 2 * line + odd;
-                    if position < args.count {
-                        let score = s.mul(s.load(first_score.add(position * 2 * TILE)), scale);
+                    if position < count {
+                        let score = s.mul(s.load(first_score.add(position * SCORE_HEADS)), scale);
                         let weight = exp(s, s.sub(score, largest));
                         sum = s.add(sum, weight);
                         *half = split(s, weight);
@@ -533,7 +654,7 @@ unsafe fn weigh<S: Simd>(s: S, args: &ChunkArgs, tile: usize, h: usize, space: &
                 }
             }
             for (part, square) in parts.iter().enumerate() {
-                transpose(square, space.weights(h, step, part));
+                transpose(square, args.weights(tile, step, part));
             }
         }
         // The first chunk without a sink: minus infinity minus anything, and there is nothing to rescale.
@@ -555,17 +676,39 @@ unsafe fn weigh<S: Simd>(s: S, args: &ChunkArgs, tile: usize, h: usize, space: &
     }
 }
 
-/// Adds weighted values, columns `32 * columns ..`.
+/// Values of columns `32 * columns ..` as operands.
 ///
 /// # Safety
-/// As [`attend_heads`]; weights are there.
+/// There are so many; the level has AVX-512.
 #[inline(always)]
-unsafe fn add_values<const H: usize>(args: &ChunkArgs, tile: usize, columns: usize, space: &mut Space) {
-    let value_tiles = args.value_dim / TILE;
+unsafe fn interleave(args: &Products, columns: usize, values: &mut Values) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let [low, high] = [interleaving(0), interleaving(1)];
+        for step in 0..args.steps() {
+            let to: *mut u8 = values.0[2 * step * TILE_BYTES..][..2 * TILE_BYTES].as_mut_ptr().cast();
+            for line in 0..TILE {
+                let tile = (2 * step + 2 * line / TILE) * args.key_tiles + columns;
+                let from = args.keys.add(tile * TILE_BYTES + 2 * line % TILE * LINE_BYTES);
+                let (even, odd) = (_mm512_loadu_si512(from.cast()), _mm512_loadu_si512(from.add(LINE_BYTES).cast()));
+                let to = to.add(line * LINE_BYTES);
+                _mm512_storeu_si512(to.cast(), _mm512_permutex2var_epi16(even, low, odd));
+                _mm512_storeu_si512(to.add(TILE_BYTES).cast(), _mm512_permutex2var_epi16(even, high, odd));
+            }
+        }
+    }
+}
+
+/// Adds weighted values for `H` tiles of heads from tile `tile` on, columns `32 * columns ..`.
+///
+/// # Safety
+/// Heads, columns, weights and values are there, and the registers have the shape.
+#[inline(always)]
+unsafe fn add_values<const H: usize>(args: &ChunkArgs<'_>, tile: usize, columns: usize, values: &Values) {
     let weighted = args.weighted.wrapping_add(tile * TILE * args.value_dim + columns * DEPTH);
     let next_heads = weighted.wrapping_add(TILE * args.value_dim);
     let head_bytes = args.value_dim * 4;
-    // SAFETY: the caller's promise: tiles are there, and the registers have the shape. Nothing else touches tile registers.
+    // SAFETY: the caller's promise. Nothing else touches tile registers.
     unsafe {
         asm!(
             "tileloadd tmm0, [{to} + {head}]",
@@ -583,7 +726,7 @@ unsafe fn add_values<const H: usize>(args: &ChunkArgs, tile: usize, columns: usi
                 options(nostack, readonly, preserves_flags)
             );
         }
-        for step in 0..args.count.div_ceil(DEPTH) {
+        for step in 0..args.products.steps() {
             asm!(
                 "tileloadd tmm6, [{values} + {line}]",
                 "tileloadd tmm7, [{values} + {line} + 1024]",
@@ -593,8 +736,8 @@ unsafe fn add_values<const H: usize>(args: &ChunkArgs, tile: usize, columns: usi
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 "tdpbf16ps tmm0, tmm5, tmm6",
                 "tdpbf16ps tmm1, tmm5, tmm7",
-                values = in(reg) args.values.add((step * value_tiles + 2 * columns) * TILE_BYTES),
-                weights = in(reg) space.weights(0, step, 0),
+                values = in(reg) values.0.as_ptr().add(2 * step * TILE_BYTES),
+                weights = in(reg) args.weights(tile, step, 0),
                 line = in(reg) LINE_BYTES,
                 options(nostack, readonly, preserves_flags)
             );
@@ -606,7 +749,7 @@ unsafe fn add_values<const H: usize>(args: &ChunkArgs, tile: usize, columns: usi
                     "tdpbf16ps tmm3, tmm4, tmm7",
                     "tdpbf16ps tmm2, tmm5, tmm6",
                     "tdpbf16ps tmm3, tmm5, tmm7",
-                    weights = in(reg) space.weights(1, step, 0),
+                    weights = in(reg) args.weights(tile + 1, step, 0),
                     line = in(reg) LINE_BYTES,
                     options(nostack, readonly, preserves_flags)
                 );

@@ -24,6 +24,7 @@ mod attend_tiles;
 mod attention;
 mod backend;
 pub mod bandwidth;
+mod chunk_rows;
 mod disjoint;
 mod embed;
 mod expert_lists;
