@@ -15,6 +15,8 @@
 //!
 //! `unsafe`: assembly and vector instructions over raw cache rows.
 #![allow(unsafe_code)]
+// Loops run over arrays of registers, several at once; iterators would hide vectors in closures.
+#![allow(clippy::needless_range_loop)]
 
 use crate::attention::{CHUNK, Heads, KeysAndValues, PREFETCH_ROWS, check_row, prefetch_row};
 use crate::chunk_rows::query_floats;
