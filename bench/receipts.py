@@ -227,7 +227,7 @@ def context(stolen):
 def context_variants(stolen, *words):
     """Steps at 128 and 8192 positions of several builds in turns, and what attention and the indexer take of them."""
     builds = [word.split("=", 2) for word in words]
-    lengths, rounds, samples = (128, 8192), 3, []
+    lengths, rounds, samples = (128, 8192), 2, []
     for number in range(rounds):
         for name, commit, program in builds if number % 2 == 0 else builds[::-1]:
             for length in lengths:

@@ -9,7 +9,8 @@ use super::neon::Neon;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2::Avx2, avx512::Avx512};
 
-/// A set of vector instructions that kernels are compiled for. All levels give the same bits.
+/// A set of vector instructions that kernels are compiled for. All levels give the same bits, except that with
+/// [`crate::ActivationMode::Int8`] tile registers that multiply bf16 compute latent attention and the indexer's scores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum CpuLevel {
     /// Whatever the compilation target has.
@@ -26,7 +27,8 @@ pub enum CpuLevel {
     Avx2Vnni,
     /// AVX-512 F, BW, VL, DQ and VNNI (Cascade Lake, Zen 4 and later).
     Avx512Vnni,
-    /// The same, VBMI, and AMX tiles of bytes, which many rows are multiplied with (Sapphire Rapids and later).
+    /// The same, VBMI, and AMX tiles of bytes, which many rows are multiplied with (Sapphire Rapids and later), and of bf16, where the
+    /// processor has those too, for attention over latents.
     Avx512Amx,
 }
 
