@@ -6,6 +6,7 @@
     python3 bench/receipts.py tiny              # the bundled model: prompt and decode speed
     python3 bench/receipts.py decode [SHAPE ..] # slices of published shapes: decode and prefill against bandwidth
     python3 bench/receipts.py context           # decode at 8192 positions against 128, sparse attention on
+    python3 bench/receipts.py context-variants NAME=COMMIT=PROGRAM ..  # the same of several builds in turns
     python3 bench/receipts.py verify [SHAPE ..] # steps of several rows of one sequence against their bytes
     python3 bench/receipts.py resident DIRECTORY # memory of a large checkpoint, loaded and decoding
     python3 bench/receipts.py kernels           # one linear layer by format and rows (examples/kernel_speed)
@@ -201,10 +202,14 @@ def decode(stolen, shapes):
             write(f"decode-cpu-{shape}-{plan}", commands, reports, {"decode-cpu": rows}, stolen)
 
 
+def context_command(length, windows):
+    return ["bench", "--synthetic", SLICES["glm"], "--format", "affine-4", "--batch", "1", "--context", str(length), "--prompt", "1", "--windows", str(windows), "--cache", "bf16", "--json"]
+
+
 def context(stolen):
     reports, rows, commands = [], [], []
     for length in (128, 2048, 8192):
-        command = ["bench", "--synthetic", SLICES["glm"], "--format", "affine-4", "--batch", "1", "--context", str(length), "--prompt", "1", "--windows", "9", "--cache", "bf16", "--json"]
+        command = context_command(length, 9)
         report = json.loads(run(*command)[0])
         reports.append(report)
         commands.append(f"{NAME} {' '.join(command)}")
@@ -217,6 +222,33 @@ def context(stolen):
             "share of measured bandwidth": f"{100 * result['bandwidth_share']:.0f} %",
         })
     write("context-cpu", commands, reports, {"context-cpu": rows}, stolen)
+
+
+def context_variants(stolen, *words):
+    """Steps at 128 and 8192 positions of several builds in turns, and what attention and the indexer take of them."""
+    builds = [word.split("=", 2) for word in words]
+    lengths, rounds, samples = (128, 8192), 2, []
+    for number in range(rounds):
+        for name, commit, program in builds if number % 2 == 0 else builds[::-1]:
+            for length in lengths:
+                report = json.loads(subprocess.run([program, *context_command(length, 5)], check=True, capture_output=True, text=True).stdout)
+                samples.append({"variant": name, "commit": commit, "context": length, "report": report})
+    rows = []
+    for name, commit, _ in builds:
+        of = {length: [s["report"]["results"][0] for s in samples if s["variant"] == name and s["context"] == length] for length in lengths}
+        first = statistics.median(result["step_ms"] for result in of[lengths[0]])
+        for length, results in of.items():
+            steps = [result["step_ms"] for result in results]
+            stage = lambda which: statistics.median(s["microseconds"] for result in results for s in result["stages"] if s["stage"] == which)
+            rows.append({
+                "shape": SLICES["glm"], "format": "affine-4", "variant": name, "commit": commit[:7], "context": length, "ms a step": f"{statistics.median(steps):.2f}",
+                "lowest and highest": f"{min(steps):.2f}-{max(steps):.2f}", "against 128": f"{statistics.median(steps) / first:.2f}",
+                "attention, ms": f"{stage('attention') / 1000:.2f}", "indexer, ms": f"{stage('indexer') / 1000:.2f}",
+                "share of measured bandwidth": f"{100 * statistics.median(result['bandwidth_share'] for result in results):.0f} %",
+            })
+    commands = [f"{NAME} {' '.join(context_command(length, 5))}" for length in lengths]
+    kept = {"samples": samples, "builds": [{"variant": n, "commit": c, "binary_sha256": hashlib.sha256(Path(b).read_bytes()).hexdigest()} for n, c, b in builds]}
+    write("context-variants", commands, kept, {"context-variants": rows}, stolen)
 
 
 def verify(stolen, shapes):
@@ -588,7 +620,7 @@ def cuda_sanitizer(stolen, conformance, recorded, kernels=None):
 
 
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "operations", "variants", "step-variants", "activations", "pages", "cuda", "wgpu", "wgpu-steps", "cuda-kernels", "cuda-sanitizer"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "operations", "variants", "step-variants", "context-variants", "activations", "pages", "cuda", "wgpu", "wgpu-steps", "cuda-kernels", "cuda-sanitizer"):
         raise SystemExit(__doc__)
     stolen = steal_ticks()
     match sys.argv[1]:
@@ -612,6 +644,8 @@ def main():
             operations(stolen, sys.argv[2:])
         case "variants":
             variants(stolen, *sys.argv[2:])
+        case "context-variants":
+            context_variants(stolen, *sys.argv[2:])
         case "step-variants":
             step_variants(stolen, *sys.argv[2:])
         case "activations":
