@@ -205,7 +205,7 @@ def turns(stolen, plan, kernels):
 def waits(stolen, plans):
     """The experts' kernels of a step under Nsight Compute: instructions, pipes, and the reasons for which warps issue nothing."""
     stall = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
-    reasons = ("long_scoreboard", "short_scoreboard", "wait", "math_pipe_throttle", "mio_throttle", "lg_throttle", "barrier", "membar", "not_selected", "no_instruction", "dispatch_stall", "branch_resolve")
+    reasons = ("long_scoreboard", "short_scoreboard", "wait", "math_pipe_throttle", "mio_throttle", "lg_throttle", "barrier", "membar", "not_selected", "no_instruction", "dispatch_stall", "branch_resolving")
     basic = {
         "ns": "gpu__time_duration.sum", "bytes": "dram__bytes_read.sum", "instructions": "smsp__inst_executed.sum", "issue": "smsp__issue_active.avg.pct_of_peak_sustained_active",
         "alu": "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active", "fma": "sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_active", "warps": "smsp__warps_active.avg.per_cycle_active",
@@ -214,7 +214,7 @@ def waits(stolen, plans):
     for plan in plans:
         kernels, form, batch = plan.rsplit("/", 2)
         name, folder = kernels.split("=")
-        command = ["bench", "--synthetic", "glm-5.2-77:layers=4", "--format", form, "--backend", "cuda", "--batch", batch, "--prompt", "1", "--windows", "1", "--steps", "2"]
+        command = ["bench", "--synthetic", "glm-5.2-77:layers=4,vocab=4096", "--format", form, "--backend", "cuda", "--batch", batch, "--prompt", "1", "--windows", "1", "--steps", "2"]
         metrics = [*basic.values(), *map(stall.format, reasons)]
         profiler = ["ncu", "--clock-control", "none", "--cache-control", "none", "-k", "regex:^(up_|experts_down|few_up|few_down)", "--metrics", ",".join(metrics), "--launch-skip", "6", "--launch-count", "6", "--csv"]
         words = [*profiler, BINARY, *command]
@@ -223,7 +223,8 @@ def waits(stolen, plans):
         found = {}
         for row in csv.DictReader(line for line in out.splitlines() if line.startswith('"')):
             launch = found.setdefault(row["Kernel Name"].split("(")[0], {}).setdefault(row["ID"], {})
-            launch[row["Metric Name"]] = float(row["Metric Value"].replace(",", ""))
+            # A reason that this GPU does not know is none.
+            launch[row["Metric Name"]] = 0.0 if row["Metric Value"] == "n/a" and "stalled" in row["Metric Name"] else float(row["Metric Value"].replace(",", ""))
         for kernel, launches in found.items():
             samples.append({"plan": f"{name}/{form}/{batch}", "kernel": kernel, "launches": list(launches.values())})
             middle = lambda metric: statistics.median(launch[metric] for launch in launches.values())

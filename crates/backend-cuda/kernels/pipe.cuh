@@ -29,7 +29,7 @@ template <int F, int R, int TILES = 0, int SLOTS = 0> struct Pipe {
 
   METHOD void start(u8* shared) {
     lane = threadIdx.x & 31;
-    ring = (u32)__cvta_generic_to_shared(shared) + threadIdx.x / 32 * RING;
+    ring = (u32)__cvta_generic_to_shared(shared) + warp_index() * RING;
     bars = ring + D * SLOT;
     put = take = phases = left = 0;
 #if __CUDA_ARCH__ >= 900
