@@ -176,11 +176,11 @@ def prompts(stolen, chosen):
 
 
 def turns(stolen, plan, kernels):
-    """Steps of 1, 8 and 32 rows and prompts of 512 tokens, three times with each folder of kernels in turn."""
+    """Steps of 1, 8 and 32 rows and prompts of 512 tokens, twice with each folder of kernels in turn."""
     shape, form = plan.split("/")
     command = ["bench", "--backend", "cuda", "--synthetic", shape, "--format", form, "--batch", "1,8,32", "--prompt", "512", "--windows", "3", "--steps", "20", "--json"]
     found, reports, commands = {}, [], []
-    for _ in range(3):
+    for _ in range(2):
         for name, folder in (words.split("=") for words in kernels):
             report = json.loads(run(*command, "--cuda-kernels", folder)[0])
             reports.append(report | {"kernels": name})
@@ -216,7 +216,7 @@ def waits(stolen, plans):
         name, folder = kernels.split("=")
         command = ["bench", "--synthetic", "glm-5.2-77:layers=4,vocab=4096", "--format", form, "--backend", "cuda", "--batch", batch, "--prompt", "1", "--windows", "1", "--steps", "2"]
         metrics = [*basic.values(), *map(stall.format, reasons)]
-        profiler = ["ncu", "--clock-control", "none", "--cache-control", "none", "-k", "regex:^(up_|experts_down|few_up|few_down)", "--metrics", ",".join(metrics), "--launch-skip", "6", "--launch-count", "6", "--csv"]
+        profiler = ["ncu", "--clock-control", "none", "--cache-control", "none", "-k", "regex:^(up_|experts_down|few_up|few_down)", "--metrics", ",".join(metrics), "--launch-skip", "6", "--launch-count", "4", "--csv"]
         words = [*profiler, BINARY, *command]
         out = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, "MOELLON_CUDA_KERNELS": folder}).stdout
         commands.append(" ".join([*profiler[:7], "..", NAME, *command]))
