@@ -354,7 +354,7 @@ KERNEL __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) attend_prompt(con
   pdl_launch();
   const AttendArgs& a = args.attend;
   u32 stages = (u32)__cvta_generic_to_shared(shared), bar = (u32)__cvta_generic_to_shared(bars), scores_bar = bar + 16 * STAGES;
-  u32 warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  u32 warp = warp_index();
   if (threadIdx.x == 0) {
 #pragma unroll
     for (int s = 0; s < STAGES; s++) {
