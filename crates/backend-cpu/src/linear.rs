@@ -7,10 +7,11 @@ use crate::backend::CpuBackend;
 use crate::layout::TILE_ROWS;
 use crate::memory::Floats;
 use crate::prepare::RowSource;
-use crate::product::multiply;
+use crate::product::{Sink, fetch_to_write, multiply};
 use crate::weights::Bias;
 use crate::work::{Item, tile_cost};
 use moellon_ops::{Linear, Result};
+use std::ops::Range;
 
 /// Copies the outputs of a tile to its columns of row `row`, as far as they exist.
 ///
@@ -34,25 +35,49 @@ pub(crate) unsafe fn write_tile(
     }
 }
 
-/// [`write_tile`] for rows from `first_row` on, with the bias of matrix `matrix`, if there is one.
-///
-/// # Safety
-/// As [`write_tile`].
-pub(crate) unsafe fn write_rows(
-    out: &Floats,
-    first_row: usize,
-    [first_col, num_cols]: [usize; 2],
-    tile: usize,
-    values: &[[f32; TILE_ROWS]],
-    (bias, matrix): (Option<&Bias>, usize),
-) {
-    for (row, values) in (first_row..).zip(values) {
-        let mut values = *values;
-        if let Some(bias) = bias {
-            bias.add_to(matrix, tile, &mut values);
+/// Columns `first_col..first_col + num_cols` of `out`, as tiles of a product.
+pub(crate) struct Columns<'a> {
+    out: &'a Floats,
+    first_col: usize,
+    num_cols: usize,
+    /// A bias, and of which matrix.
+    bias: (Option<&'a Bias>, usize),
+}
+
+impl<'a> Columns<'a> {
+    /// As long as it lives,
+    ///
+    /// # Safety
+    /// nobody else reads or writes these columns of tiles that it is given.
+    pub(crate) unsafe fn new(
+        out: &'a Floats,
+        [first_col, num_cols]: [usize; 2],
+        bias: (Option<&'a Bias>, usize),
+    ) -> Self {
+        Columns { out, first_col, num_cols, bias }
+    }
+}
+
+impl Sink for Columns<'_> {
+    /// Rows stand pages apart and were written a step ago, so each line would be waited for by all stores behind it, of which
+    /// tile registers' kernels have many.
+    #[inline]
+    fn expect(&mut self, tile: usize, rows: Range<usize>) {
+        for row in rows {
+            fetch_to_write(self.out.pointer(row).wrapping_add(self.first_col + tile * TILE_ROWS).cast());
         }
-        // SAFETY: the caller's promise.
-        unsafe { write_tile(out, row, first_col, num_cols, tile, &values) };
+    }
+
+    #[inline]
+    fn put(&mut self, tile: usize, first: usize, values: &[[f32; TILE_ROWS]]) {
+        for (row, values) in (first..).zip(values) {
+            let mut values = *values;
+            if let (Some(bias), matrix) = self.bias {
+                bias.add_to(matrix, tile, &mut values);
+            }
+            // SAFETY: `new`'s promise.
+            unsafe { write_tile(self.out, row, self.first_col, self.num_cols, tile, &values) };
+        }
     }
 }
 
@@ -84,10 +109,9 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &Linear<'_>) -> Result<()> {
             // SAFETY: filled before the barrier.
             let rows = unsafe { prepared.rows(form(part)) };
             let packed = &loaded.packed;
-            multiply(level, mode, (&packed.bytes, &packed.map), 0, tiles, &rows, |tile, first, values| {
-                // SAFETY: tiles are shared out, and parts have different outputs.
-                unsafe { write_rows(&out, first, [0, packed.map.rows], tile, values, (loaded.bias.as_ref(), 0)) };
-            });
+            // SAFETY: tiles are shared out, and parts have different outputs.
+            let columns = unsafe { Columns::new(&out, [0, packed.map.rows], (loaded.bias.as_ref(), 0)) };
+            multiply(level, mode, (&packed.bytes, &packed.map), 0, tiles, &rows, columns);
         });
     });
     Ok(())
