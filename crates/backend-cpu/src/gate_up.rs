@@ -5,10 +5,10 @@
 
 use crate::backend::CpuBackend;
 use crate::layout::TILE_ROWS;
-use crate::linear::Columns;
+use crate::linear::{results_are_written, write_tile};
 use crate::pack::TileMap;
 use crate::prepare::RowSource;
-use crate::product::{ActivationMode, Gathered, MAX_ROWS, MAX_STREAMS, Product, ROW_BLOCK, Rows, Sink, for_each_tile_group};
+use crate::product::{ActivationMode, Gathered, MAX_ROWS, MAX_STREAMS, Product, ROW_BLOCK, Rows, for_each_tile_group};
 use crate::simd::{Kernel, Level, Simd, math};
 use crate::weights::Bias;
 use crate::work::{Item, tile_cost};
@@ -83,7 +83,7 @@ pub(crate) fn gate_up_tiles(
     matrix: usize,
     tiles: Range<usize>,
     activation: Activation,
-    sink: impl Sink,
+    sink: impl FnMut(usize, usize, &[f32; TILE_ROWS]),
 ) {
     // Few rows are the common case, and clearing room for many would cost as much as reading a tile.
     if gate.rows.ids().len() <= MAX_ROWS {
@@ -101,7 +101,7 @@ fn tiles_with_room<const ROOM: usize>(
     matrix: usize,
     tiles: Range<usize>,
     activation: Activation,
-    mut sink: impl Sink,
+    mut sink: impl FnMut(usize, usize, &[f32; TILE_ROWS]),
 ) {
     let gate_product = Product::new(level, mode, gate.weights, matrix, tiles.clone(), &gate.rows);
     let up_product = Product::new(level, mode, up.weights, matrix, tiles.clone(), &up.rows);
@@ -123,7 +123,6 @@ fn tiles_with_room<const ROOM: usize>(
         let streams = gate_product.max_streams(count).min(up_product.max_streams(count));
         for_each_tile_group(streams, tiles.clone(), |first, step, streams| {
             let tile = |t: usize| first + t * step;
-            (0..streams).for_each(|t| sink.expect(tile(t), range.clone()));
             for (product, half, rows, out) in
                 [(&gate_product, gate, &gate_rows, &mut gated), (&up_product, up, &up_rows, &mut upped)]
             {
@@ -137,7 +136,9 @@ fn tiles_with_room<const ROOM: usize>(
             }
             activate(level, &mut gated, &upped, streams * count, activation);
             for t in 0..streams {
-                sink.put(tile(t), start, &gated[t * count..][..count]);
+                for i in 0..count {
+                    sink(tile(t), start + i, &gated[t * count + i]);
+                }
             }
         });
     }
@@ -167,10 +168,12 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &GateUp) -> Result<()> {
             let rows = forms.map(|form| unsafe { prepared.rows(form) });
             let gate = Half { weights: (&gate.packed.bytes, gate_map), bias: gate.bias.as_ref(), rows: rows[0] };
             let up = Half { weights: (&up.packed.bytes, up_map), bias: up.bias.as_ref(), rows: rows[1] };
-            // SAFETY: tiles are shared out.
-            let columns = unsafe { Columns::new(&out, [0, gate_map.rows], (None, 0)) };
-            gate_up_tiles((level, mode), &gate, &up, 0, tiles, op.activation, columns);
+            gate_up_tiles((level, mode), &gate, &up, 0, tiles, op.activation, |tile, row, values| {
+                // SAFETY: tiles are shared out.
+                unsafe { write_tile(&out, row, 0, gate_map.rows, tile, values) };
+            });
         });
+        results_are_written();
     });
     Ok(())
 }

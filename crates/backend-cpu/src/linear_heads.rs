@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use crate::backend::CpuBackend;
-use crate::linear::Columns;
+use crate::linear::{results_are_written, write_rows};
 use crate::prepare::RowSource;
 use crate::product::multiply;
 use crate::work::{Item, tile_cost};
@@ -34,11 +34,13 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &LinearHeads) -> Result<()> {
         let rows = unsafe { prepared.rows(form) };
         queues.share(items, index, |head, tiles| {
             let rows = rows.with_ids(prepared.ids(head * num_tokens..(head + 1) * num_tokens));
-            let cols = [head * map.rows, map.rows];
-            // SAFETY: tiles are shared out, and heads have different columns.
-            let columns = unsafe { Columns::new(&out, cols, (loaded.bias.as_ref(), head)) };
-            multiply(level, mode, (&loaded.packed.bytes, map), head, tiles, &rows, columns);
+            multiply(level, mode, (&loaded.packed.bytes, map), head, tiles, &rows, |tile, first, values| {
+                let (cols, bias) = ([head * map.rows, map.rows], (loaded.bias.as_ref(), head));
+                // SAFETY: tiles are shared out, and heads have different columns.
+                unsafe { write_rows(&out, first, cols, tile, values, bias) };
+            });
         });
+        results_are_written();
     });
     Ok(())
 }

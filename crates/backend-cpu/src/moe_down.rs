@@ -150,7 +150,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &MoeDown) -> Result<()> {
                     expert,
                     tiles.clone(),
                     &rows.with_ids(prepared.ids(lists.places(expert))),
-                    |tile, i, values: &[[f32; TILE_ROWS]]| {
+                    |tile, i, values| {
                         let chosen = i..i + values.len();
                         let to = (&lists.tokens(expert)[chosen.clone()], &lists.weights(expert)[chosen]);
                         // SAFETY: the columns are this thread's.

@@ -6,7 +6,7 @@
 
 use crate::backend::CpuBackend;
 use crate::gate_up::{Half, gate_up_tiles};
-use crate::linear::write_tile;
+use crate::linear::{results_are_written, write_tile};
 use crate::prepare::RowSource;
 use crate::work::{Item, tile_cost};
 use moellon_ops::{MoeGateUp, Result};
@@ -49,14 +49,13 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &MoeGateUp) -> Result<()> {
                 rows: rows[which].with_ids(tokens),
             };
             let (gate, up) = (half(gate_map, 0), half(up_map, 1));
-            gate_up_tiles((level, mode), &gate, &up, expert, tiles, op.activation, |tile, first: usize, rows: &[_]| {
-                for (pair, values) in pairs_of_expert[first..].iter().zip(rows) {
-                    let pair = *pair as usize;
-                    // SAFETY: tiles of an expert are shared out, and no two experts have the same pair.
-                    unsafe { write_tile(&out, pair / top_k, pair % top_k * width, width, tile, values) };
-                }
+            gate_up_tiles((level, mode), &gate, &up, expert, tiles, op.activation, |tile, i, values| {
+                let pair = pairs_of_expert[i] as usize;
+                // SAFETY: tiles of an expert are shared out, and no two experts have the same pair.
+                unsafe { write_tile(&out, pair / top_k, pair % top_k * width, width, tile, values) };
             });
         });
+        results_are_written();
     });
     Ok(())
 }

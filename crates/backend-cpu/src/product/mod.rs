@@ -239,35 +239,8 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// What takes the results of a product.
-pub(crate) trait Sink {
-    /// Those of tile `tile` and the `rows`-th ids come next: where they go may be fetched.
-    fn expect(&mut self, _tile: usize, _rows: Range<usize>) {}
-
-    /// Takes 16 outputs each, those of tile `tile`, of the rows `rows.ids()[first..first + values.len()]`.
-    fn put(&mut self, tile: usize, first: usize, values: &[[f32; TILE_ROWS]]);
-}
-
-impl<F: FnMut(usize, usize, &[[f32; TILE_ROWS]])> Sink for F {
-    #[inline]
-    fn put(&mut self, tile: usize, first: usize, values: &[[f32; TILE_ROWS]]) {
-        self(tile, first, values);
-    }
-}
-
-/// Hint that the line at `address` will be written soon. Any address is allowed.
-#[inline]
-pub(crate) fn fetch_to_write(address: *const u8) {
-    // SAFETY: it changes nothing but caches, and is skipped by processors without it.
-    #[cfg(target_arch = "x86_64")]
-    unsafe {
-        std::arch::asm!("prefetchw [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = address;
-}
-
-/// Multiplies tiles `tiles` of matrix `matrix` with `rows` and hands all results to `sink`.
+/// Multiplies tiles `tiles` of matrix `matrix` with `rows` and hands all results to `sink(tile, i, values)`: 16 outputs each of the
+/// rows `rows.ids()[i..i + values.len()]`.
 ///
 /// # Panics
 /// If tiles, rows or their layouts do not fit each other.
@@ -278,7 +251,7 @@ pub(crate) fn multiply(
     matrix: usize,
     tiles: Range<usize>,
     rows: &Rows<'_>,
-    mut sink: impl Sink,
+    mut sink: impl FnMut(usize, usize, &[[f32; TILE_ROWS]]),
 ) {
     let product = Product::new(level, mode, weights, matrix, tiles.clone(), rows);
     #[cfg(target_arch = "x86_64")]
@@ -288,9 +261,7 @@ pub(crate) fn multiply(
         let rows = product.side_by_side(&rows.with_ids(ids), &mut gathered);
         for_each_tile_group(product.max_streams(ids.len()), tiles.clone(), |first, step, streams| {
             let tile = |t| first + t * step;
-            let first_row = number * ROW_BLOCK;
-            (0..streams).for_each(|t| sink.expect(tile(t), first_row..first_row + ids.len()));
-            product.run(&rows, tile, streams, &mut |t, i, values| sink.put(tile(t), first_row + i, values));
+            product.run(&rows, tile, streams, &mut |t, i, values| sink(tile(t), number * ROW_BLOCK + i, values));
         });
     }
 }

@@ -85,7 +85,7 @@ fn products(
         0,
         0..packed.map.tiles,
         &prepared.rows(ids),
-        |tile: usize, first: usize, rows: &[[f32; TILE_ROWS]]| {
+        |tile, first, rows| {
             for (out, values) in out[first..].iter_mut().zip(rows) {
                 out[tile * TILE_ROWS..][..TILE_ROWS].copy_from_slice(values);
             }
