@@ -4,11 +4,10 @@
 //! wants) with up to 16 rows of activations. What it leaves are the integers that [`super::int8`] makes with dot products of
 //! bytes; scales are applied to them by the same operations in the same order, so results are the same bits.
 //!
-//! Codes are unpacked a step of two sums at a time into a buffer in the nearest cache, and tile registers can only be read through
-//! memory, so sums go through another one. Three steps are on their way at once: while tile instructions make the sums of one, vector
-//! instructions unpack the next and scale the sums of the one before. Unpacking a larger part of a tile first (512 columns, the
-//! design before this one) leaves memory idle while it is multiplied, and the other way round: eight rows took half again as long,
-//! sixteen twice as long (receipt `cpu-variants-fused-tiles`).
+//! Codes are unpacked a step of two to four sums at a time into a buffer in the nearest cache, and tile registers can only be read
+//! through memory, so sums go through another one. Three steps are on their way at once: while tile instructions make the sums of one,
+//! vector instructions unpack the next and scale the sums of the one before. Unpacking 512 columns first and multiplying them then, the
+//! design before, leaves memory idle in between: 16 rows took 1.3 times as long (receipt `cpu-variants-past-caches`).
 // Loops run over arrays of registers, several at once; iterators would hide vectors in closures.
 #![allow(clippy::needless_range_loop)]
 
@@ -56,7 +55,7 @@ pub(super) struct AmxArgs<'a> {
 /// wait for stores that have nothing to do with them.
 #[repr(C, align(64))]
 struct Buffers {
-    operands: [MaybeUninit<u8>; 2 * STEP_BLOCKS * WIDE_BLOCK_BYTES],
+    operands: [MaybeUninit<u8>; STEP_BLOCKS * WIDE_BLOCK_BYTES],
     /// `[sums of a step][rows of a register][16]`
     sums: [MaybeUninit<i32>; MAX_STEP * ROWS * TILE_ROWS],
 }
@@ -320,23 +319,19 @@ struct Ahead {
 /// `block` is a block, `to` has room for eight lines.
 #[inline(always)]
 unsafe fn unpack_block<S: Simd, C: Codes>(s: S, block: *const u8, ahead: Ahead, to: *mut u8) {
-    // All of them before the first store, behind which lines would be loaded again.
-    macro_rules! operands {
+    macro_rules! store {
         ($($m:literal)+) => {
-            [$({
+            $(
                 if $m < C::LINES {
                     fetch(s, block.wrapping_add($m * LINE_BYTES), ahead);
                 }
-                C::operand::<S, $m>(s, block)
-            }),+]
+                s.store(s.cast_to_f(C::operand::<S, $m>(s, block)), to.add($m * LINE_BYTES).cast());
+            )+
         };
     }
     // SAFETY: the caller's promise.
     unsafe {
-        let operands = operands!(0 1 2 3 4 5 6 7);
-        for m in 0..8 {
-            s.store(s.cast_to_f(operands[m]), to.add(m * LINE_BYTES).cast());
-        }
+        store!(0 1 2 3 4 5 6 7);
     }
 }
 
@@ -360,8 +355,7 @@ impl Pass<'_, '_> {
     /// # Safety
     /// They are there.
     #[inline(always)]
-    unsafe fn unpack<S: Simd, F: Family>(&self, s: S, step: &Step, number: usize, count: usize) {
-        let to = self.operands(number);
+    unsafe fn unpack<S: Simd, F: Family>(&self, s: S, step: &Step, count: usize) {
         const { assert!(F::STEP * F::COLS <= STEP_BLOCKS * BLOCK_COLS) };
         for i in 0..const { F::STEP * F::COLS / BLOCK_COLS } {
             if i * BLOCK_COLS >= count * F::COLS {
@@ -370,7 +364,7 @@ impl Pass<'_, '_> {
             let within = i % F::RECORD * F::Operand::LINES * LINE_BYTES;
             let from = step.records.wrapping_add(i / F::RECORD * step.record_bytes + within);
             // SAFETY: the caller's promise.
-            unsafe { unpack_block::<S, F::Operand>(s, from, self.ahead, to.add(i * WIDE_BLOCK_BYTES)) };
+            unsafe { unpack_block::<S, F::Operand>(s, from, self.ahead, self.operands.add(i * WIDE_BLOCK_BYTES)) };
             if (i + 1).is_multiple_of(F::RECORD) {
                 // Its scales.
                 fetch(s, from.wrapping_add(F::Operand::LINES * LINE_BYTES), self.ahead);
@@ -383,12 +377,11 @@ impl Pass<'_, '_> {
     /// # Safety
     /// They were unpacked; registers have their shape.
     #[inline(always)]
-    unsafe fn multiply<F: Family>(&self, step: &Step, number: usize, count: usize) {
-        let first = self.operands(number);
+    unsafe fn multiply<F: Family>(&self, step: &Step, count: usize) {
         let stride = self.args.stride_bytes;
         let operand_bytes = const { F::COLS / 4 * LINE_BYTES };
         let x = |i: usize| step.x.wrapping_add(i * F::COLS);
-        let operands = |i: usize| first.wrapping_add(i * operand_bytes);
+        let operands = |i: usize| self.operands.wrapping_add(i * operand_bytes);
         // SAFETY: the caller's promise; strides are those of rows and of lines. Nothing else touches tile registers.
         unsafe {
             multiply_codes!(F::SIGNED, "tmm0", "tmm4", "tmm6", x(0), stride, operands(0));
@@ -402,12 +395,6 @@ impl Pass<'_, '_> {
                 multiply_codes!(F::SIGNED, "tmm3", "tmm5", "tmm7", x(3), stride, operands(3));
             }
         }
-    }
-
-    /// Where the operands of step `number` are.
-    #[inline(always)]
-    fn operands(&self, number: usize) -> *mut u8 {
-        self.operands.wrapping_add(number % 2 * (STEP_BLOCKS * WIDE_BLOCK_BYTES))
     }
 
     /// Stores the sums of a step.
@@ -445,29 +432,26 @@ impl Pass<'_, '_> {
             let mut total = [s.splat(0.0); R];
             let (mut before, mut step) = (first, first);
             if steps > 0 {
-                self.unpack::<S, F>(s, &step, 0, F::STEP);
+                self.unpack::<S, F>(s, &step, F::STEP);
             }
             for number in 0..steps {
                 let next = step.next::<F>();
-                if number > 0 {
-                    self.store::<F>(F::STEP);
-                }
+                self.multiply::<F>(&step, F::STEP);
                 if number + 1 < steps {
-                    self.unpack::<S, F>(s, &next, number + 1, F::STEP);
+                    self.unpack::<S, F>(s, &next, F::STEP);
                 }
-                self.multiply::<F>(&step, number, F::STEP);
                 if number > 0 {
                     F::add::<S, R>(s, self.args, &before, self.sums, F::STEP, &mut total);
                 }
+                self.store::<F>(F::STEP);
                 (before, step) = (step, next);
             }
             if steps > 0 {
-                self.store::<F>(F::STEP);
                 F::add::<S, R>(s, self.args, &before, self.sums, F::STEP, &mut total);
             }
             if rest > 0 {
-                self.unpack::<S, F>(s, &step, steps, rest);
-                self.multiply::<F>(&step, steps, rest);
+                self.unpack::<S, F>(s, &step, rest);
+                self.multiply::<F>(&step, rest);
                 self.store::<F>(rest);
                 F::add::<S, R>(s, self.args, &step, self.sums, rest, &mut total);
             }

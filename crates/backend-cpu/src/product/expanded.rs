@@ -1,4 +1,5 @@
-//! Products with many rows: tiles are expanded part by part ([`super::wide`]) and multiplied with all rows of a block.
+//! Products with many rows: tiles are unpacked for all rows of a block, part by part ([`super::wide`]) or, for tile registers, record by
+//! record ([`super::amx`]).
 
 #[cfg(target_arch = "x86_64")]
 use super::amx;
@@ -14,7 +15,7 @@ use std::mem::MaybeUninit;
 /// Rows from which on tiles are expanded: four calls of four rows pay for it. Two calls do not: the second finds the tile
 /// in the nearest cache, and unpacking again costs less than writing and reading what was unpacked.
 const EXPAND_ROWS: usize = 16;
-/// Rows from which on tile registers are faster than dot products of bytes.
+/// Rows from which on tile registers are at least as fast as dot products of bytes, by `kernel_speed` with both levels.
 #[cfg(target_arch = "x86_64")]
 const AMX_ROWS: usize = 5;
 /// Rows of a call with expanded tiles.

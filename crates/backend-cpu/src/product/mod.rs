@@ -452,9 +452,7 @@ impl<'a> Product<'a> {
             },
             // One stream: what a core reads while it multiplies is then all that its caches wait for.
             Expansion::Amx => 1,
-            Expansion::Wide => {
-                expanded::STREAMS.min(streams_for(self.level.streams(), expanded::WIDE_ROWS))
-            }
+            Expansion::Wide => expanded::STREAMS.min(streams_for(self.level.streams(), expanded::WIDE_ROWS)),
         }
     }
 
