@@ -270,8 +270,9 @@ impl Family for Nvfp4 {
 macro_rules! multiply_tile {
     ($instruction:literal, $sums:literal, $x_tile:literal, $operand:literal, $x:expr, $stride:expr, $codes:expr) => {
         asm!(
-            concat!("tileloadd ", $operand, ", [{codes} + {line}]"),
+            // First what is there: tiles are loaded in this order, and operands wait for the stores that made them.
             concat!("tileloadd ", $x_tile, ", [{x} + {stride}]"),
+            concat!("tileloadd ", $operand, ", [{codes} + {line}]"),
             concat!("tilezero ", $sums),
             concat!($instruction, " ", $sums, ", ", $x_tile, ", ", $operand),
             codes = in(reg) $codes,
