@@ -384,8 +384,11 @@ def step_variants(stolen, *words):
                 "share of measured bandwidth": f"{100 * statistics.median(s['bandwidth_share'] for s in steps):.0f} %",
                 "prefill 512, tok/s": f"{statistics.median(r['prefill'][0]['tok_s'] for r in reports):.0f}",
             })
-    command = f"{NAME} bench --synthetic {SLICES['qwen']} --format affine-4 --batch 1,8 --prompt 512 --windows 4 --steps 12 --json"
-    write("cpu-step-variants", [command], samples, {"cpu-step-variants": rows}, stolen)
+    commands = [
+        f"{NAME} bench --synthetic {shape} --format {form} --batch 1,8 --prompt 512 --windows 4 --steps 12 --json"
+        for shape, form in dict.fromkeys((row["shape"], row["format"]) for row in rows)
+    ]
+    write("cpu-step-variants", commands, samples, {"cpu-step-variants": rows}, stolen)
 
 
 def activations(stolen, *words):

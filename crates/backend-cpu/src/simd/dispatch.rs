@@ -249,8 +249,14 @@ impl Level {
     #[cfg(target_arch = "x86_64")]
     pub(crate) unsafe fn call_with_tiles<K: Kernel>(self, args: &K::Args) {
         assert!(self.has_tiles(), "{} has no tile registers", self.name);
-        // SAFETY: the level exists only where the processor has AVX-512 as well; `args` is the caller's promise.
-        unsafe { run_avx512_vnni::<K>(args) }
+        // SAFETY: the level exists only where the processor has AVX-512 with VBMI as well; `args` is the caller's promise.
+        unsafe {
+            if const { K::LOOKS_UP } {
+                run_avx512_vbmi::<K>(args);
+            } else {
+                run_avx512_vnni::<K>(args);
+            }
+        }
     }
 
     /// Runs a kernel compiled for this level.
