@@ -13,8 +13,8 @@ use crate::work::{Item, tile_cost};
 use moellon_ops::{Linear, Result};
 
 /// Writes a line of results. A step's weights have pushed it out of the caches since it was written last, so a plain store would read it
-/// from memory first, with all stores behind it waiting: 38 ns a line (scratch runs), which made one row 6 % slower and four rows 15 %
-/// (receipt `cpu-variants-past-caches`). [`results_are_written`] comes before others read it.
+/// from memory first, with all stores behind it waiting: 38 ns a line, which made one row 6 % slower and four rows 15 % (scratch runs of
+/// `kernel_speed`; whole steps are in receipt `cpu-step-variants-past-caches`). [`results_are_written`] comes before others read it.
 #[inline]
 fn write_past_caches(values: &[f32; TILE_ROWS], to: &mut [f32; TILE_ROWS]) {
     #[cfg(target_arch = "x86_64")]

@@ -7,7 +7,7 @@
 //! Codes are unpacked a step of two to four sums at a time into a buffer in the nearest cache, and tile registers can only be read
 //! through memory, so sums go through another one. Three steps are on their way at once: while tile instructions make the sums of one,
 //! vector instructions unpack the next and scale the sums of the one before. Unpacking 512 columns first and multiplying them then, the
-//! design before, leaves memory idle in between: 16 rows took 1.3 times as long (receipt `cpu-variants-past-caches`).
+//! design before, leaves memory idle in between: 16 rows took 1.3 times as long (scratch runs of `kernel_speed`).
 // Loops run over arrays of registers, several at once; iterators would hide vectors in closures.
 #![allow(clippy::needless_range_loop)]
 
