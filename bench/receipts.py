@@ -224,6 +224,22 @@ def context(stolen):
     write("context-cpu", commands, reports, {"context-cpu": rows}, stolen)
 
 
+def context_rows(samples):
+    """A row of every measurement: two rounds have no median, and one minute's bandwidth is not the next one's."""
+    rows, first = [], {}
+    for sample in sorted(samples, key=lambda s: s["round"]):
+        result = sample["report"]["results"][0]
+        stages = {stage["stage"]: stage["microseconds"] / 1000 for stage in result["stages"]}
+        shortest = first.setdefault((sample["round"], sample["variant"]), result["step_ms"])
+        rows.append({
+            "shape": SLICES["glm"], "format": "affine-4", "round": sample["round"], "variant": sample["variant"], "commit": sample["commit"][:7],
+            "context": sample["context"], "ms a step": f"{result['step_ms']:.2f}", "quartiles": "-".join(f"{ms:.2f}" for ms in result["step_ms_quartiles"]),
+            "against 128": f"{result['step_ms'] / shortest:.2f}", "attention, ms": f"{stages['attention']:.2f}", "indexer, ms": f"{stages['indexer']:.2f}",
+            "reading, GB/s": f"{result['measured_read_gb_s']:.1f}",
+        })
+    return rows
+
+
 def context_variants(stolen, *words):
     """Steps at 128 and 8192 positions of several builds in turns, and what attention and the indexer take of them."""
     builds = [word.split("=", 2) for word in words]
@@ -232,20 +248,8 @@ def context_variants(stolen, *words):
         for name, commit, program in builds if number % 2 == 0 else builds[::-1]:
             for length in lengths:
                 report = json.loads(subprocess.run([program, *context_command(length, 5)], check=True, capture_output=True, text=True).stdout)
-                samples.append({"variant": name, "commit": commit, "context": length, "report": report})
-    rows = []
-    for name, commit, _ in builds:
-        of = {length: [s["report"]["results"][0] for s in samples if s["variant"] == name and s["context"] == length] for length in lengths}
-        first = statistics.median(result["step_ms"] for result in of[lengths[0]])
-        for length, results in of.items():
-            steps = [result["step_ms"] for result in results]
-            stage = lambda which: statistics.median(s["microseconds"] for result in results for s in result["stages"] if s["stage"] == which)
-            rows.append({
-                "shape": SLICES["glm"], "format": "affine-4", "variant": name, "commit": commit[:7], "context": length, "ms a step": f"{statistics.median(steps):.2f}",
-                "lowest and highest": f"{min(steps):.2f}-{max(steps):.2f}", "against 128": f"{statistics.median(steps) / first:.2f}",
-                "attention, ms": f"{stage('attention') / 1000:.2f}", "indexer, ms": f"{stage('indexer') / 1000:.2f}",
-                "share of measured bandwidth": f"{100 * statistics.median(result['bandwidth_share'] for result in results):.0f} %",
-            })
+                samples.append({"variant": name, "commit": commit, "round": number + 1, "context": length, "report": report})
+    rows = context_rows(samples)
     commands = [f"{NAME} {' '.join(context_command(length, 5))}" for length in lengths]
     kept = {"samples": samples, "builds": [{"variant": n, "commit": c, "binary_sha256": hashlib.sha256(Path(b).read_bytes()).hexdigest()} for n, c, b in builds]}
     write("context-variants", commands, kept, {"context-variants": rows}, stolen)
