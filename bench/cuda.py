@@ -178,7 +178,7 @@ def prompts(stolen, chosen):
 def turns(stolen, plan, kernels):
     """Steps of 1, 8 and 32 rows and prompts of 512 tokens, twice with each folder of kernels in turn."""
     shape, form = plan.split("/")
-    command = ["bench", "--backend", "cuda", "--synthetic", shape, "--format", form, "--batch", "1,8,32", "--prompt", "512", "--windows", "3", "--steps", "20", "--json"]
+    command = ["bench", "--backend", "cuda", "--synthetic", shape, "--format", form, "--batch", "1,8,32", "--prompt", "512", "--windows", "3", "--steps", "10", "--json"]
     found, reports, commands = {}, [], []
     for _ in range(2):
         for name, folder in (words.split("=") for words in kernels):
