@@ -8,6 +8,17 @@
 #define ROW_STEPS 4  // rows of up to 8192 columns stay in registers
 #define ROW_COLUMNS 2048
 
+// Where the row of a product comes from.
+struct RowInput {
+  Mat x;              // floats; the twin is read where it is taken as it lies
+  const u8* digits;   // the same for affine formats
+  u32 kind;           // 0: as it lies (twin or digits), 1: from its floats, 2: from their norm
+  float eps;
+  const float* weight;
+  Mat out;            // where the norm goes too, as floats and twin; null where it does not. Not over x: other blocks may still read it
+  u8* out_digits;     // and as digits, or null
+};
+
 DEVICE u32 row_column(u32 i) { return (i * 256 + threadIdx.x) * 8; }
 DEVICE bool is_wide(const float* p, u32 cols) { return (u64)p % 16 == 0 && cols % 8 == 0; }
 

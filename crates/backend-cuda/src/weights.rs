@@ -67,6 +67,21 @@ pub(crate) fn deep_bytes(format: WeightFormat) -> u32 {
     8 * (4 * 2 * 3 * tile_bytes(format) + 64)
 }
 
+/// The same of `row_heads_*` (`RowHeads` of latent.cu): rings of 16 warps, whose first part becomes keys and parts of attention; the row; what blocks of the cluster
+/// give each other.
+pub(crate) fn row_heads_bytes(format: WeightFormat) -> u32 {
+    const HEADS: u32 = 4; // of a cluster
+    let tile = tile_bytes(format);
+    let rings = 16 * (2 * 2 * 2 * tile + 64);
+    let later = 32 * 584 * 2 + 16 * (4 + 512) * 4;
+    let row = 32 * if takes_digits(format) { 144 } else { 128 };
+    let queries = 2 * HEADS * 584 * 2;
+    let scores = 2 * HEADS * 33 * 4;
+    let weights = 2 * HEADS * 40 * 2;
+    let rest = 16 * 2 * 16 * 4 + 256 * 4 + 576 * 2 + 2 * 32 * 4 + 16 * 4;
+    rings.max(later).next_multiple_of(128) + 16 * (4 * tile + 64) + row + queries + scores + weights + rest
+}
+
 /// The rings of a kernel of few.cu (`Size`): tiles of a slot, slots of a warp's ring of two row tiles, slots of the rows' ring.
 type Rings = (u32, u32, u32);
 
