@@ -17,19 +17,21 @@
 #include "decode.cu"
 #include "attention.cu"
 #include "latent.cu"
+static std::string setting(const char* name, const char* otherwise) { const char* s = getenv(name); return s ? s : otherwise; }
+#define LAYERS atoi(setting("LAYERS", "5").c_str())
 #include "layer.cuh"
 
+// COMPARE=FOLDER: what kernels of one layer leave is kept there, or compared with what is there.
+struct Kept { const char* name; const void* p; u64 floats; };
+static std::vector<Kept> kept;
 // HEADS=NAME in the environment: the kernels from the queries' second product to the values of the heads are one, NAME of latent.cu.
 static u32 row_heads_bytes(const std::string& name) {
-  if (name.find("row_heads4_2_1_") == 0) return RowHeads<AFFINE4, 4, 2, 1>::BYTES;
-  if (name.find("row_heads4_4_1_") == 0) return RowHeads<AFFINE4, 4, 4, 1>::BYTES;
-  if (name.find("row_heads2_2_1_") == 0) return RowHeads<AFFINE4, 2, 2, 1>::BYTES;
-  if (name.find("row_heads2_4_2_") == 0) return RowHeads<AFFINE4, 2, 4, 2>::BYTES;
-  if (name.find("row_heads1_4_3_") == 0) return RowHeads<AFFINE4, 1, 4, 3>::BYTES;
+  if (name.find("row_heads2_4_") == 0) return RowHeads<AFFINE4, 2, 4>::BYTES;
+  if (name.find("row_heads2_0_") == 0) return RowHeads<AFFINE4, 2, 0>::BYTES;
+  if (name.find("row_heads4_0_") == 0) return RowHeads<AFFINE4, 4, 0>::BYTES;
   printf("no kernel %s\n", name.c_str());
   exit(1);
 }
-static std::string setting(const char* name, const char* otherwise) { const char* s = getenv(name); return s ? s : otherwise; }
 // The chain of kernels as crates/backend-cuda/src/backend/decode.rs launches it.
 static float* build(int R) {
   std::string one = setting("HEADS", ""), deep_name = setting("DEEP_KERNEL", "deep_affine4");
@@ -45,9 +47,10 @@ static float* build(int R) {
   u32 position = atoi(setting("CONTEXT", "128").c_str()); u32* positions = (u32*)dev(64); OK(cudaMemcpy(positions, &position, 4, cudaMemcpyHostToDevice));
   u32* sequences = (u32*)dev(64); u32 blocks_table[64]; for (int i = 0; i < 64; i++) blocks_table[i] = i; u32* bt = (u32*)dev(256); OK(cudaMemcpy(bt, blocks_table, 256, cudaMemcpyHostToDevice));
   u32* slots = (u32*)dev(64); OK(cudaMemcpy(slots, &position, 4, cudaMemcpyHostToDevice));
+  u16* last_cache = nullptr;
   for (int layer = 0; layer < LAYERS; layer++) {
     float* n1 = floats(HID, 0.1f, 1.f); float* n2 = floats(QL, 0.1f, 1.f); float* n3 = floats(KVL, 0.1f, 1.f); float* n4 = floats(HID, 0.1f, 1.f);
-    u16* cache = (u16*)dev(64 * 32 * 576 * 2); fill_bf16<<<64, 256>>>(cache, 64 * 32 * 576, 1.f, seed_++);
+    u16* cache = (u16*)dev(64 * 32 * 576 * 2); fill_bf16<<<64, 256>>>(cache, 64 * 32 * 576, 1.f, seed_++); last_cache = cache;
     Packed w_qa = weight(1, QL, HID, 4), w_kv = weight(1, KVL + ROPE, HID, 4), w_qb = weight(1, HEADS * (NOPE + ROPE), QL, 4);
     Packed w_k = weight(HEADS, KVL, NOPE, 4), w_v = weight(HEADS, VD, KVL, 4), w_o = weight(1, HID, HEADS * VD, 4);
     Packed w_g = weight(E, INTER, HID, R), w_u = weight(E, INTER, HID, R), w_d = weight(E, HID, INTER, R);
@@ -82,7 +85,7 @@ static float* build(int R) {
     if (one.empty()) heads("heads_v", w_v, nullptr, 0, ao, d_ao, true, false);
     if (!one.empty()) {
       RowHeadsArgs a = {}; a.w_q = w_qb; a.w_k = w_k; a.w_v = w_v; a.in = norm_in(qa, QL, n2); a.latent = latent(); a.attend = t;
-      a.out = mat(ao, HEADS * VD); a.out_digits = d_ao; a.slices_q = slices(QL); a.slices_k = slices(NOPE); a.slices_v = slices(KVL);
+      a.out = mat(ao, HEADS * VD); a.out_digits = d_ao; for (u32 s = slices(QL); s > 1; s /= 2) a.log_slices++;
       add("row_heads", kernel("latent", one.c_str()), dim3(2 * HEADS), 512, row_heads_bytes(one), a, HEADS * ((NOPE + ROPE) / 16 * (QL / 64) + KVL / 16 * (NOPE / 64) + VD / 16 * (KVL / 64)) * tile_bytes(4) / 1e6);
     }
     { RowInput in = {}; in.digits = d_ao; line("o_proj", {{w_o, out}}, in, x, HEADS * VD, false); }
@@ -104,6 +107,7 @@ static float* build(int R) {
       u32 shared = 8 * (12 * tile_bytes(R) + 64) + 2 * TOPK * a.slices * 64;
       add("experts_down", kernel("decode", R == 3 ? "experts_down_affine3" : "experts_down_affine4"), dim3(even(HID / 16, resident(shared))), 256, shared, a, TOPK * HID / 16 * (INTER / 64) * tile_bytes(R) / 1e6); }
   }
+  kept = {{"q", q, HEADS * (NOPE + ROPE)}, {"ql", ql, HEADS * KVL}, {"partial", partial, (u64)HEADS * max_splits * (KVL + 4)}, {"ao", ao, HEADS * VD}, {"d_ao", d_ao, HEADS * VD / 64 * 36}, {"key", last_cache + position * (KVL + ROPE), (KVL + ROPE) / 2}};
   return x;
 }
 // By the clock of the first thread of each block of the last row_heads, where its folder was compiled with -DSTAGES.
@@ -133,6 +137,34 @@ static void print_stages(cudaStream_t s) {
     printf("\n");
   }
 }
+static void compare(const std::string& folder, bool one) {
+  for (auto& k : kept) {
+    std::vector<float> mine(k.floats), other(k.floats);
+    std::string path = folder + "/" + k.name, debug = std::string("debug_") + (strcmp(k.name, "partial") ? k.name : "parts");
+    CUdeviceptr at; size_t n;
+    bool parts = !strcmp(k.name, "partial");
+    if (one && !strncmp(k.name, "d_", 2) == 0 && cuModuleGetGlobal(&at, &n, loaded()["latent"], debug.c_str()) == CUDA_SUCCESS) {
+      std::vector<float> raw(n / 4);
+      cuMemcpyDtoH(raw.data(), at, n);
+      if (parts) { for (u32 h = 0; h < HEADS; h++) memcpy(&mine[(u64)h * 32 * (KVL + 4)], &raw[h * 16 * (KVL + 4)], 16 * (KVL + 4) * 4); }
+      else mine = raw;
+    } else OK(cudaMemcpy(mine.data(), k.p, k.floats * 4, cudaMemcpyDeviceToHost));
+    FILE* f = fopen(path.c_str(), one ? "rb" : "wb");
+    if (!f) { printf("%s is not there\n", path.c_str()); return; }
+    if (!one) fwrite(mine.data(), 4, k.floats, f);
+    else {
+      if (fread(other.data(), 4, k.floats, f) != k.floats) printf("%s is short\n", path.c_str());
+      u64 wrong = 0, first = 0; double worst = 0;
+      for (u64 i = 0; i < k.floats; i++) {
+        if (parts && i % (32 * (KVL + 4)) >= 16 * (KVL + 4)) continue;
+        if (parts && (i % (KVL + 4) == 2 || i % (KVL + 4) == 3)) continue;
+        if (memcmp(&mine[i], &other[i], 4)) { if (!wrong++) first = i; worst = std::max(worst, (double)fabsf(mine[i] - other[i])); }
+      }
+      printf("compare %s: %llu of %llu differ, first %llu (%g, expected %g), worst %g\n", k.name, wrong, k.floats, first, mine[first], other[first], worst);
+    }
+    fclose(f);
+  }
+}
 int main(int argc, char** argv) {
   if (argc > 1) folder = argv[1];
   cudaStream_t s; OK(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking));
@@ -142,6 +174,7 @@ int main(int argc, char** argv) {
   for (auto& l : launches) launch(l, s);
   OK(cudaStreamSynchronize(s));
   printf("== %s\nhash %016llx\n", argc > 2 ? argv[2] : folder.c_str(), fnv(x, HID * 4));
+  if (getenv("COMPARE")) { compare(getenv("COMPARE"), getenv("HEADS") && *getenv("HEADS")); return 0; }
   run("chain", nullptr, 30, s);
   pdl = true; run("chain pdl", nullptr, 30, s); pdl = false;
   run_each(15, s);

@@ -82,7 +82,7 @@ static CUfunction kernel(const char* file, const char* name) {
   if (!module && cuModuleLoad(&module, path.c_str()) != CUDA_SUCCESS) { printf("%s does not load\n", path.c_str()); exit(1); }
   CUfunction f;
   if (cuModuleGetFunction(&f, module, name) != CUDA_SUCCESS) { printf("%s has no kernel %s\n", path.c_str(), name); exit(1); }
-  cuFuncSetAttribute(f, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 200 << 10);
+  cuFuncSetAttribute(f, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 222 << 10);
   return f;
 }
 struct Launch { const char* tag; CUfunction fn; dim3 grid; u32 block, shared; std::vector<char> args; double mb; };

@@ -2,12 +2,13 @@
 // the cache, attention over the cache, the product with the values of the heads. As kernels of their own (decode.cu, attention.cu) these are four, and each
 // of them waits for the one before, starts cold, and reads its row behind other blocks' weights: 28 us a layer of GLM-5.2-77 for 6 us of bytes.
 //
-// A cluster has H heads and two blocks a head, each with half of the rows of the head's matrices. What one has for others it writes into their shared memory:
-// the head's query, its absorbed form, the parts of attention, each behind a barrier of the cluster. Parts go round among the cluster's blocks, for all of its
-// heads, which are the columns of one product: a key is read once a cluster.
+// A cluster of two blocks has a head. Each block has half of the query's rows; of the absorbed query and of the keys, the columns that it adds up of the
+// scores; of the keys again, the columns that it adds up of the values; and the slice of the last product with those. So they give each other four short rows: of
+// the query, of scores, and of sums of the last product.
 //
 // Weights do not depend on anything: those of the first product are asked for as far as the ring goes, those of the second as a whole, before the kernel before has
-// ended; those of the third when the second is done. The row's own key is not in the cache yet: whoever has its part makes it.
+// ended; those of the third when the second is done. Nor do the cache's rows of other steps: a step begins with copies from the host, for which
+// it waits until the one before has ended. The row's own key is not in the cache yet: both blocks make it.
 //
 // Results are those of the kernels it stands for bit for bit: the same slices of columns, the same parts of keys, added in the same order.
 #include "attend.cuh"
@@ -22,38 +23,39 @@ struct RowHeadsArgs {
   AttendArgs attend;           // `q`, `q_rope`, `out` and `partial` are not used
   Mat out;
   u8* out_digits;              // the result once more as digits, or null
-  u32 slices_q, slices_k, slices_v, pad;
+  u32 log_slices, pad;         // of the first product; the others have one and two
 };
 
 #define RANK 512
 #define ROPE_COLUMNS 64
 #define KEY (RANK + ROPE_COLUMNS)
-#define KEY_STRIDE (KEY + 8)   // elements between two keys in shared memory: rows in different banks
 #define KEYS 32                // of a part
 #define MOST_PARTS 16
-#define PART (PART_HEADER + RANK)
+#define PART (PART_HEADER + RANK / 2)
 #define ROW_WARPS 16
 #define MOST_ROWS 256          // of a head's query, and of its values
+#define OTHER_TILES 4          // of a unit of the second and third product
+// Columns of keys that a block has, from column 0 or 256 on: the first of a pair adds up scores of 288 and values of 256, the second of the others.
+#define OWN_COLUMNS 320
+#define KEY_STRIDE (OWN_COLUMNS + 8)  // elements between two keys in shared memory: rows in different banks
 
-// SLOTS: of two tiles of two row tiles, of the ring of the first product. KT: parts of a block at a time.
-template <int F, int H, int SLOTS, int KT> struct RowHeads {
+// SLOTS: of two tiles of two row tiles, of the ring of the first product. EARLY: parts of keys that are copied before the first product; others where its ring was.
+template <int F, int SLOTS, int EARLY> struct RowHeads {
   typedef Pipe<F, 2, 2, SLOTS> Queries;
-  typedef Pipe<F, 1, 4, 1> Others;
-  static constexpr u32 BLOCKS = 2 * H;
+  typedef Pipe<F, 1, OTHER_TILES, 1> Others;
   static constexpr u32 KEY_BYTES = KEYS * KEY_STRIDE * 2;
-  // Over the first product's ring: keys and parts.
-  static constexpr u32 RINGS = ROW_WARPS * Queries::RING, LATER = KT * KEY_BYTES + MOST_PARTS * PART * 4;
-  static constexpr u32 PARTS = KT * KEY_BYTES;
-  static constexpr u32 OTHERS = ((RINGS > LATER ? RINGS : LATER) + 127) / 128 * 128;
-  static constexpr u32 ROW = OTHERS + ROW_WARPS * Others::RING;       // in the form of F
-  static constexpr u32 QUERY = ROW + 32 * Form<F>::tile;              // bfloat16: [head][high, low][KEY_STRIDE]
-  static constexpr u32 SCORES = QUERY + BLOCKS * KEY_STRIDE * 2;      // [part][halves of the columns][head][KEYS + 1]
-  static constexpr u32 WEIGHTS = SCORES + KT * 2 * H * (KEYS + 1) * 4 + (KT * 2 * H * 4) % 16;  // bfloat16: [part][high, low][head][KEYS + 8]
-  static constexpr u32 RED = WEIGHTS + KT * 2 * H * (KEYS + 8) * 2;   // [warp][2][16]
-  static constexpr u32 HEAD = RED + ROW_WARPS * 2 * 16 * 4;           // [MOST_ROWS]: the head's query
-  static constexpr u32 OWN = HEAD + MOST_ROWS * 4;                    // bfloat16: [KEY]
-  static constexpr u32 SLOT_OF = OWN + KEY * 2;                       // [parts of a block][KEYS]
-  static constexpr u32 SCRATCH = SLOT_OF + (MOST_PARTS + BLOCKS - 1) / BLOCKS * KEYS * 4;
+  static constexpr u32 RINGS = ROW_WARPS * Queries::RING, LATE = RINGS / KEY_BYTES, BATCH = EARLY + LATE;  // parts at a time
+  static constexpr u32 OTHERS = RINGS;
+  static constexpr u32 KEYS_EARLY = OTHERS + ROW_WARPS * Others::RING;
+  static constexpr u32 ROW = KEYS_EARLY + EARLY * KEY_BYTES;        // in the form of F
+  static constexpr u32 QUERY = ROW + 32 * Form<F>::tile;            // bfloat16: [high, low][KEY_STRIDE], the block's columns
+  static constexpr u32 SCORES = QUERY + 2 * KEY_STRIDE * 2;         // [halves of the columns][BATCH][KEYS]
+  static constexpr u32 WEIGHTS = SCORES + 2 * BATCH * KEYS * 4;     // bfloat16: [BATCH][high, low][KEYS + 8]
+  static constexpr u32 PARTS = WEIGHTS + BATCH * 2 * (KEYS + 8) * 2;  // [MOST_PARTS][PART]
+  static constexpr u32 RED = PARTS + MOST_PARTS * PART * 4;         // [warp][2][16]; [RANK / 32 + 2][16]
+  static constexpr u32 HEAD = RED + ROW_WARPS * 2 * 16 * 4;         // [MOST_ROWS]: the head's query; two slices of half of its values
+  static constexpr u32 OWN = HEAD + MOST_ROWS * 4;                  // bfloat16: [KEY]
+  static constexpr u32 SCRATCH = OWN + KEY * 2;
   static constexpr u32 BYTES = SCRATCH + ROW_WARPS * 4;
 };
 
@@ -61,7 +63,6 @@ template <int F, int H, int SLOTS, int KT> struct RowHeads {
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 DEVICE void send(u32 to, float x) { asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory"); }
-DEVICE void send(u32 to, u32 x) { asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(to), "r"(x) : "memory"); }
 
 // Columns c .. c + 8 of the joined parts of a head, as `join8` of attend.cuh.
 DEVICE void join_parts(const float* parts, u32 splits, u32 c, float out[8]) {
@@ -69,7 +70,7 @@ DEVICE void join_parts(const float* parts, u32 splits, u32 c, float out[8]) {
   for (u32 s = 0; s < splits; s++) m = fmaxf(m, parts[s * PART]);
 #pragma unroll
   for (int k = 0; k < 8; k++) out[k] = 0.f;
-#pragma unroll 2
+#pragma unroll 1
   for (u32 s = 0; s < splits; s++) {
     const float* part = parts + s * PART;
     float v[8], weight = power_of_two(part[0] - m);
@@ -88,145 +89,98 @@ template <int F> DEVICE void put_form(const float v[8], u8* row, u32 c, bool ins
   else if (inside) *(uint4*)(row + c * 2) = pack8(v);
 }
 
-// Rows 16 tile + .. of a product whose slices lie in `red`, a unit of R row tiles each.
-template <int R> DEVICE float sum_units(const float* red, u32 slices, u32 row) {
-  float sum = 0.f;
-  for (u32 s = 0; s < slices; s++) sum += red[(row / (16 * R) * slices + s) * 32 + row % (16 * R)];
-  return sum;
-}
-
-// Attention of the block's parts from `first` on, `count` of them, for the cluster's heads; what comes of it goes to the blocks of each head.
-// KT parts are in shared memory. By all warps.
-template <typename L, int H> DEVICE void attend_own_parts(const AttendArgs& a, u8* shared, u32 rank, u32 first, u32 count, u32 keys) {
-  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  float* scores = (float*)(shared + L::SCORES);
-  u16* weights = (u16*)(shared + L::WEIGHTS);
-  u32 keys_at = shared_address(shared), query_at = shared_address(shared + L::QUERY), weights_at = shared_address(weights);
-  constexpr u32 S = KEYS + 1, P = KEYS + 8;
-  // Scores of 16 keys, half of the columns: the columns of a product are the heads' high and low parts.
-  for (u32 job = warp; job < count * 4; job += ROW_WARPS) {
-    u32 part = job / 4, rows = job / 2 % 2 * 16, half = job % 2;
-    u32 a_at = keys_at + part * L::KEY_BYTES + ((rows + lane % 16) * KEY_STRIDE + half * (KEY / 2) + lane / 16 * 8) * 2;
-    u32 b_at = query_at + (lane % 8 % (2 * H) * KEY_STRIDE + half * (KEY / 2) + lane / 8 % 2 * 8) * 2;
-    float sum[4] = {};
-#pragma unroll 3
-    for (u32 s = 0; s < KEY / 32; s++) {
-      u32 x[4], b[2];
-      ldmatrix4(x, a_at + s * 32);
-      ldmatrix2(b, b_at + s * 32);
-      mma_bf16(sum, x, b[0], b[1]);
+// A unit as `Pipe::unit`, in a loop over single tiles: code that runs once a layer is fetched from far away, so that little of it is faster.
+template <typename P, int TILES, typename Refill> DEVICE void short_unit(P& pipe, float acc[P::SUMS], const u8* x, u32 tile_bytes, u32 first, u32 count, u32 cols, Refill refill) {
+  x += first * tile_bytes;
+#pragma unroll 1
+  for (u32 j = 0; j < count; j += TILES) {
+    pipe.wait();
+    u32 slot = pipe.ring + pipe.take * P::SLOT, n = count - j < TILES ? count - j : TILES;
+    pipe.take = pipe.take + 1 == P::D ? 0 : pipe.take + 1;
+#pragma unroll 1
+    for (u32 i = 0; i < n; i++) {
+      pipe.tile(acc, slot + i * P::TILE, x, (first + j + i) * 64, cols);
+      x += tile_bytes;
     }
-    if (t < H) {
-      float* to = scores + ((part * 2 + half) * H + t) * S + rows + g;
-      to[0] = sum[0] + sum[1];
-      to[8] = sum[2] + sum[3];
-    }
-  }
-  __syncthreads();
-  float scale = a.scale * LOG2_E;
-  for (u32 job = warp; job < count * H; job += ROW_WARPS) {
-    u32 part = job / H, h = job % H, number = rank + (first + part) * L::BLOCKS;
-    float s = scores[(part * 2 * H + h) * S + lane] + scores[((part * 2 + 1) * H + h) * S + lane];
-    s = number * KEYS + lane < keys ? s : -INFINITY;
-    float from = ceilf(warp_max(s) * scale), p = exp2_of(fmaf(s, scale, -from)), sum = warp_sum(p);
-    split_bf16(p, weights[(part * 2 * H + h) * P + lane], weights[((part * 2 + 1) * H + h) * P + lane]);
-    if (lane < 4) {
-      u32 to = cluster_address(shared_address(shared + L::PARTS) + (number * PART + lane % 2) * 4, 2 * h + lane / 2);
-      send(to, lane % 2 ? sum : from);
-    }
-  }
-  __syncthreads();
-  // Values: 16 columns of a part, transposed; the columns of a product are heads.
-  for (u32 job = warp; job < count * (RANK / 16); job += ROW_WARPS) {
-    u32 part = job / (RANK / 16), column = job % (RANK / 16) * 16, number = rank + (first + part) * L::BLOCKS;
-    u32 a_at = keys_at + part * L::KEY_BYTES + ((lane / 16 * 8 + lane % 8) * KEY_STRIDE + column + lane / 8 % 2 * 8) * 2;
-    u32 b_at = weights_at + ((part * 2 * H + lane % 8 % H) * P + lane / 8 % 2 * 8) * 2;
-    float acc[4] = {};
-#pragma unroll
-    for (u32 s = 0; s < 2; s++) {
-      u32 v[4], high[2], low[2];
-      ldmatrix4_transposed(v, a_at + s * 16 * KEY_STRIDE * 2);
-      ldmatrix2(high, b_at + s * 32);
-      ldmatrix2(low, b_at + (H * P + s * 16) * 2);
-      mma_bf16(acc, v, high[0], high[1]);
-      mma_bf16(acc, v, low[0], low[1]);
-    }
-    u32 at = shared_address(shared + L::PARTS) + (number * PART + PART_HEADER + column + g) * 4;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      u32 h = 2 * t + i;
-      if (h >= H) continue;
-#pragma unroll
-      for (u32 half = 0; half < 2; half++) {
-        u32 to = cluster_address(at, 2 * h + half);
-        send(to, acc[i]);
-        send(to + 32, acc[2 + i]);
-      }
-    }
+    __syncwarp();
+    refill();
   }
 }
 
 #ifdef STAGES
 __device__ u32 stage_clock[128 * 16];
+__device__ float debug_q[64 * 256], debug_ql[64 * 512], debug_parts[64 * 16 * 516];
 #define STAGE(I) if (threadIdx.x == 0) { u32 now_; asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(now_)); stage_clock[blockIdx.x * 16 + I] = now_; }
+#define DEBUG(...) __VA_ARGS__
 #else
 #define STAGE(I)
+#define DEBUG(...)
 #endif
 
-// Grid: two blocks a head, in clusters of 2 H; 512 threads.
-template <int F, int H, int SLOTS, int KT> DEVICE void row_heads(const RowHeadsArgs& a) {
+// Where part `i` of a batch lies.
+template <typename L, int EARLY> DEVICE u32 part_at(u32 i) { return i < EARLY ? L::KEYS_EARLY + i * L::KEY_BYTES : (i - EARLY) * L::KEY_BYTES; }
+
+// Grid: two blocks a head; 512 threads.
+template <int F, int SLOTS, int EARLY> DEVICE void row_heads(const RowHeadsArgs& a) {
   extern __shared__ __align__(128) u8 shared[];
-  typedef RowHeads<F, H, SLOTS, KT> L;
+  typedef RowHeads<F, SLOTS, EARLY> L;
   float* red = (float*)(shared + L::RED);
   float* query = (float*)(shared + L::HEAD);
+  float* scores = (float*)(shared + L::SCORES);
+  float* parts_at = (float*)(shared + L::PARTS);
   float* scratch = (float*)(shared + L::SCRATCH);
   u16* own = (u16*)(shared + L::OWN);
-  u32* slot_of = (u32*)(shared + L::SLOT_OF);
+  u16* weights = (u16*)(shared + L::WEIGHTS);
+  u16* absorbed = (u16*)(shared + L::QUERY);
   u8* row = shared + L::ROW;
   const Latent& l = a.latent;
   STAGE(0)
   pdl_launch();
-  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blockIdx.x % L::BLOCKS, h = rank / 2, half = rank % 2;
-  u32 head = blockIdx.x / 2, first_head_block = rank & ~1u;
-  // A warp has at most one unit of each product.
-  u32 q_rows = a.w_q.rows / a.attend.num_heads, v_rows = a.w_v.rows;
-  u32 q_slice = warp % a.slices_q, q_unit = warp / a.slices_q, q_tiles = num_tiles(a.w_q), q_first = slice_start(q_slice, a.slices_q, q_tiles);
-  u32 k_slice = warp % a.slices_k, k_unit = warp / a.slices_k, k_tiles = num_tiles(a.w_k), k_first = slice_start(k_slice, a.slices_k, k_tiles);
-  u32 v_slice = warp % a.slices_v, v_unit = warp / a.slices_v, v_tiles = num_tiles(a.w_v), v_first = slice_start(v_slice, a.slices_v, v_tiles);
-  u32 q_count = q_unit < q_rows / 64 ? slice_start(q_slice + 1, a.slices_q, q_tiles) - q_first : 0;
-  u32 k_count = k_unit < RANK / 32 ? slice_start(k_slice + 1, a.slices_k, k_tiles) - k_first : 0;
-  u32 v_count = v_unit < v_rows / 32 ? slice_start(v_slice + 1, a.slices_v, v_tiles) - v_first : 0;
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, half = blockIdx.x % 2, head = blockIdx.x / 2;
+  u32 q_rows = a.w_q.rows / a.attend.num_heads, v_rows = a.w_v.rows, nope = a.w_k.cols;
+  // The first product: a warp has at most one unit, a slice of the columns of two row tiles.
+  u32 q_tiles = num_tiles(a.w_q), q_slice = warp & ((1u << a.log_slices) - 1), q_unit = warp >> a.log_slices;
+  u32 q_first = q_slice * q_tiles >> a.log_slices, q_count = q_unit < q_rows / 64 ? ((q_slice + 1) * q_tiles >> a.log_slices) - q_first : 0;
   typename L::Queries queries;
   typename L::Others others;
   queries.start(shared);
   others.start(shared + L::OTHERS);
   if (q_count) queries.aim(a.w_q, 0, head * (q_rows / 16) + half * (q_rows / 32) + q_unit * 2, q_first, q_count);
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < SLOTS; i++) queries.issue();
-  if (k_count) others.aim(a.w_k, head, half * (RANK / 32) + k_unit, k_first, k_count);
+  // The second: the row tiles of the block's columns of scores, 18 and 14, a warp one and another. The third: a row tile a warp, half of the columns.
+  u32 k_tiles = num_tiles(a.w_k), k_end = half ? RANK / 16 : KEY / 32, ahead = half * (KEY / 32) + warp;
   auto issue_others = [&] {
-    if (others.left == 0 && v_count) {
-      others.aim(a.w_v, head, half * (v_rows / 32) + v_unit, v_first, v_count);
-      v_count = 0;
+    if (ahead < k_end) others.aim(a.w_k, head, ahead, 0, k_tiles);
+    else if (ahead < k_end + ROW_WARPS && warp < v_rows / 16) {
+      others.aim(a.w_v, head, warp, half * (RANK / 128), RANK / 128);
+      ahead = k_end;
     }
+    ahead += ROW_WARPS;
     others.issue();
   };
-  u32 v_tiles_mine = v_count;
   issue_others();
   // What the host wrote, and weights of norms, do not wait for the operation before either.
   u32 keys = a.attend.paging.positions[0] + 1, parts = (keys + KEYS - 1) / KEYS;
-  u32 mine = rank < parts ? (parts - rank - 1) / L::BLOCKS + 1 : 0;
-  bool makes_key = (parts - 1) % L::BLOCKS == rank;
   const u32* table = a.attend.paging.block_table + (u64)a.attend.paging.sequences[0] * a.attend.paging.max_blocks;
-  for (u32 i = threadIdx.x; i < mine * KEYS; i += blockDim.x) {
-    u32 p = (rank + i / KEYS * L::BLOCKS) * KEYS + i % KEYS;
-    u32 slot = p < keys ? table[p / a.attend.paging.block_size] * a.attend.paging.block_size + p % a.attend.paging.block_size : 0;
-    slot_of[i] = slot;
-    const u8* from = (const u8*)a.attend.cache + (u64)slot * a.attend.cache_width * 2;
-    if (p + 1 < keys)
+  u32 block_size = a.attend.paging.block_size;
+  // Half a warp copies a key.
+  auto copy_keys = [&](u32 from, u32 to, u32 first) {
+#pragma unroll 1
+    for (u32 k = from * KEYS + threadIdx.x / 16; k < to * KEYS; k += 32) {
+      u32 p = first * KEYS + k, lane16 = threadIdx.x % 16;
+      bool valid = p + 1 < keys;  // Past the end are zeros: their weight is zero, and zero times what lies there may be no number. The last is the row's own.
+      const u16* source = (const u16*)a.attend.cache;
+      if (valid) source += (u64)(table[p / block_size] * block_size + p % block_size) * a.attend.cache_width + half * (RANK / 2) + lane16 * 8;
+      u32 at = shared_address(shared) + part_at<L, EARLY>(k / KEYS) + (k % KEYS * KEY_STRIDE + lane16 * 8) * 2;
 #pragma unroll
-      for (u32 b = 0; b < KEY * 2; b += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + b));
-  }
+      for (u32 i = 0; i < 3; i++)
+        if (i < 2 || lane16 < (half ? 8 : 4))
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at + i * 256), "l"(valid ? source + i * 128 : source), "r"(valid ? 16 : 0));
+    }
+  };
+  u32 early = parts < EARLY ? parts : EARLY, late = parts < L::BATCH ? parts : L::BATCH;
+  copy_keys(0, early, 0);
   bool latent_half = threadIdx.x >= 256;  // threads that have the row's own key
   u32 c = threadIdx.x % 256 * 8, cols = latent_half ? RANK : a.w_q.cols;
   float v[8], weight[8];
@@ -256,16 +210,19 @@ template <int F, int H, int SLOTS, int KT> DEVICE void row_heads(const RowHeadsA
   float scale = rsqrtf(sum / (float)cols + (latent_half ? l.eps : a.in.eps));
 #pragma unroll
   for (int k = 0; k < 8; k++) v[k] = v[k] * scale * weight[k];
-  u16* slot = (u16*)l.cache + (u64)l.slots[0] * l.cache_width;
-  bool stores = blockIdx.x < L::BLOCKS && makes_key;
   if (!latent_half) {
-    put_form<F>(v, row, c, c < q_tiles * 64);
-    if (blockIdx.x == 0) {
-      if (a.in.out_digits) digits8(v, c < q_tiles * 64 ? a.in.out_digits + c / 64 * DIGITS_BYTES : nullptr);
-      if (c < cols && a.in.out.p) store8(a.in.out.p, v, c, cols, true);
-      if (c < cols && a.in.out.twin) *(uint4*)(a.in.out.twin + c) = pack8(v);
+    bool inside = c < q_tiles * 64, writes = blockIdx.x == 0;
+    if (Is<F>::affine || a.in.out_digits) {
+      Digits8 d = digits_of(v);
+      if (Is<F>::affine && inside) d.store(row + c / 64 * DIGITS_BYTES);
+      if (inside && writes && a.in.out_digits) d.store(a.in.out_digits + c / 64 * DIGITS_BYTES);
     }
-  } else if (makes_key) {
+    if (!Is<F>::affine && inside) *(uint4*)(row + c * 2) = pack8(v);
+    if (writes && c < cols && a.in.out.p) store8(a.in.out.p, v, c, cols, true);
+    if (writes && c < cols && a.in.out.twin) *(uint4*)(a.in.out.twin + c) = pack8(v);
+  } else {
+    u16* slot = (u16*)l.cache + (u64)l.slots[0] * l.cache_width;
+    bool stores = head == 0 && half == 0;
     if (c < RANK) {
       *(uint4*)(own + c) = pack8(v);
       if (stores) *(uint4*)(slot + c) = pack8(v);
@@ -276,109 +233,166 @@ template <int F, int H, int SLOTS, int KT> DEVICE void row_heads(const RowHeadsA
       if (stores) { slot[RANK + c0] = f32_to_bf16(y.x); slot[RANK + c1] = f32_to_bf16(y.y); }
     }
   }
-  cluster_wait();  // all blocks are here: their shared memory may be written
+  cluster_wait();  // the other block is here: its shared memory may be written
   __syncthreads();
   STAGE(3)
 
   {
     float acc[L::Queries::SUMS] = {};
-    queries.unit(acc, row, q_first, q_count, a.w_q.cols, [&] { queries.issue(); });
+    short_unit<typename L::Queries, 2>(queries, acc, row, Form<F>::tile, q_first, q_count, a.w_q.cols, [&] { queries.issue(); });
     queries.put_sums(red + warp * 32, acc);
     queries.stop();
   }
   __syncthreads();
   STAGE(4)
-  // The rings of the first product are read: keys go there.
-  auto copy_keys = [&](u32 first, u32 count) {
-    for (u32 i = threadIdx.x; i < count * KEYS * (KEY / 8); i += blockDim.x) {
-      u32 k = i / (KEY / 8), piece = i % (KEY / 8), p = (rank + (first + k / KEYS) * L::BLOCKS) * KEYS + k % KEYS;
-      u8* to = shared + k / KEYS * L::KEY_BYTES + (k % KEYS * KEY_STRIDE + piece * 8) * 2;
-      if (p + 1 == keys) { *(uint4*)to = *(const uint4*)(own + piece * 8); continue; }
-      // Past the end are zeros: their weight is zero, and zero times what lies there may be no number.
-      bool valid = p < keys;
-      const u16* from = (const u16*)a.attend.cache + (u64)slot_of[first * KEYS + k] * a.attend.cache_width + piece * 8;
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(valid ? from : (const u16*)a.attend.cache), "r"(valid ? 16 : 0));
-    }
-  };
-  u32 batch = mine < KT ? mine : KT;
-  copy_keys(0, batch);
+  // The first product's rings are read: keys go there.
+  copy_keys(early, late, 0);
   if (threadIdx.x < q_rows / 2) {
     u32 r = half * (q_rows / 2) + threadIdx.x;
-    float y = finish<F>(a.w_q, 0, head * q_rows + r, sum_units<2>(red, a.slices_q, threadIdx.x));
+    float y = 0.f;
+#pragma unroll 1
+    for (u32 s = 0; s < 1u << a.log_slices; s++) y += red[((threadIdx.x / 32 << a.log_slices) + s) * 32 + threadIdx.x % 32];
+    y = finish<F>(a.w_q, 0, head * q_rows + r, y);
     query[r] = y;
-    send(cluster_address(shared_address(query + r), first_head_block + 1 - half), y);
+    DEBUG(debug_q[head * q_rows + r] = y;)
+    send(cluster_address(shared_address(query + r), 1 - half), y);
   }
   cluster_sync();
   STAGE(5)
 
-  u32 nope = a.w_k.cols;
+  auto put_absorbed = [&](u32 column, float x) {
+    u16 high, low;
+    split_bf16(x, high, low);
+    absorbed[column - half * (RANK / 2)] = high;
+    absorbed[KEY_STRIDE + column - half * (RANK / 2)] = low;
+  };
   if (warp == 0) {
     load8(v, query, lane * 8, nope, true);
     put_form<F>(v, row, lane * 8, lane * 8 < k_tiles * 64);
   } else if (warp == 15 && half == 1) {
-    // The rotated part of the query goes to all blocks of the cluster.
     float2 y = rotated(query[nope + c0], query[nope + c1], cosine, sine);
-    __syncwarp();
-    query[nope + c0] = y.x;
-    query[nope + c1] = y.y;
-    __syncwarp();
+    put_absorbed(RANK + c0, y.x);
+    put_absorbed(RANK + c1, y.y);
+    DEBUG(debug_q[head * q_rows + nope + c0] = y.x; debug_q[head * q_rows + nope + c1] = y.y;)
   }
   __syncthreads();
-  {
+#pragma unroll 1
+  for (u32 tile = half * (KEY / 32) + warp; tile < k_end; tile += ROW_WARPS) {
     float acc[L::Others::SUMS] = {};
-    others.unit(acc, row, k_first, k_count, nope, issue_others);
-    others.put_sums(red + warp * 32, acc);
+    short_unit<typename L::Others, OTHER_TILES>(others, acc, row, Form<F>::tile, 0, k_tiles, nope, issue_others);
+    others.put_sums(red + (tile - half * (KEY / 32)) * 16, acc);
   }
   __syncthreads();
-  STAGE(6)
   {
-    auto give = [&](float lo, float hi, u32 column, u32 to) {
-      u32 high = pack_bf16(lo, hi), low = pack_bf16(lo - __uint_as_float(high << 16), hi - __uint_as_float(high & 0xffff0000u));
-      u32 at = cluster_address(shared_address(shared + L::QUERY) + (2 * h * KEY_STRIDE + column) * 2, to);
-      send(at, high);
-      send(at + KEY_STRIDE * 2, low);
-    };
-    u32 i = threadIdx.x % (RANK / 4) * 2, r = half * (RANK / 2) + i;
-    float y0 = finish<F>(a.w_k, head, r, sum_units<1>(red, a.slices_k, i)), y1 = finish<F>(a.w_k, head, r + 1, sum_units<1>(red, a.slices_k, i + 1));
-    for (u32 to = threadIdx.x / (RANK / 4); to < L::BLOCKS; to += 512 / (RANK / 4)) give(y0, y1, r, to);
-    if (half == 1 && warp < L::BLOCKS) give(query[nope + 2 * lane], query[nope + 2 * lane + 1], RANK + 2 * lane, warp);
-  }
-  asm volatile("cp.async.wait_all;" ::: "memory");
-  cluster_sync();
-  STAGE(7)
-
-  for (u32 first = 0; first < mine; first += KT) {
-    batch = mine - first < KT ? mine - first : KT;
-    if (first) {
-      __syncthreads();
-      copy_keys(first, batch);
-      asm volatile("cp.async.wait_all;" ::: "memory");
-      __syncthreads();
+    u32 r = half * (KEY / 2) + threadIdx.x;
+    if (r < k_end * 16) {
+      float y = finish<F>(a.w_k, head, r, 0.f + red[threadIdx.x]);
+      DEBUG(debug_ql[head * RANK + r] = y;)
+      put_absorbed(r, y);
     }
-    attend_own_parts<L, H>(a.attend, shared, rank, first, batch, keys);
   }
-  STAGE(8)
-  cluster_sync();
-  STAGE(9)
+  STAGE(6)
 
-  if (warp < RANK / 256) {
-    join_parts((const float*)(shared + L::PARTS), parts, threadIdx.x * 8, v);
-    put_form<F>(v, row, threadIdx.x * 8, true);
+  u32 keys_at = shared_address(shared), absorbed_at = shared_address(absorbed), weights_at = shared_address(weights);
+  float log_scale = a.attend.scale * LOG2_E;
+#pragma unroll 1
+  for (u32 first = 0; first < parts; first += L::BATCH) {
+    u32 batch = parts - first < L::BATCH ? parts - first : L::BATCH;
+    if (first) {
+      cluster_sync();  // both have read the scores of the batch before
+      copy_keys(0, batch, first);
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+    if (first + batch == parts && threadIdx.x < OWN_COLUMNS / 8) {
+      u32 at = part_at<L, EARLY>(batch - 1) + ((keys - 1) % KEYS * KEY_STRIDE + threadIdx.x * 8) * 2;
+      *(uint4*)(shared + at) = *(const uint4*)(own + half * (RANK / 2) + threadIdx.x * 8);
+    }
+    __syncthreads();
+    // Scores of 16 keys: the first columns of the product are the query's high and low parts.
+#pragma unroll 1
+    for (u32 job = warp; job < batch * 2; job += ROW_WARPS) {
+      u32 a_at = keys_at + part_at<L, EARLY>(job / 2) + ((job % 2 * 16 + lane % 16) * KEY_STRIDE + half * (KEY / 2 - RANK / 2) + lane / 16 * 8) * 2;
+      u32 b_at = absorbed_at + (lane % 2 * KEY_STRIDE + half * (KEY / 2 - RANK / 2) + lane / 8 % 2 * 8) * 2;
+      float dot[4] = {};
+#pragma unroll 2
+      for (u32 s = 0; s < KEY / 32; s++) {
+        u32 x[4], b[2];
+        ldmatrix4(x, a_at + s * 32);
+        ldmatrix2(b, b_at + s * 32);
+        mma_bf16(dot, x, b[0], b[1]);
+      }
+      if (t == 0) {
+        float* to = scores + (half * L::BATCH + job / 2) * KEYS + job % 2 * 16 + g;
+        to[0] = dot[0] + dot[1];
+        to[8] = dot[2] + dot[3];
+        u32 there = cluster_address(shared_address(to), 1 - half);
+        send(there, dot[0] + dot[1]);
+        send(there + 32, dot[2] + dot[3]);
+      }
+    }
+    cluster_sync();
+    STAGE(7)
+    if (warp < batch) {
+      float s = scores[warp * KEYS + lane] + scores[(L::BATCH + warp) * KEYS + lane];
+      s = (first + warp) * KEYS + lane < keys ? s : -INFINITY;
+      float from = ceilf(warp_max(s) * log_scale), p = exp2_of(fmaf(s, log_scale, -from)), total = warp_sum(p);
+      split_bf16(p, weights[warp * 2 * (KEYS + 8) + lane], weights[(warp * 2 + 1) * (KEYS + 8) + lane]);
+      if (lane < 2) parts_at[(first + warp) * PART + lane] = lane ? total : from;
+    }
+    __syncthreads();
+    // Values: 16 columns of a part, transposed; the weights are all columns of the product.
+#pragma unroll 1
+    for (u32 job = warp; job < batch * (RANK / 32); job += ROW_WARPS) {
+      u32 part = job / (RANK / 32), column = job % (RANK / 32) * 16;
+      u32 a_at = keys_at + part_at<L, EARLY>(part) + ((lane / 16 * 8 + lane % 8) * KEY_STRIDE + column + lane / 8 % 2 * 8) * 2;
+      u32 b_at = weights_at + (part * 2 * (KEYS + 8) + lane / 8 % 2 * 8) * 2;
+      float acc[4] = {};
+#pragma unroll
+      for (u32 s = 0; s < 2; s++) {
+        u32 x[4], high[2], low[2];
+        ldmatrix4_transposed(x, a_at + s * 16 * KEY_STRIDE * 2);
+        ldmatrix2(high, b_at + s * 32);
+        ldmatrix2(low, b_at + (KEYS + 8 + s * 16) * 2);
+        mma_bf16(acc, x, high[0], high[1]);
+        mma_bf16(acc, x, low[0], low[1]);
+      }
+      if (t == 0) {
+        float* to = parts_at + (first + part) * PART + PART_HEADER + column + g;
+        to[0] = acc[0];
+        to[8] = acc[2];
+      }
+    }
   }
   __syncthreads();
+  STAGE(8)
+  DEBUG(for (u32 i = threadIdx.x; i < parts * PART; i += 512) debug_parts[(head * 16 + i / PART) * 516 + (i % PART < 4 ? i % PART : i % PART + half * 256)] = parts_at[i];)
+
+  if (warp == 0) {
+    join_parts(parts_at, parts, lane * 8, v);
+    put_form<F>(v, row, half * (RANK / 2) + lane * 8, true);
+  }
+  __syncthreads();
+  STAGE(9)
   {
     float acc[L::Others::SUMS] = {};
-    others.unit(acc, row, v_first, v_tiles_mine, RANK, [&] { others.issue(); });
-    others.put_sums(red + warp * 32, acc);
+    if (warp < v_rows / 16) short_unit<typename L::Others, OTHER_TILES>(others, acc, row, Form<F>::tile, half * (RANK / 128), RANK / 128, RANK, [&] {});
+    others.put_sums(red + warp * 16, acc);
   }
   __syncthreads();
+  // Each block adds both slices of half of the rows.
+  if (threadIdx.x < v_rows) {
+    u32 to = threadIdx.x / (v_rows / 2);
+    send(cluster_address(shared_address(query + half * (MOST_ROWS / 2) + threadIdx.x % (v_rows / 2)), to), red[threadIdx.x]);
+  }
+  cluster_sync();
+  STAGE(10)
   if (threadIdx.x < v_rows / 2) {
     u32 r = half * (v_rows / 2) + threadIdx.x;
-    float y = finish<F>(a.w_v, head, r, sum_units<1>(red, a.slices_v, threadIdx.x));
+    float y = finish<F>(a.w_v, head, r, 0.f + query[threadIdx.x] + query[MOST_ROWS / 2 + threadIdx.x]);
     store(a.out, 0, head * v_rows + r, y);
     query[threadIdx.x] = y;
   }
-  STAGE(10)
   if (!a.out_digits) return;
   __syncthreads();
   if (warp == 0) {
@@ -390,26 +404,26 @@ template <int F, int H, int SLOTS, int KT> DEVICE void row_heads(const RowHeadsA
 }
 
 #ifndef NO_KERNELS
-// Registers for 896 threads, though 512 are launched: so the blocks of the kernel before, which are still there, leave room for one of these and no more.
-#define ROW_HEADS(NAME, F, H, SLOTS, KT) \
-  KERNEL __cluster_dims__(2 * H, 1, 1) __launch_bounds__(896, 1) NAME(const __grid_constant__ RowHeadsArgs a) { row_heads<F, H, SLOTS, KT>(a); }
+#ifndef ROW_BOUND
+#define ROW_BOUND 896
+#endif
+#define ROW_HEADS(NAME, F, SLOTS, EARLY) \
+  KERNEL __cluster_dims__(2, 1, 1) __launch_bounds__(ROW_BOUND, 1) NAME(const __grid_constant__ RowHeadsArgs a) { row_heads<F, SLOTS, EARLY>(a); }
 #ifdef ROW_HEADS_VARIANTS
-ROW_HEADS(row_heads4_2_1_affine4, AFFINE4, 4, 2, 1)
-ROW_HEADS(row_heads4_4_1_affine4, AFFINE4, 4, 4, 1)
-ROW_HEADS(row_heads2_2_1_affine4, AFFINE4, 2, 2, 1)
-ROW_HEADS(row_heads2_4_2_affine4, AFFINE4, 2, 4, 2)
-ROW_HEADS(row_heads1_4_3_affine4, AFFINE4, 1, 4, 3)
+ROW_HEADS(row_heads2_4_affine4, AFFINE4, 2, 4)
+ROW_HEADS(row_heads2_0_affine4, AFFINE4, 2, 0)
+ROW_HEADS(row_heads4_0_affine4, AFFINE4, 4, 0)
 #else
-ROW_HEADS(row_heads_affine2, AFFINE2, 4, 2, 1)
-ROW_HEADS(row_heads_affine3, AFFINE3, 4, 2, 1)
-ROW_HEADS(row_heads_affine4, AFFINE4, 4, 2, 1)
-ROW_HEADS(row_heads_affine5, AFFINE5, 4, 2, 1)
-ROW_HEADS(row_heads_affine6, AFFINE6, 4, 2, 1)
-ROW_HEADS(row_heads_affine8, AFFINE8, 4, 2, 1)
-ROW_HEADS(row_heads_nvfp4, NVFP4, 4, 2, 1)
-ROW_HEADS(row_heads_mxfp4, MXFP4, 4, 2, 1)
-ROW_HEADS(row_heads_mxfp8, MXFP8, 4, 2, 1)
-ROW_HEADS(row_heads_fp8, FP8, 4, 2, 1)
+ROW_HEADS(row_heads_affine2, AFFINE2, 2, 4)
+ROW_HEADS(row_heads_affine3, AFFINE3, 2, 4)
+ROW_HEADS(row_heads_affine4, AFFINE4, 2, 4)
+ROW_HEADS(row_heads_affine5, AFFINE5, 2, 3)
+ROW_HEADS(row_heads_affine6, AFFINE6, 2, 1)
+ROW_HEADS(row_heads_affine8, AFFINE8, 1, 2)
+ROW_HEADS(row_heads_nvfp4, NVFP4, 2, 4)
+ROW_HEADS(row_heads_mxfp4, MXFP4, 2, 4)
+ROW_HEADS(row_heads_mxfp8, MXFP8, 1, 2)
+ROW_HEADS(row_heads_fp8, FP8, 1, 2)
 #endif
 #endif
 #endif

@@ -524,7 +524,7 @@ pub(crate) struct RowHeads {
     pub(crate) attend: Attend,
     pub(crate) out: Mat,
     pub(crate) out_digits: DevicePtr,
-    pub(crate) slices: [u32; 3],
+    pub(crate) log_slices: u32,
     pub(crate) pad: u32,
 }
 

@@ -67,19 +67,24 @@ pub(crate) fn deep_bytes(format: WeightFormat) -> u32 {
     8 * (4 * 2 * 3 * tile_bytes(format) + 64)
 }
 
-/// The same of `row_heads_*` (`RowHeads` of latent.cu): rings of 16 warps, whose first part becomes keys and parts of attention; the row; what blocks of the cluster
-/// give each other.
+/// The same of `row_heads_*` (`RowHeads` of latent.cu): rings of 16 warps, parts of keys, the row, and what comes of it.
 pub(crate) fn row_heads_bytes(format: WeightFormat) -> u32 {
-    const HEADS: u32 = 4; // of a cluster
+    const KEY_STRIDE: u32 = 328;
+    const PART: u32 = 32 * KEY_STRIDE * 2;
+    let (slots, early) = match lane_words(format) {
+        ..=4 => (2, 4),
+        5 => (2, 3),
+        6 => (2, 1),
+        _ => (1, 2),
+    };
     let tile = tile_bytes(format);
-    let rings = 16 * (2 * 2 * 2 * tile + 64);
-    let later = 32 * 584 * 2 + 16 * (4 + 512) * 4;
+    let queries = 16 * (slots * 2 * 2 * tile + 64);
+    let others = 16 * (4 * tile + 64);
     let row = 32 * if takes_digits(format) { 144 } else { 128 };
-    let queries = 2 * HEADS * 584 * 2;
-    let scores = 2 * HEADS * 33 * 4;
-    let weights = 2 * HEADS * 40 * 2;
-    let rest = 16 * 2 * 16 * 4 + 256 * 4 + 576 * 2 + 2 * 32 * 4 + 16 * 4;
-    rings.max(later).next_multiple_of(128) + 16 * (4 * tile + 64) + row + queries + scores + weights + rest
+    let batch = early + queries / PART;
+    let scores = 2 * batch * 32 * 4 + batch * 2 * 40 * 2 + 16 * (4 + 256) * 4;
+    let rest = 16 * 2 * 16 * 4 + 256 * 4 + 576 * 2 + 16 * 4;
+    queries + others + early * PART + row + 2 * KEY_STRIDE * 2 + scores + rest
 }
 
 /// The rings of a kernel of few.cu (`Size`): tiles of a slot, slots of a warp's ring of two row tiles, slots of the rows' ring.
