@@ -15,8 +15,8 @@
 #include <cmath>
 #undef INFINITY  // kernels have their own
 #include "decode.cu"
-#include "attention.cu"
 #include "latent.cu"
+#include "attention.cu"
 static std::string setting(const char* name, const char* otherwise) { const char* s = getenv(name); return s ? s : otherwise; }
 #define LAYERS atoi(setting("LAYERS", "5").c_str())
 #include "layer.cuh"
@@ -26,9 +26,9 @@ struct Kept { const char* name; const void* p; u64 floats; };
 static std::vector<Kept> kept;
 // HEADS=NAME in the environment: the kernels from the queries' second product to the values of the heads are one, NAME of latent.cu.
 static u32 row_heads_bytes(const std::string& name) {
-  if (name.find("row_heads2_4_") == 0) return RowHeads<AFFINE4, 2, 4>::BYTES;
-  if (name.find("row_heads2_0_") == 0) return RowHeads<AFFINE4, 2, 0>::BYTES;
-  if (name.find("row_heads4_0_") == 0) return RowHeads<AFFINE4, 4, 0>::BYTES;
+  if (name.find("row_heads8_1_") == 0) return RowHeads<AFFINE4, 8, 1>::BYTES;
+  if (name.find("row_heads4_2_") == 0) return RowHeads<AFFINE4, 4, 2>::BYTES;
+  if (name.find("row_heads4_1_") == 0) return RowHeads<AFFINE4, 4, 1>::BYTES;
   printf("no kernel %s\n", name.c_str());
   exit(1);
 }

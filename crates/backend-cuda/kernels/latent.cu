@@ -34,28 +34,35 @@ struct RowHeadsArgs {
 #define PART (PART_HEADER + RANK / 2)
 #define ROW_WARPS 16
 #define MOST_ROWS 256          // of a head's query, and of its values
+#ifndef TILE_UNROLL
+#define TILE_UNROLL 1
+#endif
 #define OTHER_TILES 4          // of a unit of the second and third product
 // Columns of keys that a block has, from column 0 or 256 on: the first of a pair adds up scores of 288 and values of 256, the second of the others.
 #define OWN_COLUMNS 320
 #define KEY_STRIDE (OWN_COLUMNS + 8)  // elements between two keys in shared memory: rows in different banks
 
-// SLOTS: of two tiles of two row tiles, of the ring of the first product. EARLY: parts of keys that are copied before the first product; others where its ring was.
-template <int F, int SLOTS, int EARLY> struct RowHeads {
-  typedef Pipe<F, 2, 2, SLOTS> Queries;
-  typedef Pipe<F, 1, OTHER_TILES, 1> Others;
+// A head's weights in shared memory: a warp's unit of the first product in SLOTS slots of CHUNK tiles of two row tiles; all of the block's row tiles of the
+// second; where those were, a row tile a warp of the third, half of its columns. Copies are large: a copy takes 36 ns of its multiprocessor's copy engine however
+// short it is, and with 80 of two tiles each the last one was asked for 6 us after the first.
+template <int F, int CHUNK, int SLOTS> struct RowHeads {
+  typedef Pipe<F, 2, CHUNK, SLOTS> Queries;
+  static constexpr u32 TILE_BYTES = Queries::TILE;
   static constexpr u32 KEY_BYTES = KEYS * KEY_STRIDE * 2;
-  static constexpr u32 RINGS = ROW_WARPS * Queries::RING, LATE = RINGS / KEY_BYTES, BATCH = EARLY + LATE;  // parts at a time
+  // Where the first product's ring was: parts of keys, BATCH at a time, and what comes of all parts.
+  static constexpr u32 RINGS = ROW_WARPS * Queries::RING, BATCH = (RINGS - MOST_PARTS * PART * 4) / KEY_BYTES;
+  static constexpr u32 PARTS = BATCH * KEY_BYTES;                   // [MOST_PARTS][PART]
   static constexpr u32 OTHERS = RINGS;
-  static constexpr u32 KEYS_EARLY = OTHERS + ROW_WARPS * Others::RING;
-  static constexpr u32 ROW = KEYS_EARLY + EARLY * KEY_BYTES;        // in the form of F
+  static constexpr u32 BARRIERS = OTHERS + ROW_WARPS * OTHER_TILES * TILE_BYTES;  // of the second product, and a warp's of the third
+  static constexpr u32 ROW = BARRIERS + 16 * (ROW_WARPS / 2 + 1);   // in the form of F
   static constexpr u32 QUERY = ROW + 32 * Form<F>::tile;            // bfloat16: [high, low][KEY_STRIDE], the block's columns
   static constexpr u32 SCORES = QUERY + 2 * KEY_STRIDE * 2;         // [halves of the columns][BATCH][KEYS]
   static constexpr u32 WEIGHTS = SCORES + 2 * BATCH * KEYS * 4;     // bfloat16: [BATCH][high, low][KEYS + 8]
-  static constexpr u32 PARTS = WEIGHTS + BATCH * 2 * (KEYS + 8) * 2;  // [MOST_PARTS][PART]
-  static constexpr u32 RED = PARTS + MOST_PARTS * PART * 4;         // [warp][2][16]; [RANK / 32 + 2][16]
+  static constexpr u32 RED = WEIGHTS + BATCH * 2 * (KEYS + 8) * 2;  // [warp][2][16]; [KEY / 32][16]; [RANK / 2]
   static constexpr u32 HEAD = RED + ROW_WARPS * 2 * 16 * 4;         // [MOST_ROWS]: the head's query; two slices of half of its values
   static constexpr u32 OWN = HEAD + MOST_ROWS * 4;                  // bfloat16: [KEY]
-  static constexpr u32 SCRATCH = OWN + KEY * 2;
+  static constexpr u32 SLOT_OF = OWN + KEY * 2;                     // [MOST_PARTS][KEYS]
+  static constexpr u32 SCRATCH = SLOT_OF + MOST_PARTS * KEYS * 4;
   static constexpr u32 BYTES = SCRATCH + ROW_WARPS * 4;
 };
 
@@ -64,23 +71,19 @@ template <int F, int SLOTS, int EARLY> struct RowHeads {
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 DEVICE void send(u32 to, float x) { asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory"); }
 
-// Columns c .. c + 8 of the joined parts of a head, as `join8` of attend.cuh.
-DEVICE void join_parts(const float* parts, u32 splits, u32 c, float out[8]) {
-  float m = -INFINITY, l = 0.f;
+// Column c of the joined parts of a head, as `join8` of attend.cuh.
+DEVICE float join_parts(const float* parts, u32 splits, u32 c) {
+  float m = -INFINITY, l = 0.f, out = 0.f;
+#pragma unroll 4
   for (u32 s = 0; s < splits; s++) m = fmaxf(m, parts[s * PART]);
-#pragma unroll
-  for (int k = 0; k < 8; k++) out[k] = 0.f;
-#pragma unroll 1
+#pragma unroll 4
   for (u32 s = 0; s < splits; s++) {
     const float* part = parts + s * PART;
-    float v[8], weight = power_of_two(part[0] - m);
-    load8(v, part + PART_HEADER, c, RANK, true);
+    float weight = power_of_two(part[0] - m);
     l = fmaf(part[1], weight, l);
-#pragma unroll
-    for (int k = 0; k < 8; k++) out[k] = fmaf(v[k], weight, out[k]);
+    out = fmaf(part[PART_HEADER + c], weight, out);
   }
-#pragma unroll
-  for (int k = 0; k < 8; k++) out[k] /= l;
+  return out / l;
 }
 
 // Eight columns in the form of F; all lanes of a warp take part.
@@ -89,22 +92,14 @@ template <int F> DEVICE void put_form(const float v[8], u8* row, u32 c, bool ins
   else if (inside) *(uint4*)(row + c * 2) = pack8(v);
 }
 
-// A unit as `Pipe::unit`, in a loop over single tiles: code that runs once a layer is fetched from far away, so that little of it is faster.
-template <typename P, int TILES, typename Refill> DEVICE void short_unit(P& pipe, float acc[P::SUMS], const u8* x, u32 tile_bytes, u32 first, u32 count, u32 cols, Refill refill) {
-  x += first * tile_bytes;
-#pragma unroll 1
-  for (u32 j = 0; j < count; j += TILES) {
-    pipe.wait();
-    u32 slot = pipe.ring + pipe.take * P::SLOT, n = count - j < TILES ? count - j : TILES;
-    pipe.take = pipe.take + 1 == P::D ? 0 : pipe.take + 1;
-#pragma unroll 1
-    for (u32 i = 0; i < n; i++) {
-      pipe.tile(acc, slot + i * P::TILE, x, (first + j + i) * 64, cols);
-      x += tile_bytes;
-    }
-    __syncwarp();
-    refill();
-  }
+// acc += `count` tiles from `slot` on, by columns from `column` on, which start at `x`. A loop over single tiles: code that runs once a layer is fetched from far away.
+template <typename P, int F> DEVICE void tiles(P& pipe, float acc[P::SUMS], u32 slot, u32 count, const u8* x, u32 column, u32 cols) {
+#pragma unroll TILE_UNROLL
+  for (u32 i = 0; i < count; i++) pipe.tile(acc, slot + i * P::TILE, x + (column / 64 + i) * Form<F>::tile, column + i * 64, cols);
+}
+DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 bar) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
 }
 
 #ifdef STAGES
@@ -117,13 +112,11 @@ __device__ float debug_q[64 * 256], debug_ql[64 * 512], debug_parts[64 * 16 * 51
 #define DEBUG(...)
 #endif
 
-// Where part `i` of a batch lies.
-template <typename L, int EARLY> DEVICE u32 part_at(u32 i) { return i < EARLY ? L::KEYS_EARLY + i * L::KEY_BYTES : (i - EARLY) * L::KEY_BYTES; }
-
 // Grid: two blocks a head; 512 threads.
-template <int F, int SLOTS, int EARLY> DEVICE void row_heads(const RowHeadsArgs& a) {
+template <int F, int CHUNK, int SLOTS> DEVICE void row_heads(const RowHeadsArgs& a) {
   extern __shared__ __align__(128) u8 shared[];
-  typedef RowHeads<F, SLOTS, EARLY> L;
+  typedef RowHeads<F, CHUNK, SLOTS> L;
+  typedef Pipe<F, 1> One;  // for its product of a tile
   float* red = (float*)(shared + L::RED);
   float* query = (float*)(shared + L::HEAD);
   float* scores = (float*)(shared + L::SCORES);
@@ -132,6 +125,7 @@ template <int F, int SLOTS, int EARLY> DEVICE void row_heads(const RowHeadsArgs&
   u16* own = (u16*)(shared + L::OWN);
   u16* weights = (u16*)(shared + L::WEIGHTS);
   u16* absorbed = (u16*)(shared + L::QUERY);
+  u32* slot_of = (u32*)(shared + L::SLOT_OF);
   u8* row = shared + L::ROW;
   const Latent& l = a.latent;
   STAGE(0)
@@ -142,45 +136,47 @@ template <int F, int SLOTS, int EARLY> DEVICE void row_heads(const RowHeadsArgs&
   u32 q_tiles = num_tiles(a.w_q), q_slice = warp & ((1u << a.log_slices) - 1), q_unit = warp >> a.log_slices;
   u32 q_first = q_slice * q_tiles >> a.log_slices, q_count = q_unit < q_rows / 64 ? ((q_slice + 1) * q_tiles >> a.log_slices) - q_first : 0;
   typename L::Queries queries;
-  typename L::Others others;
   queries.start(shared);
-  others.start(shared + L::OTHERS);
   if (q_count) queries.aim(a.w_q, 0, head * (q_rows / 16) + half * (q_rows / 32) + q_unit * 2, q_first, q_count);
 #pragma unroll 1
   for (int i = 0; i < SLOTS; i++) queries.issue();
   // The second: the row tiles of the block's columns of scores, 18 and 14, a warp one and another. The third: a row tile a warp, half of the columns.
-  u32 k_tiles = num_tiles(a.w_k), k_end = half ? RANK / 16 : KEY / 32, ahead = half * (KEY / 32) + warp;
-  auto issue_others = [&] {
-    if (ahead < k_end) others.aim(a.w_k, head, ahead, 0, k_tiles);
-    else if (ahead < k_end + ROW_WARPS && warp < v_rows / 16) {
-      others.aim(a.w_v, head, warp, half * (RANK / 128), RANK / 128);
-      ahead = k_end;
-    }
-    ahead += ROW_WARPS;
-    others.issue();
-  };
-  issue_others();
+  u32 k_tiles = num_tiles(a.w_k), k_base = half * (KEY / 32), k_units = half ? RANK / 16 - KEY / 32 : KEY / 32;
+  u32 bar = shared_address(shared + L::BARRIERS), others = shared_address(shared + L::OTHERS);
+  if (lane == 0) {
+    if (warp == 0) barrier_init(bar, 1);
+    barrier_init(bar + 8 + 8 * warp, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    if (warp == 0) copy_bulk(others, a.w_k.codes + head * a.w_k.codes_stride + k_base * k_tiles * (L::TILE_BYTES / 4), k_units * k_tiles * L::TILE_BYTES, bar);
+  }
   // What the host wrote, and weights of norms, do not wait for the operation before either.
   u32 keys = a.attend.paging.positions[0] + 1, parts = (keys + KEYS - 1) / KEYS;
-  const u32* table = a.attend.paging.block_table + (u64)a.attend.paging.sequences[0] * a.attend.paging.max_blocks;
-  u32 block_size = a.attend.paging.block_size;
-  // Half a warp copies a key.
-  auto copy_keys = [&](u32 from, u32 to, u32 first) {
+  if (threadIdx.x < keys) {
+    const u32* table = a.attend.paging.block_table + (u64)a.attend.paging.sequences[0] * a.attend.paging.max_blocks;
+    u32 block_size = a.attend.paging.block_size, slot = table[threadIdx.x / block_size] * block_size + threadIdx.x % block_size;
+    slot_of[threadIdx.x] = slot;
+    const u16* from = (const u16*)a.attend.cache + (u64)slot * a.attend.cache_width + half * (RANK / 2);
+    if (threadIdx.x + 1 < keys)
 #pragma unroll 1
-    for (u32 k = from * KEYS + threadIdx.x / 16; k < to * KEYS; k += 32) {
+      for (u32 i = 0; i < OWN_COLUMNS; i += 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
+  }
+  // Half a warp copies a key. Past the end are zeros: their weight is zero, and zero times what lies there may be no number. The last is the row's own.
+  auto copy_keys = [&](u32 first, u32 count) {
+#pragma unroll 1
+    for (u32 k = threadIdx.x / 16; k < count * KEYS; k += 32) {
       u32 p = first * KEYS + k, lane16 = threadIdx.x % 16;
-      bool valid = p + 1 < keys;  // Past the end are zeros: their weight is zero, and zero times what lies there may be no number. The last is the row's own.
-      const u16* source = (const u16*)a.attend.cache;
-      if (valid) source += (u64)(table[p / block_size] * block_size + p % block_size) * a.attend.cache_width + half * (RANK / 2) + lane16 * 8;
-      u32 at = shared_address(shared) + part_at<L, EARLY>(k / KEYS) + (k % KEYS * KEY_STRIDE + lane16 * 8) * 2;
+      bool valid = p < keys;
+      u8* to = shared + k / KEYS * L::KEY_BYTES + (k % KEYS * KEY_STRIDE + lane16 * 8) * 2;
+      const u16* from = (const u16*)a.attend.cache + (u64)(valid ? slot_of[p] : 0) * a.attend.cache_width + half * (RANK / 2) + lane16 * 8;
+      bool is_own = p + 1 == keys;
 #pragma unroll
-      for (u32 i = 0; i < 3; i++)
-        if (i < 2 || lane16 < (half ? 8 : 4))
-          asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at + i * 256), "l"(valid ? source + i * 128 : source), "r"(valid ? 16 : 0));
+      for (u32 i = 0; i < 3; i++) {
+        if (i == 2 && lane16 >= (half ? 8 : 4)) continue;
+        if (is_own) *(uint4*)(to + i * 256) = *(const uint4*)(own + half * (RANK / 2) + lane16 * 8 + i * 128);
+        else asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to) + i * 256), "l"(from + i * 128), "r"(valid ? 16 : 0));
+      }
     }
   };
-  u32 early = parts < EARLY ? parts : EARLY, late = parts < L::BATCH ? parts : L::BATCH;
-  copy_keys(0, early, 0);
   bool latent_half = threadIdx.x >= 256;  // threads that have the row's own key
   u32 c = threadIdx.x % 256 * 8, cols = latent_half ? RANK : a.w_q.cols;
   float v[8], weight[8];
@@ -239,14 +235,21 @@ template <int F, int SLOTS, int EARLY> DEVICE void row_heads(const RowHeadsArgs&
 
   {
     float acc[L::Queries::SUMS] = {};
-    short_unit<typename L::Queries, 2>(queries, acc, row, Form<F>::tile, q_first, q_count, a.w_q.cols, [&] { queries.issue(); });
+#pragma unroll 1
+    for (u32 j = 0; j < q_count; j += CHUNK) {
+      queries.wait();
+      tiles<typename L::Queries, F>(queries, acc, queries.ring + queries.take * L::Queries::SLOT, q_count - j < CHUNK ? q_count - j : CHUNK, row, (q_first + j) * 64, a.w_q.cols);
+      queries.take = queries.take + 1 == SLOTS ? 0 : queries.take + 1;
+      __syncwarp();
+      queries.issue();
+    }
     queries.put_sums(red + warp * 32, acc);
     queries.stop();
   }
   __syncthreads();
   STAGE(4)
   // The first product's rings are read: keys go there.
-  copy_keys(early, late, 0);
+  copy_keys(0, parts < L::BATCH ? parts : L::BATCH);
   if (threadIdx.x < q_rows / 2) {
     u32 r = half * (q_rows / 2) + threadIdx.x;
     float y = 0.f;
@@ -276,16 +279,21 @@ template <int F, int SLOTS, int EARLY> DEVICE void row_heads(const RowHeadsArgs&
     DEBUG(debug_q[head * q_rows + nope + c0] = y.x; debug_q[head * q_rows + nope + c1] = y.y;)
   }
   __syncthreads();
+  One one;
+  one.lane = lane;
+  barrier_wait(bar, 0);
 #pragma unroll 1
-  for (u32 tile = half * (KEY / 32) + warp; tile < k_end; tile += ROW_WARPS) {
-    float acc[L::Others::SUMS] = {};
-    short_unit<typename L::Others, OTHER_TILES>(others, acc, row, Form<F>::tile, 0, k_tiles, nope, issue_others);
-    others.put_sums(red + (tile - half * (KEY / 32)) * 16, acc);
+  for (u32 unit = warp; unit < k_units; unit += ROW_WARPS) {
+    float acc[One::SUMS] = {};
+    tiles<One, F>(one, acc, others + unit * k_tiles * L::TILE_BYTES, k_tiles, row, 0, nope);
+    one.put_sums(red + unit * 16, acc);
   }
   __syncthreads();
+  if (lane == 0 && warp < v_rows / 16)
+    copy_bulk(others + warp * (OTHER_TILES * L::TILE_BYTES), a.w_v.codes + head * a.w_v.codes_stride + (warp * (RANK / 64) + half * OTHER_TILES) * (u64)(L::TILE_BYTES / 4), OTHER_TILES * L::TILE_BYTES, bar + 8 + 8 * warp);
   {
-    u32 r = half * (KEY / 2) + threadIdx.x;
-    if (r < k_end * 16) {
+    u32 r = k_base * 16 + threadIdx.x;
+    if (threadIdx.x < k_units * 16) {
       float y = finish<F>(a.w_k, head, r, 0.f + red[threadIdx.x]);
       DEBUG(debug_ql[head * RANK + r] = y;)
       put_absorbed(r, y);
@@ -300,19 +308,14 @@ template <int F, int SLOTS, int EARLY> DEVICE void row_heads(const RowHeadsArgs&
     u32 batch = parts - first < L::BATCH ? parts - first : L::BATCH;
     if (first) {
       cluster_sync();  // both have read the scores of the batch before
-      copy_keys(0, batch, first);
+      copy_keys(first, batch);
     }
     asm volatile("cp.async.wait_all;" ::: "memory");
-    __syncthreads();
-    if (first + batch == parts && threadIdx.x < OWN_COLUMNS / 8) {
-      u32 at = part_at<L, EARLY>(batch - 1) + ((keys - 1) % KEYS * KEY_STRIDE + threadIdx.x * 8) * 2;
-      *(uint4*)(shared + at) = *(const uint4*)(own + half * (RANK / 2) + threadIdx.x * 8);
-    }
     __syncthreads();
     // Scores of 16 keys: the first columns of the product are the query's high and low parts.
 #pragma unroll 1
     for (u32 job = warp; job < batch * 2; job += ROW_WARPS) {
-      u32 a_at = keys_at + part_at<L, EARLY>(job / 2) + ((job % 2 * 16 + lane % 16) * KEY_STRIDE + half * (KEY / 2 - RANK / 2) + lane / 16 * 8) * 2;
+      u32 a_at = keys_at + job / 2 * L::KEY_BYTES + ((job % 2 * 16 + lane % 16) * KEY_STRIDE + half * (KEY / 2 - RANK / 2) + lane / 16 * 8) * 2;
       u32 b_at = absorbed_at + (lane % 2 * KEY_STRIDE + half * (KEY / 2 - RANK / 2) + lane / 8 % 2 * 8) * 2;
       float dot[4] = {};
 #pragma unroll 2
@@ -345,7 +348,7 @@ template <int F, int SLOTS, int EARLY> DEVICE void row_heads(const RowHeadsArgs&
 #pragma unroll 1
     for (u32 job = warp; job < batch * (RANK / 32); job += ROW_WARPS) {
       u32 part = job / (RANK / 32), column = job % (RANK / 32) * 16;
-      u32 a_at = keys_at + part_at<L, EARLY>(part) + ((lane / 16 * 8 + lane % 8) * KEY_STRIDE + column + lane / 8 % 2 * 8) * 2;
+      u32 a_at = keys_at + part * L::KEY_BYTES + ((lane / 16 * 8 + lane % 8) * KEY_STRIDE + column + lane / 8 % 2 * 8) * 2;
       u32 b_at = weights_at + (part * 2 * (KEYS + 8) + lane / 8 % 2 * 8) * 2;
       float acc[4] = {};
 #pragma unroll
@@ -368,16 +371,19 @@ template <int F, int SLOTS, int EARLY> DEVICE void row_heads(const RowHeadsArgs&
   STAGE(8)
   DEBUG(for (u32 i = threadIdx.x; i < parts * PART; i += 512) debug_parts[(head * 16 + i / PART) * 516 + (i % PART < 4 ? i % PART : i % PART + half * 256)] = parts_at[i];)
 
+  if (threadIdx.x < RANK / 2) red[threadIdx.x] = join_parts(parts_at, parts, threadIdx.x);
+  __syncthreads();
   if (warp == 0) {
-    join_parts(parts_at, parts, lane * 8, v);
+    load8(v, red, lane * 8, RANK / 2, true);
     put_form<F>(v, row, half * (RANK / 2) + lane * 8, true);
   }
   __syncthreads();
   STAGE(9)
-  {
-    float acc[L::Others::SUMS] = {};
-    if (warp < v_rows / 16) short_unit<typename L::Others, OTHER_TILES>(others, acc, row, Form<F>::tile, half * (RANK / 128), RANK / 128, RANK, [&] {});
-    others.put_sums(red + warp * 16, acc);
+  if (warp < v_rows / 16) {
+    float acc[One::SUMS] = {};
+    barrier_wait(bar + 8 + 8 * warp, 0);
+    tiles<One, F>(one, acc, others + warp * (OTHER_TILES * L::TILE_BYTES), OTHER_TILES, row, half * (RANK / 2), RANK);
+    one.put_sums(red + warp * 16, acc);
   }
   __syncthreads();
   // Each block adds both slices of half of the rows.
@@ -407,23 +413,23 @@ template <int F, int SLOTS, int EARLY> DEVICE void row_heads(const RowHeadsArgs&
 #ifndef ROW_BOUND
 #define ROW_BOUND 896
 #endif
-#define ROW_HEADS(NAME, F, SLOTS, EARLY) \
-  KERNEL __cluster_dims__(2, 1, 1) __launch_bounds__(ROW_BOUND, 1) NAME(const __grid_constant__ RowHeadsArgs a) { row_heads<F, SLOTS, EARLY>(a); }
+#define ROW_HEADS(NAME, F, CHUNK, SLOTS) \
+  KERNEL __cluster_dims__(2, 1, 1) __launch_bounds__(ROW_BOUND, 1) NAME(const __grid_constant__ RowHeadsArgs a) { row_heads<F, CHUNK, SLOTS>(a); }
 #ifdef ROW_HEADS_VARIANTS
-ROW_HEADS(row_heads2_4_affine4, AFFINE4, 2, 4)
-ROW_HEADS(row_heads2_0_affine4, AFFINE4, 2, 0)
-ROW_HEADS(row_heads4_0_affine4, AFFINE4, 4, 0)
+ROW_HEADS(row_heads8_1_affine4, AFFINE4, 8, 1)
+ROW_HEADS(row_heads4_2_affine4, AFFINE4, 4, 2)
+ROW_HEADS(row_heads4_1_affine4, AFFINE4, 4, 1)
 #else
-ROW_HEADS(row_heads_affine2, AFFINE2, 2, 4)
-ROW_HEADS(row_heads_affine3, AFFINE3, 2, 4)
-ROW_HEADS(row_heads_affine4, AFFINE4, 2, 4)
-ROW_HEADS(row_heads_affine5, AFFINE5, 2, 3)
-ROW_HEADS(row_heads_affine6, AFFINE6, 2, 1)
-ROW_HEADS(row_heads_affine8, AFFINE8, 1, 2)
-ROW_HEADS(row_heads_nvfp4, NVFP4, 2, 4)
-ROW_HEADS(row_heads_mxfp4, MXFP4, 2, 4)
-ROW_HEADS(row_heads_mxfp8, MXFP8, 1, 2)
-ROW_HEADS(row_heads_fp8, FP8, 1, 2)
+ROW_HEADS(row_heads_affine2, AFFINE2, 8, 1)
+ROW_HEADS(row_heads_affine3, AFFINE3, 8, 1)
+ROW_HEADS(row_heads_affine4, AFFINE4, 8, 1)
+ROW_HEADS(row_heads_affine5, AFFINE5, 3, 2)
+ROW_HEADS(row_heads_affine6, AFFINE6, 2, 2)
+ROW_HEADS(row_heads_affine8, AFFINE8, 2, 2)
+ROW_HEADS(row_heads_nvfp4, NVFP4, 8, 1)
+ROW_HEADS(row_heads_mxfp4, MXFP4, 8, 1)
+ROW_HEADS(row_heads_mxfp8, MXFP8, 2, 2)
+ROW_HEADS(row_heads_fp8, FP8, 2, 2)
 #endif
 #endif
 #endif

@@ -110,7 +110,8 @@ DEVICE float inverse_rms(const float v[][8], int steps, u32 cols, float eps, flo
 }
 
 // A pair, rotated by the angle with cosine `c` and sine `s`.
-DEVICE float2 rotated(float x0, float x1, float c, float s) { return make_float2(x0 * c - x1 * s, x1 * c + x0 * s); }
+// Which product is rounded is said here: where a compiler chooses, two kernels do not round alike.
+DEVICE float2 rotated(float x0, float x1, float c, float s) { return make_float2(fmaf(x0, c, -__fmul_rn(x1, s)), fmaf(x1, c, __fmul_rn(x0, s))); }
 // Rotates one pair of the head that starts at column `head` of row `t`.
 DEVICE void rope_pair(const Mat& x, u32 t, u32 head, const float* table, u32 half, u32 i, bool interleaved) {
   u32 c0 = head + (interleaved ? 2 * i : i), c1 = head + (interleaved ? 2 * i + 1 : i + half);

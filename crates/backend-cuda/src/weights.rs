@@ -67,24 +67,23 @@ pub(crate) fn deep_bytes(format: WeightFormat) -> u32 {
     8 * (4 * 2 * 3 * tile_bytes(format) + 64)
 }
 
-/// The same of `row_heads_*` (`RowHeads` of latent.cu): rings of 16 warps, parts of keys, the row, and what comes of it.
+/// The same of `row_heads_*` (`RowHeads` of latent.cu): rings of 16 warps, tiles of the other two products and their barriers, the row, and what comes of it.
 pub(crate) fn row_heads_bytes(format: WeightFormat) -> u32 {
     const KEY_STRIDE: u32 = 328;
-    const PART: u32 = 32 * KEY_STRIDE * 2;
-    let (slots, early) = match lane_words(format) {
-        ..=4 => (2, 4),
-        5 => (2, 3),
-        6 => (2, 1),
-        _ => (1, 2),
+    const PARTS: u32 = 16 * (4 + 256) * 4;
+    let (tiles, slots) = match lane_words(format) {
+        ..=4 => (8, 1),
+        5 => (3, 2),
+        _ => (2, 2),
     };
     let tile = tile_bytes(format);
-    let queries = 16 * (slots * 2 * 2 * tile + 64);
-    let others = 16 * (4 * tile + 64);
+    let rings = 16 * (slots * 2 * tiles * tile + 64);
+    let others = 16 * 4 * tile + 144;
     let row = 32 * if takes_digits(format) { 144 } else { 128 };
-    let batch = early + queries / PART;
-    let scores = 2 * batch * 32 * 4 + batch * 2 * 40 * 2 + 16 * (4 + 256) * 4;
-    let rest = 16 * 2 * 16 * 4 + 256 * 4 + 576 * 2 + 16 * 4;
-    queries + others + early * PART + row + 2 * KEY_STRIDE * 2 + scores + rest
+    let batch = (rings - PARTS) / (32 * KEY_STRIDE * 2);
+    let scores = 2 * batch * 32 * 4 + batch * 2 * 40 * 2;
+    let rest = 16 * 2 * 16 * 4 + 256 * 4 + 576 * 2 + 16 * 32 * 4 + 16 * 4;
+    rings + others + row + 2 * KEY_STRIDE * 2 + scores + rest
 }
 
 /// The rings of a kernel of few.cu (`Size`): tiles of a slot, slots of a warp's ring of two row tiles, slots of the rows' ring.
