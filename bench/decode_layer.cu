@@ -28,7 +28,7 @@ static std::vector<Kept> kept;
 static u32 row_heads_bytes(const std::string& name) {
   if (name.find("row_heads8_1_") == 0) return RowHeads<AFFINE4, 8, 1>::BYTES;
   if (name.find("row_heads4_2_") == 0) return RowHeads<AFFINE4, 4, 2>::BYTES;
-  if (name.find("row_heads4_1_") == 0) return RowHeads<AFFINE4, 4, 1>::BYTES;
+  if (name.find("row_heads2_4_") == 0) return RowHeads<AFFINE4, 2, 4>::BYTES;
   printf("no kernel %s\n", name.c_str());
   exit(1);
 }

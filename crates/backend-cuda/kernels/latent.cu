@@ -43,27 +43,31 @@ struct RowHeadsArgs {
 #define KEY_STRIDE (OWN_COLUMNS + 8)  // elements between two keys in shared memory: rows in different banks
 
 // A head's weights in shared memory: a warp's unit of the first product in SLOTS slots of CHUNK tiles of two row tiles; all of the block's row tiles of the
-// second; where those were, a row tile a warp of the third, half of its columns. Copies are large: a copy takes 36 ns of its multiprocessor's copy engine however
-// short it is, and with 80 of two tiles each the last one was asked for 6 us after the first.
+// second; where those were, a row tile a warp of the third, half of its columns. Copies are large: one takes 36 ns of its multiprocessor's copy engine however
+// short it is. What a warp has multiplied makes room for keys, which it copies there before it goes on: reading them takes as long as the product.
 template <int F, int CHUNK, int SLOTS> struct RowHeads {
   typedef Pipe<F, 2, CHUNK, SLOTS> Queries;
   static constexpr u32 TILE_BYTES = Queries::TILE;
-  static constexpr u32 KEY_BYTES = KEYS * KEY_STRIDE * 2;
-  // Where the first product's ring was: parts of keys, BATCH at a time, and what comes of all parts.
-  static constexpr u32 RINGS = ROW_WARPS * Queries::RING, BATCH = (RINGS - MOST_PARTS * PART * 4) / KEY_BYTES;
-  static constexpr u32 PARTS = BATCH * KEY_BYTES;                   // [MOST_PARTS][PART]
-  static constexpr u32 OTHERS = RINGS;
+  static constexpr u32 SLOT_KEYS = Queries::SLOT / (KEY_STRIDE * 2), ROUND = ROW_WARPS * SLOT_KEYS;  // keys of a slot, and of one slot of each warp
+  static constexpr u32 BATCH = SLOTS * ROUND / KEYS;  // parts at a time
+  static constexpr u32 OTHERS = ROW_WARPS * Queries::RING;
   static constexpr u32 BARRIERS = OTHERS + ROW_WARPS * OTHER_TILES * TILE_BYTES;  // of the second product, and a warp's of the third
   static constexpr u32 ROW = BARRIERS + 16 * (ROW_WARPS / 2 + 1);   // in the form of F
   static constexpr u32 QUERY = ROW + 32 * Form<F>::tile;            // bfloat16: [high, low][KEY_STRIDE], the block's columns
   static constexpr u32 SCORES = QUERY + 2 * KEY_STRIDE * 2;         // [halves of the columns][BATCH][KEYS]
   static constexpr u32 WEIGHTS = SCORES + 2 * BATCH * KEYS * 4;     // bfloat16: [BATCH][high, low][KEYS + 8]
-  static constexpr u32 RED = WEIGHTS + BATCH * 2 * (KEYS + 8) * 2;  // [warp][2][16]; [KEY / 32][16]; [RANK / 2]
+  static constexpr u32 PARTS = WEIGHTS + BATCH * 2 * (KEYS + 8) * 2;  // [MOST_PARTS][PART]
+  static constexpr u32 RED = PARTS + MOST_PARTS * PART * 4;         // [warp][2][16]; [KEY / 32][16]; [RANK / 2]
   static constexpr u32 HEAD = RED + ROW_WARPS * 2 * 16 * 4;         // [MOST_ROWS]: the head's query; two slices of half of its values
   static constexpr u32 OWN = HEAD + MOST_ROWS * 4;                  // bfloat16: [KEY]
   static constexpr u32 SLOT_OF = OWN + KEY * 2;                     // [MOST_PARTS][KEYS]
   static constexpr u32 SCRATCH = SLOT_OF + MOST_PARTS * KEYS * 4;
   static constexpr u32 BYTES = SCRATCH + ROW_WARPS * 4;
+  // Where key k of a batch lies.
+  static METHOD u32 key_at(u32 k) {
+    u32 slot = k / SLOT_KEYS;
+    return slot % ROW_WARPS * Queries::RING + slot / ROW_WARPS * Queries::SLOT + k % SLOT_KEYS * (KEY_STRIDE * 2);
+  }
 };
 
 #if __CUDA_ARCH__ >= 900
@@ -160,20 +164,22 @@ template <int F, int CHUNK, int SLOTS> DEVICE void row_heads(const RowHeadsArgs&
 #pragma unroll 1
       for (u32 i = 0; i < OWN_COLUMNS; i += 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
   }
-  // Half a warp copies a key. Past the end are zeros: their weight is zero, and zero times what lies there may be no number. The last is the row's own.
-  auto copy_keys = [&](u32 first, u32 count) {
+  // The keys of a batch from part `first` on that lie in slot `turn` of the warp's ring; half a warp copies one. Past the end are zeros: their weight is zero, and
+  // zero times what lies there may be no number. The last is the row's own.
+  u32 all_keys = parts * KEYS;
+  auto copy_keys = [&](u32 first, u32 turn) {
+    u32 lane16 = lane % 16;
 #pragma unroll 1
-    for (u32 k = threadIdx.x / 16; k < count * KEYS; k += 32) {
-      u32 p = first * KEYS + k, lane16 = threadIdx.x % 16;
-      bool valid = p < keys;
-      u8* to = shared + k / KEYS * L::KEY_BYTES + (k % KEYS * KEY_STRIDE + lane16 * 8) * 2;
-      const u16* from = (const u16*)a.attend.cache + (u64)(valid ? slot_of[p] : 0) * a.attend.cache_width + half * (RANK / 2) + lane16 * 8;
-      bool is_own = p + 1 == keys;
+    for (u32 i = lane / 16; i < L::SLOT_KEYS; i += 2) {
+      u32 k = turn * L::ROUND + warp * L::SLOT_KEYS + i, p = first * KEYS + k;
+      if (p >= all_keys || k >= L::BATCH * KEYS) break;
+      u8* to = shared + L::key_at(k) + lane16 * 16;
+      const u16* from = (const u16*)a.attend.cache + (u64)(p < keys ? slot_of[p] : 0) * a.attend.cache_width + half * (RANK / 2) + lane16 * 8;
 #pragma unroll
       for (u32 i = 0; i < 3; i++) {
         if (i == 2 && lane16 >= (half ? 8 : 4)) continue;
-        if (is_own) *(uint4*)(to + i * 256) = *(const uint4*)(own + half * (RANK / 2) + lane16 * 8 + i * 128);
-        else asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to) + i * 256), "l"(from + i * 128), "r"(valid ? 16 : 0));
+        if (p + 1 == keys) *(uint4*)(to + i * 256) = *(const uint4*)(own + half * (RANK / 2) + lane16 * 8 + i * 128);
+        else asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to) + i * 256), "l"(from + i * 128), "r"(p < keys ? 16 : 0));
       }
     }
   };
@@ -235,21 +241,26 @@ template <int F, int CHUNK, int SLOTS> DEVICE void row_heads(const RowHeadsArgs&
 
   {
     float acc[L::Queries::SUMS] = {};
+    // Where the ring holds the whole unit, slot after slot becomes keys.
+    bool whole = q_count <= SLOTS * CHUNK;
 #pragma unroll 1
-    for (u32 j = 0; j < q_count; j += CHUNK) {
-      queries.wait();
-      tiles<typename L::Queries, F>(queries, acc, queries.ring + queries.take * L::Queries::SLOT, q_count - j < CHUNK ? q_count - j : CHUNK, row, (q_first + j) * 64, a.w_q.cols);
-      queries.take = queries.take + 1 == SLOTS ? 0 : queries.take + 1;
-      __syncwarp();
-      queries.issue();
+    for (u32 turn = 0, j = 0; turn < SLOTS || j < q_count; turn++, j += CHUNK) {
+      if (j < q_count) {
+        queries.wait();
+        tiles<typename L::Queries, F>(queries, acc, queries.ring + queries.take * L::Queries::SLOT, q_count - j < CHUNK ? q_count - j : CHUNK, row, (q_first + j) * 64, a.w_q.cols);
+        queries.take = queries.take + 1 == SLOTS ? 0 : queries.take + 1;
+        __syncwarp();
+        queries.issue();
+      }
+      if (whole) copy_keys(0, turn);
     }
+    if (!whole)
+#pragma unroll 1
+      for (u32 turn = 0; turn < SLOTS; turn++) copy_keys(0, turn);
     queries.put_sums(red + warp * 32, acc);
-    queries.stop();
   }
   __syncthreads();
   STAGE(4)
-  // The first product's rings are read: keys go there.
-  copy_keys(0, parts < L::BATCH ? parts : L::BATCH);
   if (threadIdx.x < q_rows / 2) {
     u32 r = half * (q_rows / 2) + threadIdx.x;
     float y = 0.f;
@@ -308,14 +319,15 @@ template <int F, int CHUNK, int SLOTS> DEVICE void row_heads(const RowHeadsArgs&
     u32 batch = parts - first < L::BATCH ? parts - first : L::BATCH;
     if (first) {
       cluster_sync();  // both have read the scores of the batch before
-      copy_keys(first, batch);
+#pragma unroll 1
+      for (u32 turn = 0; turn < SLOTS; turn++) copy_keys(first, turn);
     }
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
     // Scores of 16 keys: the first columns of the product are the query's high and low parts.
 #pragma unroll 1
     for (u32 job = warp; job < batch * 2; job += ROW_WARPS) {
-      u32 a_at = keys_at + job / 2 * L::KEY_BYTES + ((job % 2 * 16 + lane % 16) * KEY_STRIDE + half * (KEY / 2 - RANK / 2) + lane / 16 * 8) * 2;
+      u32 a_at = keys_at + L::key_at(job * 16 + lane % 16) + (half * (KEY / 2 - RANK / 2) + lane / 16 * 8) * 2;
       u32 b_at = absorbed_at + (lane % 2 * KEY_STRIDE + half * (KEY / 2 - RANK / 2) + lane / 8 % 2 * 8) * 2;
       float dot[4] = {};
 #pragma unroll 2
@@ -348,13 +360,12 @@ template <int F, int CHUNK, int SLOTS> DEVICE void row_heads(const RowHeadsArgs&
 #pragma unroll 1
     for (u32 job = warp; job < batch * (RANK / 32); job += ROW_WARPS) {
       u32 part = job / (RANK / 32), column = job % (RANK / 32) * 16;
-      u32 a_at = keys_at + part * L::KEY_BYTES + ((lane / 16 * 8 + lane % 8) * KEY_STRIDE + column + lane / 8 % 2 * 8) * 2;
       u32 b_at = weights_at + (part * 2 * (KEYS + 8) + lane / 8 % 2 * 8) * 2;
       float acc[4] = {};
 #pragma unroll
       for (u32 s = 0; s < 2; s++) {
         u32 x[4], high[2], low[2];
-        ldmatrix4_transposed(x, a_at + s * 16 * KEY_STRIDE * 2);
+        ldmatrix4_transposed(x, keys_at + L::key_at(part * KEYS + s * 16 + lane / 16 * 8 + lane % 8) + (column + lane / 8 % 2 * 8) * 2);
         ldmatrix2(high, b_at + s * 32);
         ldmatrix2(low, b_at + (KEYS + 8 + s * 16) * 2);
         mma_bf16(acc, x, high[0], high[1]);
@@ -418,18 +429,18 @@ template <int F, int CHUNK, int SLOTS> DEVICE void row_heads(const RowHeadsArgs&
 #ifdef ROW_HEADS_VARIANTS
 ROW_HEADS(row_heads8_1_affine4, AFFINE4, 8, 1)
 ROW_HEADS(row_heads4_2_affine4, AFFINE4, 4, 2)
-ROW_HEADS(row_heads4_1_affine4, AFFINE4, 4, 1)
+ROW_HEADS(row_heads2_4_affine4, AFFINE4, 2, 4)
 #else
-ROW_HEADS(row_heads_affine2, AFFINE2, 8, 1)
-ROW_HEADS(row_heads_affine3, AFFINE3, 8, 1)
-ROW_HEADS(row_heads_affine4, AFFINE4, 8, 1)
+ROW_HEADS(row_heads_affine2, AFFINE2, 4, 2)
+ROW_HEADS(row_heads_affine3, AFFINE3, 4, 2)
+ROW_HEADS(row_heads_affine4, AFFINE4, 4, 2)
 ROW_HEADS(row_heads_affine5, AFFINE5, 3, 2)
 ROW_HEADS(row_heads_affine6, AFFINE6, 2, 2)
-ROW_HEADS(row_heads_affine8, AFFINE8, 2, 2)
-ROW_HEADS(row_heads_nvfp4, NVFP4, 8, 1)
-ROW_HEADS(row_heads_mxfp4, MXFP4, 8, 1)
-ROW_HEADS(row_heads_mxfp8, MXFP8, 2, 2)
-ROW_HEADS(row_heads_fp8, FP8, 2, 2)
+ROW_HEADS(row_heads_affine8, AFFINE8, 1, 3)
+ROW_HEADS(row_heads_nvfp4, NVFP4, 4, 2)
+ROW_HEADS(row_heads_mxfp4, MXFP4, 4, 2)
+ROW_HEADS(row_heads_mxfp8, MXFP8, 1, 3)
+ROW_HEADS(row_heads_fp8, FP8, 1, 3)
 #endif
 #endif
 #endif
