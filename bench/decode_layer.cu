@@ -26,9 +26,7 @@ struct Kept { const char* name; const void* p; u64 floats; };
 static std::vector<Kept> kept;
 // HEADS=NAME in the environment: the kernels from the queries' second product to the values of the heads are one, NAME of latent.cu.
 static u32 row_heads_bytes(const std::string& name) {
-  if (name.find("row_heads8_1_") == 0) return RowHeads<AFFINE4, 8, 1>::BYTES;
-  if (name.find("row_heads4_2_") == 0) return RowHeads<AFFINE4, 4, 2>::BYTES;
-  if (name.find("row_heads2_4_") == 0) return RowHeads<AFFINE4, 2, 4>::BYTES;
+  if (name == "row_heads_affine4") return RowHeads<AFFINE4, 8, 1>::BYTES;
   printf("no kernel %s\n", name.c_str());
   exit(1);
 }

@@ -69,22 +69,22 @@ pub(crate) fn deep_bytes(format: WeightFormat) -> u32 {
 
 /// The same of `row_heads_*` (`RowHeads` of latent.cu): rings of 16 warps, tiles of the other two products and their barriers, the row, and what comes of it.
 pub(crate) fn row_heads_bytes(format: WeightFormat) -> u32 {
-    const KEY_BYTES: u32 = 328 * 2;
+    const KEY_STRIDE: u32 = 328;
+    const PARTS: u32 = 16 * (4 + 256) * 4;
     let (tiles, slots) = match lane_words(format) {
-        ..=4 => (4, 2),
+        ..=4 => (8, 1),
         5 => (3, 2),
         6 => (2, 2),
         _ => (1, 3),
     };
     let tile = tile_bytes(format);
-    let slot = 2 * tiles * tile;
-    let rings = 16 * (slots * slot + 64);
+    let rings = 16 * (slots * 2 * tiles * tile + 64);
     let others = 16 * 4 * tile + 144;
     let row = 32 * if takes_digits(format) { 144 } else { 128 };
-    let batch = slots * 16 * (slot / KEY_BYTES) / 32;
-    let scores = 2 * batch * 32 * 4 + batch * 2 * 40 * 2 + 16 * (4 + 256) * 4;
+    let batch = (rings - PARTS) / (32 * KEY_STRIDE * 2);
+    let scores = 2 * batch * 32 * 4 + batch * 2 * 40 * 2;
     let rest = 16 * 2 * 16 * 4 + 256 * 4 + 576 * 2 + 16 * 32 * 4 + 16 * 4;
-    rings + others + row + 2 * KEY_BYTES + scores + rest
+    rings + others + row + 2 * KEY_STRIDE * 2 + scores + rest
 }
 
 /// The rings of a kernel of few.cu (`Size`): tiles of a slot, slots of a warp's ring of two row tiles, slots of the rows' ring.
