@@ -1,5 +1,6 @@
 // Attention over paged caches, and the choice of positions of sparse attention.
 #include "attend_rows.cuh"
+#include "matrices.cuh"
 
 #define ATTEND(D) \
   KERNEL __launch_bounds__(256) attend##D##_bf16(const __grid_constant__ AttendArgs a) { attend<u16, D, false>(a, nullptr); } \
@@ -10,21 +11,6 @@ ATTEND(1) ATTEND(2) ATTEND(4) ATTEND(8)
 
 #define MLA_HEADS 16  // heads of a block: the rows of a product
 #define MLA_PIECES 5   // of 128 columns of a query, that a lane has in registers: 576 columns
-
-DEVICE void ldmatrix4(u32 r[4], u32 at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
-}
-DEVICE void ldmatrix4_transposed(u32 r[4], u32 at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
-}
-DEVICE void ldmatrix2(u32 r[2], u32 at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(at) : "memory");
-}
-// x as the sum of two bfloat16: 16 bits of its significand.
-DEVICE void split_bf16(float x, u16& high, u16& low) {
-  high = f32_to_bf16(x);
-  low = f32_to_bf16(x - bf16_to_f32(high));
-}
 
 // Values are the first columns of the keys, which all heads share; keys and queries have a multiple of 16 columns, values of 64. Queries and
 // weights of keys are sums of two bfloat16, so that only the cached rows are rounded. Grid: (parts, or as many blocks as share them, heads / 16, tokens).

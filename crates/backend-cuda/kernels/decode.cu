@@ -15,17 +15,6 @@
 
 // ---- what comes before ----
 
-// Where the row of a product comes from.
-struct RowInput {
-  Mat x;              // floats; the twin is read where it is taken as it lies
-  const u8* digits;   // the same for affine formats
-  u32 kind;           // 0: as it lies (twin or digits), 1: from its floats, 2: from their norm
-  float eps;
-  const float* weight;
-  Mat out;            // where the norm goes too, as floats and twin; null where it does not. Not over x: other blocks may still read it
-  u8* out_digits;     // and as digits, or null
-};
-
 // Makes the row in shared memory, in the form that F wants. Returns where it lies. Blocks work alone; one of them also writes the norm.
 // Rows start at 16 bytes and have whole eights. The loop is not unrolled, which halves the code of a kernel and takes no longer.
 template <int F> DEVICE const u8* prepare(const RowInput& in, u32 cols, u8* shared, float* scratch, bool writes, float weight[8]) {

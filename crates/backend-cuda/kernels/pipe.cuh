@@ -41,6 +41,14 @@ template <int F, int R, int TILES = 0, int SLOTS = 0> struct Pipe {
     __syncwarp();
 #endif
   }
+  // Nothing is on its way any more: the ring's memory may become something else, once all warps are here.
+  METHOD void stop() {
+#if __CUDA_ARCH__ >= 900
+    if (lane == 0)
+#pragma unroll
+      for (int d = 0; d < D; d++) asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(bars + 8 * d) : "memory");
+#endif
+  }
   // Points the cursor at `count` tiles from `first` on, of a row tile of each matrix.
   METHOD void aim(const Packed* const w[R], const u32 matrix[R], const u32 row_tile[R], u32 first, u32 count) {
     left = count;

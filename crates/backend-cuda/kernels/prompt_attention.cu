@@ -38,12 +38,6 @@ struct PromptArgs {
 #define MULTIPLIERS 256
 #define THREADS (MULTIPLIERS + 128)
 
-DEVICE u32 cluster_address(u32 at, u32 rank) {
-  u32 there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
-  return there;
-}
-DEVICE void cluster_sync() { asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory"); }
 // Stores into the other block's shared memory, and counts the bytes at a barrier there.
 DEVICE void send(u32 to, const float v[4], u32 bar) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];"

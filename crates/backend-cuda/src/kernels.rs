@@ -30,15 +30,15 @@ macro_rules! files {
     };
 }
 
-static FILES: [File; 10] =
-    files!["rows" "pack" "matmul" "prompt" "attention" "prompt_attention" "gqa" "decode" "few" "sample"];
+static FILES: [File; 11] =
+    files!["rows" "pack" "matmul" "prompt" "attention" "prompt_attention" "gqa" "decode" "latent" "few" "sample"];
 
 macro_rules! headers {
     ($($name:literal)*) => { [$(($name, include_str!(concat!("../kernels/", $name)))),*] };
 }
 
 /// What kernel files include, by name.
-const HEADERS: [(&str, &str); 11] = headers!["attend.cuh" "attend_rows.cuh" "barriers.cuh" "common.cuh" "packed.cuh" "pipe.cuh" "product.cuh" "route.cuh" "row.cuh" "shared_rows.cuh" "wgmma.cuh"];
+const HEADERS: [(&str, &str); 12] = headers!["attend.cuh" "attend_rows.cuh" "barriers.cuh" "common.cuh" "matrices.cuh" "packed.cuh" "pipe.cuh" "product.cuh" "route.cuh" "row.cuh" "shared_rows.cuh" "wgmma.cuh"];
 
 /// The oldest GPUs whose instructions the kernels need (bfloat16 products, asynchronous copies).
 const OLDEST: (i32, i32) = (8, 0);
@@ -212,6 +212,12 @@ impl Kernels {
     pub(crate) fn has_decode(&mut self, name: &str) -> Result<bool> {
         let shared = PRODUCT_SHARED.min(self.most_shared);
         Ok(self.module("decode").find(name, shared)?.is_some())
+    }
+
+    /// A kernel for one row of latent attention, if there is one: on GPUs without clusters there is none.
+    pub(crate) fn latent(&mut self, name: &str) -> Result<Option<Kernel>> {
+        let shared = ATTENTION_SHARED.min(self.most_shared);
+        self.module("latent").find(name, shared)
     }
 
     pub(crate) fn few(&mut self, name: &str) -> Result<Kernel> {
