@@ -489,7 +489,8 @@ template <bool HELD> DEVICE void topk_row(const float* scores, u32 n, u32 k, u32
     equal_before += __popc(equal_mask);
   });
 }
-KERNEL __launch_bounds__(1024) index_topk(const __grid_constant__ IndexTopkArgs a) {
+// FEW: scores in registers, which leaves a multiprocessor one block; rows of a prompt are many, and two blocks wait for each other's reads.
+template <bool FEW> DEVICE void topk(const IndexTopkArgs& a) {
   pdl_launch();
   u32 t = blockIdx.x, n = a.positions[t] + 1;
   pdl_wait();
@@ -499,9 +500,11 @@ KERNEL __launch_bounds__(1024) index_topk(const __grid_constant__ IndexTopkArgs 
   if (threadIdx.x == 0) a.counts[t] = k;
   if (n <= a.k) {
     for (u32 i = threadIdx.x; i < n; i += blockDim.x) ids[i] = i;
-  } else if (n <= 1024 * TOPK_HELD) {
-    topk_row<true>(scores, n, k, ids);
+  } else if (FEW && n <= 1024 * TOPK_HELD) {
+    topk_row<FEW>(scores, n, k, ids);
   } else {
     topk_row<false>(scores, n, k, ids);
   }
 }
+KERNEL __launch_bounds__(1024) index_topk_few(const __grid_constant__ IndexTopkArgs a) { topk<true>(a); }
+KERNEL __launch_bounds__(1024, 2) index_topk(const __grid_constant__ IndexTopkArgs a) { topk<false>(a); }

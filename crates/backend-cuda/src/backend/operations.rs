@@ -498,7 +498,8 @@ impl CudaBackend {
             ids_stride: op.ids.stride as u32,
             k: op.ids.cols as u32,
         };
-        let kernel = self.kernels.attention("index_topk")?;
+        let name = if op.scores.rows > GEMV_ROWS { "index_topk" } else { "index_topk_few" };
+        let kernel = self.kernels.attention(name)?;
         self.device.launch(&kernel, [op.scores.rows as u32, 1, 1], 1024, 0, &args)
     }
 
