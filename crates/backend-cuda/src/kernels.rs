@@ -236,7 +236,7 @@ impl Kernels {
     }
 
     pub(crate) fn attention(&mut self, name: &str) -> Result<Kernel> {
-        let joins = matches!(name, "index_topk" | "attend_join");
+        let joins = matches!(name, "index_topk" | "index_topk_few" | "attend_join");
         self.kernel("attention", name, if joins { 0 } else { ATTENTION_SHARED })
     }
 
