@@ -17,38 +17,121 @@
 #include "decode.cu"
 #include "attention.cu"
 #include "layer.cuh"
+#ifdef CLUSTER
+#define NO_CHOSEN
+#include "chosen.cu"
+#endif
+struct GqaArgs { AttendArgs attend; StepHeads heads; };
+
+static RowInput norm_in(float* from, u32 cols, float* w) { RowInput in = {}; in.x = mat(from, cols); in.kind = 2; in.eps = 1e-6f; in.weight = w; return in; }
+static void line(const char* tag, std::vector<std::pair<Packed, float*>> parts, RowInput in, float* residual, u32 cols, bool made) {
+  LineArgs a = {}; u32 units = 0; double mb = 0; bool deep = DEEP && !strncmp(tag, "q", 1); u32 tall = deep ? 2 : 1;
+  for (size_t i = 0; i < parts.size(); i++) { a.part[i].w = parts[i].first; a.part[i].out = mat(parts[i].second, parts[i].first.rows); a.first_unit[i] = units; units += parts[i].first.rows / (16 * tall); a.first_unit[i + 1] = units; mb += parts[i].first.rows * (cols / 64) * tile_bytes(4) / 16e6; }
+  a.num_parts = parts.size(); a.slices = slices(cols); a.in = in; if (residual) a.residual = mat(residual, HID);
+  u32 shared = 8 * ((deep ? 24 : 12) * tile_bytes(4) + 64) + (made ? cols / 64 * 144 : 0);
+  u32 side = 8 / slices(cols);
+  add(tag, kernel("decode", deep ? "deep_affine4" : "line_affine4"), dim3(even((units + side - 1) / side, resident(shared))), 256, shared, a, mb);
+}
+// The row of experts behind `x`, in two kernels (clusters) or three.
+static void experts(float* x, int R, u32 layer, bool has_shared, Packed s_g, Packed s_u, Packed s_d) {
+  static float *normed = floats(HID), *logits = floats(E), *h = floats(TOPK * INTER), *hs = floats(INTER), *plus = floats(HID), *out = floats(HID), *weights = floats(32);
+  static u32* ids = (u32*)dev(128); static u8* d_x = (u8*)dev(HID / 64 * 144); static u8* d_h = (u8*)dev(TOPK * INTER / 64 * 144);
+  static u32* arrived = (u32*)dev(4096 * 4); static u32* ready = (u32*)dev(4096 * 4);
+  float* n4 = floats(HID, 0.1f, 1.f);
+  Packed w_g = weight(E, INTER, HID, R), w_u = weight(E, INTER, HID, R), w_d = weight(E, HID, INTER, R);
+  u16* router_w = (u16*)dev(E * HID * 2); fill_bf16<<<64, 256>>>(router_w, E * HID, 0.05f, seed_++);
+  float* correction = floats(E, 0.3f);
+  RouterArgs r = {}; r.weights = (u8*)router_w; r.out = mat(logits, E); r.in = norm_in(x, HID, n4); r.in.out = mat(normed, HID); r.in.out_digits = d_x; r.rows = E; r.cols = HID;
+  RouteArgs c = {}; c.logits = mat(logits, E); c.weights = mat(weights, TOPK); c.correction_bias = has_shared ? correction : nullptr; c.ids = ids; c.ids_stride = TOPK; c.scoring = has_shared ? 0 : 1; c.n_group = 1; c.topk_group = 1; c.norm_topk_prob = 1; c.top_k = TOPK; c.factor = has_shared ? 2.5f : 1.f;
+  double mb_router = E * HID * 2e-6, mb_pair = has_shared ? 2 * INTER / 16 * (HID / 64) * tile_bytes(4) / 1e6 : 0, mb_up = 2 * INTER / 16 * (HID / 64) * (TOPK * tile_bytes(R)) / 1e6, mb_plus = has_shared ? HID / 16 * (INTER / 64) * tile_bytes(4) / 1e6 : 0, mb_down = TOPK * HID / 16 * (INTER / 64) * tile_bytes(R) / 1e6;
+  LineArgs second = {}; second.part[0].w = s_d; second.part[0].out = mat(plus, HID); second.first_unit[1] = HID / 16; second.num_parts = 1; second.slices = slices(INTER); second.in.x = mat(hs, INTER); second.in.kind = 1;
+  DownArgs d = {}; d.w = w_d; d.weights = mat(weights, TOPK); if (has_shared) d.plus = mat(plus, HID); d.out = mat(out, HID); d.residual = mat(x, HID); d.ids = ids; d.x = d_h; d.part_bytes = INTER / 64 * 144; d.slices = slices(INTER); d.top_k = TOPK;
+  u32 shared_down = 8 * (12 * tile_bytes(R) + 64) + 2 * TOPK * d.slices * 64;
+  const char* kind = R == 3 ? "affine3_affine4" : "affine4_affine4";
+#ifdef CLUSTER
+  const char* cs = getenv("CLUSTER"); u32 size = cs ? atoi(cs) : CLUSTER;
+  ChosenArgs a = {}; a.first.router = r; a.first.route = c; a.first.in = norm_in(x, HID, n4); a.routed = {w_g, w_u, mat(h, TOPK * INTER), nullptr}; a.first.router_kind = 2; a.slices = slices(HID); a.top_k = TOPK; a.h_digits = d_h; a.arrived = arrived;
+  if (has_shared) { a.first.pair = {s_g, s_u, mat(hs, INTER), nullptr}; a.first.slices = 8; }
+  u32 ring = std::max(8 * (12 * tile_bytes(R) + 64), (E + size - 1) / size * HID * 2) + HID / 64 * 144;
+  if (has_shared) ring = std::max(ring, 8 * (12 * tile_bytes(4) + 64) + HID / 64 * 144);
+  CUfunction f = kernel("chosen", (std::string("chosen_") + kind).c_str());
+  u32 most = resident_clusters(f, ring, size), units = TOPK * INTER / 16 / (8 / slices(HID)), units_s = has_shared ? INTER / 16 : 0, best = 0; u64 best_t = ~0ull;
+  if (getenv("MOST")) most = std::min(most, (u32)atoi(getenv("MOST")));
+  for (u32 b = has_shared ? 1 : 0; b < most; b++) { u64 t = std::max<u64>(b ? (u64)((units_s + b * size - 1) / (b * size)) * tile_bytes(4) : 0, (u64)((units + (most - b) * size - 1) / ((most - b) * size)) * tile_bytes(R)); if (t < best_t) { best_t = t; best = b; } }
+  a.beside_blocks = best * size; u32 blocks = most * size;
+  u32 needed = (units + size - 1) / size; if (!has_shared && needed < most) blocks = needed * size;
+  if (layer == 0) printf("chosen: clusters of %u, %u resident, %u + %u blocks, %u bytes\n", size, most, a.beside_blocks, blocks - a.beside_blocks, ring);
+  add("chosen", f, dim3(blocks), 256, ring, a, mb_router + mb_pair + mb_up, size);
+  SumArgs s = {}; s.down = d; s.ready = ready;
+  u32 bytes = shared_down, all = resident(bytes);
+  if (has_shared) { s.beside = second; bytes = std::max(bytes, 8 * (12 * tile_bytes(4) + 64) + INTER / 64 * 144); all = resident(bytes);
+    u32 side = 8 / slices(INTER), units2 = HID / 16 / side, b2 = 1; u64 t2 = ~0ull;
+    for (u32 b = 1; b < all; b++) { u64 t = std::max<u64>((u64)((units2 + b - 1) / b) * side * tile_bytes(4), (u64)((HID / 16 + all - b - 1) / (all - b)) * TOPK * tile_bytes(R)); if (t < t2) { t2 = t; b2 = b; } }
+    s.beside_blocks = even(units2, b2); all -= s.beside_blocks; }
+  u32 routed = even(HID / 16, all);
+  if (layer == 0) printf("sum: %u + %u blocks\n", s.beside_blocks, routed);
+  add("sum", kernel("chosen", (std::string("sum_") + kind).c_str()), dim3(s.beside_blocks + routed), 256, bytes, s, mb_down + mb_plus);
+#else
+  { PairArgs a = {}; a.router = r; a.route = c; a.arrived = arrived; a.router_kind = 2; a.in = norm_in(x, HID, n4); a.slices = slices(HID);
+    u32 shared = 0, blocks = E;
+    if (has_shared) { a.pair = {s_g, s_u, mat(hs, INTER), nullptr}; shared = 8 * (12 * tile_bytes(4) + 64) + HID / 64 * 144; blocks += even(INTER / 16, resident(shared) - E); }
+    add("router_pair", kernel("decode", "pair_affine4"), dim3(blocks), 256, shared, a, mb_router + mb_pair); }
+  { UpArgs a = {}; a.slices = slices(HID); a.routed = {w_g, w_u, mat(h, TOPK * INTER), d_x}; a.ids = ids; a.top_k = TOPK; a.h_digits = d_h; a.arrived = arrived;
+    u32 ring = 8 * (12 * tile_bytes(R) + 64), units_r = TOPK * INTER / 16 / (8 / slices(HID)), total = even(units_r, resident(ring));
+    if (has_shared) { a.shared = second; ring = std::max(ring, 8 * (12 * tile_bytes(4) + 64) + INTER / 64 * 144);
+      u32 most = resident(ring), units_s = HID / 16 / 2, best = 1; u64 best_t = ~0ull;
+      for (u32 b = 1; b < most; b++) { u64 tt = std::max<u64>((u64)((units_s + b - 1) / b) * 2 * (INTER / 64) * tile_bytes(4), (u64)((units_r + most - b - 1) / (most - b)) * 2 * (HID / 64) * tile_bytes(R)); if (tt < best_t) { best_t = tt; best = b; } }
+      a.shared_blocks = even(units_s, best); total = a.shared_blocks + even(units_r, most - best); }
+    if (layer == 0) printf("up: %u + %u blocks\n", a.shared_blocks, total - a.shared_blocks);
+    add("up", kernel("decode", R == 3 ? "up_affine3_affine4" : "up_affine4_affine4"), dim3(total), 256, ring, a, mb_up + mb_plus); }
+  add("experts_down", kernel("decode", R == 3 ? "experts_down_affine3" : "experts_down_affine4"), dim3(even(HID / 16, resident(shared_down))), 256, shared_down, d, mb_down);
+#endif
+}
+#ifdef QWEN
+static float* build(int R) {
+  float* x = floats(HID, 1.f); float *q = floats(HEADS * HEAD), *k = floats(KV_HEADS * HEAD), *v = floats(KV_HEADS * HEAD), *ao = floats(HEADS * HEAD), *o = floats(HID);
+  u8* d_ao = (u8*)dev(HEADS * HEAD / 64 * 144); u32* arrived = (u32*)dev(4096 * 4);
+  float* table = floats(HEAD, 0.5f); u32 max_splits = 32; float* partial = floats((u64)HEADS * max_splits * (HEAD + 4));
+  u32 position = CONTEXT; u32* positions = (u32*)dev(64); OK(cudaMemcpy(positions, &position, 4, cudaMemcpyHostToDevice));
+  u32* sequences = (u32*)dev(64); u32 blocks_table[64]; for (int i = 0; i < 64; i++) blocks_table[i] = i; u32* bt = (u32*)dev(256); OK(cudaMemcpy(bt, blocks_table, 256, cudaMemcpyHostToDevice));
+  u32* slots = (u32*)dev(64); OK(cudaMemcpy(slots, &position, 4, cudaMemcpyHostToDevice));
+  for (int layer = 0; layer < LAYERS; layer++) {
+    float *n1 = floats(HID, 0.1f, 1.f), *n2 = floats(HEAD, 0.1f, 1.f), *n3 = floats(HEAD, 0.1f, 1.f);
+    u32 width = 2 * KV_HEADS * HEAD; u16* cache = (u16*)dev(64 * 32 * width * 2); fill_bf16<<<64, 256>>>(cache, 64 * 32 * width, 1.f, seed_++);
+    Packed w_q = weight(1, HEADS * HEAD, HID, 4), w_k = weight(1, KV_HEADS * HEAD, HID, 4), w_v = weight(1, KV_HEADS * HEAD, HID, 4), w_o = weight(1, HID, HEADS * HEAD, 4);
+    line("qkv", {{w_q, q}, {w_k, k}, {w_v, v}}, norm_in(x, HID, n1), nullptr, HID, true);
+    GqaArgs g = {}; AttendArgs& t = g.attend;
+    t.q = mat(q, HEADS * HEAD); t.out = mat(ao, HEADS * HEAD); t.cache = cache; t.partial = partial; t.paging = {positions, sequences, bt, 64, 32};
+    t.num_heads = HEADS; t.heads_per_block = 8; t.heads_per_key = 8; t.q_dim = HEAD; t.cache_width = width; t.cache_bf16 = 1; t.value_dim = HEAD; t.max_splits = max_splits; t.scale = 0.088f;
+    t.key_step = HEAD; t.value_first = KV_HEADS * HEAD; t.value_step = HEAD;
+    StepHeads& s = g.heads; s.k = mat(k, KV_HEADS * HEAD); s.v = mat(v, KV_HEADS * HEAD); s.table = mat(table, HEAD); s.q_norm = n2; s.k_norm = n3; s.slots = slots; s.cache = cache; s.digits = d_ao; s.arrived = arrived; s.rows = 1; s.eps = 1e-6f;
+    u32 stride = HEAD + 8, shared = 4 * 8 * HEAD + 2 * 32 * stride * 2 + 4 * 9 * HEAD;
+    add("gqa", kernel("gqa", "gqa2_bf16"), dim3(std::min(max_splits, (u32)(CONTEXT + 1 + 31) / 32), HEADS / 8, 1), 288, shared, g, 0.15);
+    { RowInput in = {}; in.digits = d_ao; line("o_proj", {{w_o, o}}, in, x, HEADS * HEAD, false); }
+    Packed none = {};
+    experts(x, R, layer, false, none, none, none);
+  }
+  return x;
+}
+#else
 
 // The chain of kernels as crates/backend-cuda/src/backend/decode.rs launches it.
 static float* build(int R) {
   float* x = floats(HID, 1.f);
   float* qa = floats(QL); float* kv = floats(KVL + ROPE); float* q = floats(HEADS * (NOPE + ROPE)); float* ql = floats(HEADS * KVL);
-  float* ao = floats(HEADS * VD); float* normed = floats(HID); float* logits = floats(E); float* h = floats(TOPK * INTER); float* hs = floats(INTER); float* plus = floats(HID); float* out = floats(HID);
-  float* weights = floats(32); u32* ids = (u32*)dev(128);
-  u8* d_ao = (u8*)dev(HEADS * VD / 64 * 144); u8* d_x = (u8*)dev(HID / 64 * 144); u8* d_h = (u8*)dev(TOPK * INTER / 64 * 144);
-  u32* arrived = (u32*)dev(4096 * 4);
+  float* ao = floats(HEADS * VD); float* out = floats(HID);
+  u8* d_ao = (u8*)dev(HEADS * VD / 64 * 144);
   float* table = floats(ROPE, 0.5f);
   u32 max_splits = 32; float* partial = floats((u64)HEADS * max_splits * (KVL + 4));
   u32 position = CONTEXT; u32* positions = (u32*)dev(64); OK(cudaMemcpy(positions, &position, 4, cudaMemcpyHostToDevice));
   u32* sequences = (u32*)dev(64); u32 blocks_table[64]; for (int i = 0; i < 64; i++) blocks_table[i] = i; u32* bt = (u32*)dev(256); OK(cudaMemcpy(bt, blocks_table, 256, cudaMemcpyHostToDevice));
   u32* slots = (u32*)dev(64); OK(cudaMemcpy(slots, &position, 4, cudaMemcpyHostToDevice));
   for (int layer = 0; layer < LAYERS; layer++) {
-    float* n1 = floats(HID, 0.1f, 1.f); float* n2 = floats(QL, 0.1f, 1.f); float* n3 = floats(KVL, 0.1f, 1.f); float* n4 = floats(HID, 0.1f, 1.f);
+    float* n1 = floats(HID, 0.1f, 1.f); float* n2 = floats(QL, 0.1f, 1.f); float* n3 = floats(KVL, 0.1f, 1.f);
     u16* cache = (u16*)dev(64 * 32 * 576 * 2); fill_bf16<<<64, 256>>>(cache, 64 * 32 * 576, 1.f, seed_++);
     Packed w_qa = weight(1, QL, HID, 4), w_kv = weight(1, KVL + ROPE, HID, 4), w_qb = weight(1, HEADS * (NOPE + ROPE), QL, 4);
     Packed w_k = weight(HEADS, KVL, NOPE, 4), w_v = weight(HEADS, VD, KVL, 4), w_o = weight(1, HID, HEADS * VD, 4);
-    Packed w_g = weight(E, INTER, HID, R), w_u = weight(E, INTER, HID, R), w_d = weight(E, HID, INTER, R);
     Packed s_g = weight(1, INTER, HID, 4), s_u = weight(1, INTER, HID, 4), s_d = weight(1, HID, INTER, 4);
-    u16* router_w = (u16*)dev(E * HID * 2); fill_bf16<<<64, 256>>>(router_w, E * HID, 0.05f, seed_++);
-    float* correction = floats(E, 0.3f);
-    auto line = [&](const char* tag, std::vector<std::pair<Packed, float*>> parts, RowInput in, float* residual, u32 cols, bool made) {
-      LineArgs a = {}; u32 units = 0; double mb = 0; bool deep = DEEP && !strncmp(tag, "q", 1); u32 tall = deep ? 2 : 1;
-      for (size_t i = 0; i < parts.size(); i++) { a.part[i].w = parts[i].first; a.part[i].out = mat(parts[i].second, parts[i].first.rows); a.first_unit[i] = units; units += parts[i].first.rows / (16 * tall); a.first_unit[i + 1] = units; mb += parts[i].first.rows * (cols / 64) * tile_bytes(4) / 16e6; }
-      a.num_parts = parts.size(); a.slices = slices(cols); a.in = in; if (residual) a.residual = mat(residual, HID);
-      u32 shared = 8 * ((deep ? 24 : 12) * tile_bytes(4) + 64) + (made ? cols / 64 * 144 : 0);
-      u32 side = 8 / slices(cols);
-      add(tag, kernel("decode", deep ? "deep_affine4" : "line_affine4"), dim3(even((units + side - 1) / side, resident(shared))), 256, shared, a, mb);
-    };
-    auto norm_in = [&](float* from, u32 cols, float* w) { RowInput in = {}; in.x = mat(from, cols); in.kind = 2; in.eps = 1e-6f; in.weight = w; return in; };
     line("qkv_a", {{w_qa, qa}, {w_kv, kv}}, norm_in(x, HID, n1), nullptr, HID, true);
     line("q_b", {{w_qb, q}}, norm_in(qa, QL, n2), nullptr, QL, true);
     AttendArgs t = {};
@@ -66,26 +149,11 @@ static float* build(int R) {
     { u32 stride = KVL + ROPE + 8, shared = 2 * (32 + 32) * stride + 2 * 16 * 4 * 33 + 2 * 16 * 2 * 40; u32 splits = 32, b = std::min(132u * 2 / 4, splits); add("attend", kernel("attention", "attend_mla"), dim3(b, HEADS / 16, 1), 256, shared, t, 0.15); }
     heads("heads_v", w_v, nullptr, 0, ao, d_ao, true, false);
     { RowInput in = {}; in.digits = d_ao; line("o_proj", {{w_o, out}}, in, x, HEADS * VD, false); }
-    { PairArgs a = {}; RouterArgs& r = a.router; r.weights = (u8*)router_w; r.out = mat(logits, E); r.in = norm_in(x, HID, n4); r.in.out = mat(normed, HID); r.in.out_digits = d_x; r.rows = E; r.cols = HID;
-      RouteArgs& c = a.route; c.logits = mat(logits, E); c.weights = mat(weights, TOPK); c.correction_bias = correction; c.ids = ids; c.ids_stride = TOPK; c.scoring = 0; c.n_group = 1; c.topk_group = 1; c.norm_topk_prob = 1; c.top_k = TOPK; c.factor = 2.5f; a.arrived = arrived;
-      a.router_kind = 2; a.pair = {s_g, s_u, mat(hs, INTER), nullptr}; a.in = norm_in(x, HID, n4); a.slices = 8;
-      u32 shared = 8 * (12 * tile_bytes(4) + 64) + HID / 64 * 144; u32 blocks = E + even(INTER / 16, resident(shared) - E);
-      add("router_pair", kernel("decode", "pair_affine4"), dim3(blocks), 256, shared, a, E * HID * 2e-6 + 2 * INTER / 16 * (HID / 64) * tile_bytes(4) / 1e6); }
-    { UpArgs a = {}; a.slices = 8; a.routed = {w_g, w_u, mat(h, TOPK * INTER), d_x};
-      a.ids = ids; a.top_k = TOPK;
-      a.h_digits = d_h; a.arrived = arrived;
-      LineArgs& l = a.shared; l.part[0].w = s_d; l.part[0].out = mat(plus, HID); l.first_unit[1] = HID / 16; l.num_parts = 1; l.slices = slices(INTER); l.in.x = mat(hs, INTER); l.in.kind = 1;
-      u32 ring = std::max(8 * (12 * tile_bytes(R) + 64), 8 * (12 * tile_bytes(4) + 64) + INTER / 64 * 144), most = resident(ring), units_r = TOPK * INTER / 16, units_s = HID / 16 / 2, best = 1; u64 best_t = ~0ull;
-      for (u32 b = 1; b < most; b++) { u64 tt = std::max<u64>((u64)((units_s + b - 1) / b) * 2 * (INTER / 64) * tile_bytes(4), (u64)((units_r + most - b - 1) / (most - b)) * 2 * (HID / 64) * tile_bytes(R)); if (tt < best_t) { best_t = tt; best = b; } }
-      a.shared_blocks = even(units_s, best); u32 total = a.shared_blocks + even(units_r, most - best);
-      if (layer == 0) printf("up: %u + %u blocks\n", a.shared_blocks, total - a.shared_blocks);
-      add("up", kernel("decode", R == 3 ? "up_affine3_affine4" : "up_affine4_affine4"), dim3(total), 256, ring, a, (2 * INTER / 16 * (HID / 64) * (TOPK * tile_bytes(R)) + HID / 16 * (INTER / 64) * tile_bytes(4)) / 1e6); }
-    { DownArgs a = {}; a.w = w_d; a.weights = mat(weights, TOPK); a.plus = mat(plus, HID); a.out = mat(out, HID); a.residual = mat(x, HID); a.ids = ids; a.x = d_h; a.part_bytes = INTER / 64 * 144; a.slices = slices(INTER); a.top_k = TOPK;
-      u32 shared = 8 * (12 * tile_bytes(R) + 64) + 2 * TOPK * a.slices * 64;
-      add("experts_down", kernel("decode", R == 3 ? "experts_down_affine3" : "experts_down_affine4"), dim3(even(HID / 16, resident(shared))), 256, shared, a, TOPK * HID / 16 * (INTER / 64) * tile_bytes(R) / 1e6); }
+    experts(x, R, layer, true, s_g, s_u, s_d);
   }
   return x;
 }
+#endif
 int main(int argc, char** argv) {
   if (argc > 1) folder = argv[1];
   cudaStream_t s; OK(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking));
