@@ -1,8 +1,8 @@
-// Times the kernels of a layer of GLM-5.2-77 for one row: all of them, each alone, with and without programmatic dependent launch, in a graph of
+// Times the kernels of a layer of GLM-5.2-77 (or, with QWEN, of Qwen3-30B-A3B) for one row: all of them, each alone, with and without programmatic dependent launch, in a graph of
 // LAYERS layers with weights of their own, so that nothing stays in a cache. Prints a hash of the residual stream, by which variants of a kernel
 // are compared. For experiments with kernels: it starts in seconds and needs no build of Moellon.
 //
-//     nvcc -std=c++20 -O2 -arch=sm_90 -Icrates/backend-cuda/kernels -DNO_KERNELS -DROUTED_BITS=3 -DCONTEXT=128 bench/decode_layer.cu -lcuda
+//     nvcc -std=c++20 -O2 -arch=sm_90 -Icrates/backend-cuda/kernels -DNO_KERNELS -DROUTED_BITS=3 -DCONTEXT=128 [-DQWEN] bench/decode_layer.cu -lcuda
 //     ./a.out FOLDER [NAME]
 #include <cuda.h>
 #include <cstdio>
@@ -17,10 +17,6 @@
 #include "decode.cu"
 #include "attention.cu"
 #include "layer.cuh"
-#ifdef CLUSTER
-#define NO_CHOSEN
-#include "chosen.cu"
-#endif
 struct GqaArgs { AttendArgs attend; StepHeads heads; };
 
 static RowInput norm_in(float* from, u32 cols, float* w) { RowInput in = {}; in.x = mat(from, cols); in.kind = 2; in.eps = 1e-6f; in.weight = w; return in; }
@@ -32,11 +28,11 @@ static void line(const char* tag, std::vector<std::pair<Packed, float*>> parts, 
   u32 side = 8 / slices(cols);
   add(tag, kernel("decode", deep ? "deep_affine4" : "line_affine4"), dim3(even((units + side - 1) / side, resident(shared))), 256, shared, a, mb);
 }
-// The row of experts behind `x`, in two kernels (clusters) or three.
+// The router, the choice and the experts of the row at `x`, beside a shared expert where there is one.
 static void experts(float* x, int R, u32 layer, bool has_shared, Packed s_g, Packed s_u, Packed s_d) {
   static float *normed = floats(HID), *logits = floats(E), *h = floats(TOPK * INTER), *hs = floats(INTER), *plus = floats(HID), *out = floats(HID), *weights = floats(32);
   static u32* ids = (u32*)dev(128); static u8* d_x = (u8*)dev(HID / 64 * 144); static u8* d_h = (u8*)dev(TOPK * INTER / 64 * 144);
-  static u32* arrived = (u32*)dev(4096 * 4); static u32* ready = (u32*)dev(4096 * 4);
+  static u32* arrived = (u32*)dev(4096 * 4);
   float* n4 = floats(HID, 0.1f, 1.f);
   Packed w_g = weight(E, INTER, HID, R), w_u = weight(E, INTER, HID, R), w_d = weight(E, HID, INTER, R);
   u16* router_w = (u16*)dev(E * HID * 2); fill_bf16<<<64, 256>>>(router_w, E * HID, 0.05f, seed_++);
@@ -47,31 +43,6 @@ static void experts(float* x, int R, u32 layer, bool has_shared, Packed s_g, Pac
   LineArgs second = {}; second.part[0].w = s_d; second.part[0].out = mat(plus, HID); second.first_unit[1] = HID / 16; second.num_parts = 1; second.slices = slices(INTER); second.in.x = mat(hs, INTER); second.in.kind = 1;
   DownArgs d = {}; d.w = w_d; d.weights = mat(weights, TOPK); if (has_shared) d.plus = mat(plus, HID); d.out = mat(out, HID); d.residual = mat(x, HID); d.ids = ids; d.x = d_h; d.part_bytes = INTER / 64 * 144; d.slices = slices(INTER); d.top_k = TOPK;
   u32 shared_down = 8 * (12 * tile_bytes(R) + 64) + 2 * TOPK * d.slices * 64;
-  const char* kind = R == 3 ? "affine3_affine4" : "affine4_affine4";
-#ifdef CLUSTER
-  const char* cs = getenv("CLUSTER"); u32 size = cs ? atoi(cs) : CLUSTER;
-  ChosenArgs a = {}; a.first.router = r; a.first.route = c; a.first.in = norm_in(x, HID, n4); a.routed = {w_g, w_u, mat(h, TOPK * INTER), nullptr}; a.first.router_kind = 2; a.slices = slices(HID); a.top_k = TOPK; a.h_digits = d_h; a.arrived = arrived;
-  if (has_shared) { a.first.pair = {s_g, s_u, mat(hs, INTER), nullptr}; a.first.slices = 8; }
-  u32 ring = std::max(8 * (12 * tile_bytes(R) + 64), (E + size - 1) / size * HID * 2) + HID / 64 * 144;
-  if (has_shared) ring = std::max(ring, 8 * (12 * tile_bytes(4) + 64) + HID / 64 * 144);
-  CUfunction f = kernel("chosen", (std::string("chosen_") + kind).c_str());
-  u32 most = resident_clusters(f, ring, size), units = TOPK * INTER / 16 / (8 / slices(HID)), units_s = has_shared ? INTER / 16 : 0, best = 0; u64 best_t = ~0ull;
-  if (getenv("MOST")) most = std::min(most, (u32)atoi(getenv("MOST")));
-  for (u32 b = has_shared ? 1 : 0; b < most; b++) { u64 t = std::max<u64>(b ? (u64)((units_s + b * size - 1) / (b * size)) * tile_bytes(4) : 0, (u64)((units + (most - b) * size - 1) / ((most - b) * size)) * tile_bytes(R)); if (t < best_t) { best_t = t; best = b; } }
-  a.beside_blocks = best * size; u32 blocks = most * size;
-  u32 needed = (units + size - 1) / size; if (!has_shared && needed < most) blocks = needed * size;
-  if (layer == 0) printf("chosen: clusters of %u, %u resident, %u + %u blocks, %u bytes\n", size, most, a.beside_blocks, blocks - a.beside_blocks, ring);
-  add("chosen", f, dim3(blocks), 256, ring, a, mb_router + mb_pair + mb_up, size);
-  SumArgs s = {}; s.down = d; s.ready = ready;
-  u32 bytes = shared_down, all = resident(bytes);
-  if (has_shared) { s.beside = second; bytes = std::max(bytes, 8 * (12 * tile_bytes(4) + 64) + INTER / 64 * 144); all = resident(bytes);
-    u32 side = 8 / slices(INTER), units2 = HID / 16 / side, b2 = 1; u64 t2 = ~0ull;
-    for (u32 b = 1; b < all; b++) { u64 t = std::max<u64>((u64)((units2 + b - 1) / b) * side * tile_bytes(4), (u64)((HID / 16 + all - b - 1) / (all - b)) * TOPK * tile_bytes(R)); if (t < t2) { t2 = t; b2 = b; } }
-    s.beside_blocks = even(units2, b2); all -= s.beside_blocks; }
-  u32 routed = even(HID / 16, all);
-  if (layer == 0) printf("sum: %u + %u blocks\n", s.beside_blocks, routed);
-  add("sum", kernel("chosen", (std::string("sum_") + kind).c_str()), dim3(s.beside_blocks + routed), 256, bytes, s, mb_down + mb_plus);
-#else
   { PairArgs a = {}; a.router = r; a.route = c; a.arrived = arrived; a.router_kind = 2; a.in = norm_in(x, HID, n4); a.slices = slices(HID);
     u32 shared = 0, blocks = E;
     if (has_shared) { a.pair = {s_g, s_u, mat(hs, INTER), nullptr}; shared = 8 * (12 * tile_bytes(4) + 64) + HID / 64 * 144; blocks += even(INTER / 16, resident(shared) - E); }
@@ -85,7 +56,6 @@ static void experts(float* x, int R, u32 layer, bool has_shared, Packed s_g, Pac
     if (layer == 0) printf("up: %u + %u blocks\n", a.shared_blocks, total - a.shared_blocks);
     add("up", kernel("decode", R == 3 ? "up_affine3_affine4" : "up_affine4_affine4"), dim3(total), 256, ring, a, mb_up + mb_plus); }
   add("experts_down", kernel("decode", R == 3 ? "experts_down_affine3" : "experts_down_affine4"), dim3(even(HID / 16, resident(shared_down))), 256, shared_down, d, mb_down);
-#endif
 }
 #ifdef QWEN
 static float* build(int R) {
@@ -104,7 +74,7 @@ static float* build(int R) {
     t.q = mat(q, HEADS * HEAD); t.out = mat(ao, HEADS * HEAD); t.cache = cache; t.partial = partial; t.paging = {positions, sequences, bt, 64, 32};
     t.num_heads = HEADS; t.heads_per_block = 8; t.heads_per_key = 8; t.q_dim = HEAD; t.cache_width = width; t.cache_bf16 = 1; t.value_dim = HEAD; t.max_splits = max_splits; t.scale = 0.088f;
     t.key_step = HEAD; t.value_first = KV_HEADS * HEAD; t.value_step = HEAD;
-    StepHeads& s = g.heads; s.k = mat(k, KV_HEADS * HEAD); s.v = mat(v, KV_HEADS * HEAD); s.table = mat(table, HEAD); s.q_norm = n2; s.k_norm = n3; s.slots = slots; s.cache = cache; s.digits = d_ao; s.arrived = arrived; s.rows = 1; s.eps = 1e-6f;
+    StepHeads& s = g.heads; s.k = mat(k, KV_HEADS * HEAD); s.v = mat(v, KV_HEADS * HEAD); s.table = mat(table, HEAD); s.q_norm = n2; s.k_norm = n3; s.slots = slots; s.cache = cache; s.digits = d_ao; s.arrived = arrived; s.rows = 1; s.eps = 1e-6f; s.early = 1;
     u32 stride = HEAD + 8, shared = 4 * 8 * HEAD + 2 * 32 * stride * 2 + 4 * 9 * HEAD;
     add("gqa", kernel("gqa", "gqa2_bf16"), dim3(std::min(max_splits, (u32)(CONTEXT + 1 + 31) / 32), HEADS / 8, 1), 288, shared, g, 0.15);
     { RowInput in = {}; in.digits = d_ao; line("o_proj", {{w_o, o}}, in, x, HEADS * HEAD, false); }

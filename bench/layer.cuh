@@ -1,4 +1,4 @@
-// What the programs here that time kernels of a layer of GLM-5.2-77 share: weights, activations, graphs. Included behind the kernels.
+// What the programs here that time kernels of a layer share: weights, activations, graphs. Included behind the kernels.
 #define OK(x) do { cudaError_t e_ = (x); if (e_ != cudaSuccess) { printf("%s:%d %s\n", __FILE__, __LINE__, cudaGetErrorString(e_)); exit(1); } } while (0)
 
 #ifndef BLOCKS
@@ -88,34 +88,20 @@ static CUfunction kernel(const char* file, const char* name) {
   cuFuncSetAttribute(f, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 200 << 10);
   return f;
 }
-struct Launch { const char* tag; CUfunction fn; dim3 grid; u32 block, shared; std::vector<char> args; double mb; u32 cluster = 1; };
+struct Launch { const char* tag; CUfunction fn; dim3 grid; u32 block, shared; std::vector<char> args; double mb; };
 static std::vector<Launch> launches;
-template <typename A> static void add(const char* tag, CUfunction fn, dim3 grid, u32 block, u32 shared, A a, double mb, u32 cluster = 1) {
-  Launch l; l.tag = tag; l.cluster = cluster; l.fn = fn; l.grid = grid; l.block = block; l.shared = shared; l.mb = mb;
+template <typename A> static void add(const char* tag, CUfunction fn, dim3 grid, u32 block, u32 shared, A a, double mb) {
+  Launch l; l.tag = tag; l.fn = fn; l.grid = grid; l.block = block; l.shared = shared; l.mb = mb;
   if (const char* pad = getenv((std::string("PAD_") + tag).c_str())) l.shared = std::max(l.shared, (u32)atoi(pad));
   l.args.resize(sizeof(A)); memcpy(l.args.data(), &a, sizeof(A));
   launches.push_back(l);
-}
-// Clusters of `size` blocks that are resident at a time.
-static u32 resident_clusters(CUfunction f, u32 shared, u32 size) {
-  if (size > 8) cuFuncSetAttribute(f, CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1);
-  CUlaunchConfig c = {};
-  c.gridDimX = size; c.gridDimY = c.gridDimZ = 1; c.blockDimX = 256; c.blockDimY = c.blockDimZ = 1; c.sharedMemBytes = shared;
-  CUlaunchAttribute at[1]; at[0].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION; at[0].value.clusterDim.x = size; at[0].value.clusterDim.y = at[0].value.clusterDim.z = 1;
-  c.attrs = at; c.numAttrs = 1;
-  int n = 0;
-  CUresult r = cuOccupancyMaxActiveClusters(&n, f, &c);
-  if (r != CUDA_SUCCESS || n < 1) { printf("clusters of %u: error %d, %d\n", size, (int)r, n); exit(1); }
-  return n;
 }
 static bool pdl = false;
 static void launch(Launch& l, cudaStream_t s) {
   CUlaunchConfig c = {};
   c.gridDimX = l.grid.x; c.gridDimY = l.grid.y; c.gridDimZ = l.grid.z; c.blockDimX = l.block; c.blockDimY = c.blockDimZ = 1; c.sharedMemBytes = l.shared; c.hStream = s;
-  CUlaunchAttribute at[2]; at[0].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION; at[0].value.programmaticStreamSerializationAllowed = 1;
-  u32 n = pdl ? 1 : 0;
-  if (l.cluster > 1) { at[n].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION; at[n].value.clusterDim.x = l.cluster; at[n].value.clusterDim.y = at[n].value.clusterDim.z = 1; n++; }
-  c.attrs = at; c.numAttrs = n;
+  CUlaunchAttribute at[1]; at[0].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION; at[0].value.programmaticStreamSerializationAllowed = 1;
+  c.attrs = at; c.numAttrs = pdl ? 1 : 0;
   void* p[1] = {l.args.data()};
   CUresult r = cuLaunchKernelEx(&c, l.fn, p, nullptr);
   if (r != CUDA_SUCCESS) { printf("launching %s: error %d\n", l.tag, (int)r); exit(1); }

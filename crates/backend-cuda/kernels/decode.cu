@@ -75,6 +75,11 @@ DEVICE void norm_weights(const RowInput& in, u32 cols, float weight[8]) {
   for (u32 c = ROW_COLUMNS + threadIdx.x * 32; c < cols; c += blockDim.x * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(in.weight + c));
 }
 
+// Asks for a row's form that lies in memory, into the first-level cache: a warp multiplies some tiles at a time, and each time would wait for its first touch of them.
+DEVICE void ask_for(const u8* x, u32 bytes) {
+  for (u32 at = threadIdx.x % 32 * 128; at < bytes; at += 32 * 128) asm volatile("prefetch.global.L1 [%0];" ::"l"(x + at));
+}
+
 // Row `row` of a unit of R row tiles: its slices in order.
 template <int R> DEVICE float sum_slices(const float red[][R][16], u32 slices, u32 row) {
   float sum = 0.f;
@@ -122,6 +127,9 @@ template <int F, int TALL, int TILES = 0, int SLOTS = 0> DEVICE void line(const 
   float weight[8];
   norm_weights(a.in, cols, weight);
   pdl_wait();
+#ifdef ASK
+  if (a.in.kind == 0) ask_for((Is<F>::affine ? a.in.digits : (const u8*)a.in.x.twin) + first * Form<F>::tile, count * Form<F>::tile);
+#endif
   const u8* x = prepare<F>(a.in, cols, shared + WARPS * pipe.RING, scratch, block == 0, weight);
   for (u32 buffer = 0; unit < total; unit += step, buffer ^= 1) {
     const Part& part = a.part[part_of(unit)];
@@ -429,6 +437,9 @@ template <int F> DEVICE void up(const UpArgs& a, u32 block, u32 blocks) {
   // Not before: what starts then reads the choice, which is there.
   pdl_launch();
   if (threadIdx.x < a.top_k) ids[threadIdx.x] = a.ids[threadIdx.x];
+#ifdef ASK
+  ask_for(pair.x + first * Form<F>::tile, count * Form<F>::tile);
+#endif
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < pipe.D; i++) issue();
@@ -493,6 +504,9 @@ template <int F> DEVICE void experts_down(const DownArgs& a) {
 #pragma unroll
   for (int i = 0; i < pipe.D; i++) issue();
   pdl_wait();
+#ifdef ASK
+  for (u32 k = team; k < a.top_k; k += side) ask_for(a.x + k * a.part_bytes + first * Form<F>::tile, count * Form<F>::tile);
+#endif
   u32 turn = 0;
   for (u32 row_tile = blockIdx.x; row_tile < row_tiles; row_tile += gridDim.x, turn++) {
     float* here = results + (turn & 1) * a.top_k * S * 16;
