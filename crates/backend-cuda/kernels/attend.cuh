@@ -45,9 +45,8 @@ DEVICE float exp2_of(float x) {
 // 2^d for a whole number d <= 0, or minus infinity.
 DEVICE float power_of_two(float d) { return d > -126.f ? __uint_as_float(__float_as_uint(d + 12583039.f /* 3 * 2^22 + 127 */) << 23) : 0.f; }
 
-// Columns c .. c + 8 of the joined parts of a head. `first` and `count` are those of keys_of. Parts are read some at a time, none waiting for another.
-DEVICE void join8(const AttendArgs& a, u32 t, u32 head, u32 c, u32 count, float out[8]) {
-  constexpr int N = 4;
+// Columns c .. c + 8 of the joined parts of a head. `first` and `count` are those of keys_of. Parts are read N at a time, none waiting for another.
+template <int N = 4> DEVICE void join8(const AttendArgs& a, u32 t, u32 head, u32 c, u32 count, float out[8]) {
   u32 split = split_of(count), splits = (count + split - 1) / split, width = PART_HEADER + a.value_dim;
   const float* part = a.partial + ((u64)t * a.num_heads + head) * a.max_splits * width;
   float sink = a.sinks ? a.sinks[head] * LOG2_E : -INFINITY, m = ceilf(sink), v[N][8], score[N], weights[N];

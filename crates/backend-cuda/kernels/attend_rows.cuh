@@ -22,28 +22,37 @@ struct StepHeads {
   u32* arrived;                   // a counter a row and block of heads
   u32 rows, interleaved;
   float eps;
-  u32 pad;
+  u32 early;                      // no kernel of this step before this one writes to the cache: it is read while they work
 };
-// A head of up to 256 columns, by a warp: normed unless `weight` is null, then rotated, in shared memory.
-DEVICE void step_head(float* to, const float* x, u32 dim, const float* weight, const StepHeads& h, u32 row) {
+// A head of up to 256 columns, by a warp: normed by `weight` (its columns of this lane) unless `weights` is null, then rotated, in shared memory.
+DEVICE void step_head(float* to, const float* x, u32 dim, const float* weights, const float weight[8], const StepHeads& h, u32 row) {
   u32 lane = threadIdx.x % 32, c = lane * 8, half = h.table.cols / 2;
   const float* table = h.table.p + (u64)row * h.table.stride;
-  float v[8];
+  float v[8], cosine[4], sine[4];
   load8(v, x, c, dim, is_wide(x, dim));
-  if (weight) {
-    float w[8], sum = 0.f;
-    load8(w, weight, c, dim, is_wide(weight, dim));
+  // Asked for with the head: of up to 128 pairs.
+#pragma unroll
+  for (int k = 0; k < 4; k++) {
+    u32 i = lane + 32 * k;
+    cosine[k] = i < half ? table[i] : 0.f;
+    sine[k] = i < half ? table[half + i] : 0.f;
+  }
+  if (weights) {
+    float sum = 0.f;
 #pragma unroll
     for (int k = 0; k < 8; k++) sum = fmaf(v[k], v[k], sum);
     float scale = rsqrtf(warp_sum(sum) / (float)dim + h.eps);
 #pragma unroll
-    for (int k = 0; k < 8; k++) v[k] = v[k] * scale * w[k];
+    for (int k = 0; k < 8; k++) v[k] = v[k] * scale * weight[k];
   }
   store8(to, v, c, dim, true);
   __syncwarp();
-  for (u32 i = lane; i < half; i += 32) {
+#pragma unroll
+  for (int k = 0; k < 4; k++) {
+    u32 i = lane + 32 * k;
+    if (i >= half) break;
     u32 c0 = h.interleaved ? 2 * i : i, c1 = h.interleaved ? 2 * i + 1 : i + half;
-    float2 y = rotated(to[c0], to[c1], table[i], table[half + i]);
+    float2 y = rotated(to[c0], to[c1], cosine[k], sine[k]);
     to[c0] = y.x;
     to[c1] = y.y;
   }
@@ -69,7 +78,7 @@ DEVICE void join_by_last(const AttendArgs& a, const StepHeads& h, u32 t, u32 cou
     u32 head = blockIdx.y * a.heads_per_block + (mine ? (i + lane) / eights : 0), c = (i + lane) % eights * 8;
     float v[8] = {};
     if (mine) {
-      join8(a, t, head, c, count, v);
+      join8<8>(a, t, head, c, count, v);
       u64 at = (u64)t * a.out.stride + head * a.value_dim;
       store8(a.out.p + at, v, c, a.value_dim, is_wide(a.out.p + at, a.value_dim));
       if (a.out.twin) store8(a.out.twin + at, v, c, a.value_dim);
@@ -103,49 +112,22 @@ template <typename T, int DPL, bool STEP> DEVICE void attend(const AttendArgs& a
   const u32* table = a.paging.block_table + (u64)a.paging.sequences[t] * a.paging.max_blocks;
   u32 key_column = a.key_first + key_head * a.key_step, value_column = a.value_first + key_head * a.value_step;
   auto row_at = [&](u32 p) { return ((u64)table[p / a.paging.block_size] * a.paging.block_size + p % a.paging.block_size) * a.cache_width; };
-  if constexpr (STEP) {
-    // The cache is as large as the weights of some layers: rows are asked for, into the second-level cache, while the operation before works.
-    for (u32 k = begin + warp; k < begin + TILE && k < end; k += warps) {
-      u32 c = lane % 16 * (128 / sizeof(T));
-      const T* row = (const T*)a.cache + row_at(first + k) + (lane < 16 ? key_column : value_column) + c;
-      if (c < a.q_dim) asm volatile("prefetch.global.L2 [%0];" ::"l"(row));
-    }
-    pdl_wait();
-    if (warp < a.heads_per_block) step_head(q + warp * padded, a.q.p + (u64)t * a.q.stride + head * a.q_dim, a.q_dim, step->q_norm, *step, t);
-  }
-  // Queries: a warp copies its head's, without waiting for them yet.
-  if (!STEP && warp < a.heads_per_block) {
-    const float* from = a.q.p + (u64)t * a.q.stride + head * a.q_dim;
-    const float* rope = a.q_rope_dim ? a.q_rope.p + (u64)t * a.q_rope.stride + head * a.q_rope_stride : from;
-    float* to = q + warp * padded;
-    bool whole = a.q_dim % 4 == 0 && key_dim % 4 == 0 && padded == key_dim && (u64)from % 16 == 0 && (u64)rope % 16 == 0;
-    if (whole) {
-      for (u32 c = lane * 4; c < a.q_dim; c += 128) copy_async(to + c, from + c);
-      for (u32 c = lane * 4; c < a.q_rope_dim; c += 128) copy_async(to + a.q_dim + c, rope + c);
-    } else {
-      for (u32 c = lane; c < padded; c += 32) to[c] = c < a.q_dim ? from[c] : c < key_dim ? rope[c - a.q_dim] : 0.f;
-    }
-  }
   bool wide = a.cache_width % PER == 0 && key_column % PER == 0 && key_dim % PER == 0 && value_column % PER == 0 && a.value_dim % PER == 0;
-  float m = -INFINITY, l = 0.f, scale = a.scale * LOG2_E;
-  float2 acc[DPL];
-#pragma unroll
-  for (int i = 0; i < DPL; i++) acc[i] = make_float2(0.f, 0.f);
   __shared__ u64 row_of[TILE];
   __shared__ u32 made[TILE];  // STEP: the row of the step that has the key, plus one
-  for (u32 base = begin; base < end; base += TILE) {
-    __syncthreads();
-    if (threadIdx.x < TILE && base + threadIdx.x < end) {
-      u32 p = a.index_ids ? a.index_ids[(u64)t * a.index_stride + base + threadIdx.x] : first + base + threadIdx.x;
-      row_of[threadIdx.x] = row_at(p);
+  // Asks for the keys and values from `base` on that lie in the cache.
+  auto ask = [&](u32 base) {
+    if (threadIdx.x < TILE) {
+      u32 n = base + threadIdx.x;
+      if (n < end) row_of[threadIdx.x] = row_at(a.index_ids ? a.index_ids[(u64)t * a.index_stride + n] : first + n);
+      if constexpr (STEP) made[threadIdx.x] = 0;
     }
     if constexpr (STEP) {
-      if (threadIdx.x < TILE) made[threadIdx.x] = 0;
+      u32 row = threadIdx.x;
+      bool mine = row < step->rows && a.paging.sequences[row] == a.paging.sequences[t];
+      u32 k = mine ? a.paging.positions[row] - first - base : TILE;
       __syncthreads();
-      if (threadIdx.x < step->rows && a.paging.sequences[threadIdx.x] == a.paging.sequences[t]) {
-        u32 k = a.paging.positions[threadIdx.x] - first - base;
-        if (k < TILE && base + k < end) made[k] = threadIdx.x + 1;
-      }
+      if (k < TILE && base + k < end) made[k] = row + 1;
     }
     __syncthreads();
     auto copy = [&](T* to, u32 to_stride, u32 column, u32 n) {
@@ -163,19 +145,57 @@ template <typename T, int DPL, bool STEP> DEVICE void attend(const AttendArgs& a
     };
     copy(keys, stride, key_column, key_dim);
     if (!a.values_are_keys) copy(values, value_stride, value_column, a.value_dim);
+  };
+  float weight[8];
+  if constexpr (STEP) {
+    // Weights of norms, and keys of earlier steps, do not wait for the operation before.
+    const float* weights = warp < a.heads_per_block ? step->q_norm : step->k_norm;
+    if (weights) load8(weight, weights, lane * 8, a.q_dim, is_wide(weights, a.q_dim));
+    if (step->early) ask(begin);
+    pdl_wait();
+    if (warp < a.heads_per_block) step_head(q + warp * padded, a.q.p + (u64)t * a.q.stride + head * a.q_dim, a.q_dim, step->q_norm, weight, *step, t);
+  }
+  // Queries: a warp copies its head's, without waiting for them yet.
+  if (!STEP && warp < a.heads_per_block) {
+    const float* from = a.q.p + (u64)t * a.q.stride + head * a.q_dim;
+    const float* rope = a.q_rope_dim ? a.q_rope.p + (u64)t * a.q_rope.stride + head * a.q_rope_stride : from;
+    float* to = q + warp * padded;
+    bool whole = a.q_dim % 4 == 0 && key_dim % 4 == 0 && padded == key_dim && (u64)from % 16 == 0 && (u64)rope % 16 == 0;
+    if (whole) {
+      for (u32 c = lane * 4; c < a.q_dim; c += 128) copy_async(to + c, from + c);
+      for (u32 c = lane * 4; c < a.q_rope_dim; c += 128) copy_async(to + a.q_dim + c, rope + c);
+    } else {
+      for (u32 c = lane; c < padded; c += 32) to[c] = c < a.q_dim ? from[c] : c < key_dim ? rope[c - a.q_dim] : 0.f;
+    }
+  }
+  float m = -INFINITY, l = 0.f, scale = a.scale * LOG2_E;
+  float2 acc[DPL];
+#pragma unroll
+  for (int i = 0; i < DPL; i++) acc[i] = make_float2(0.f, 0.f);
+  for (u32 base = begin; base < end; base += TILE) {
+    if (!STEP || !step->early || base != begin) {
+      __syncthreads();
+      ask(base);
+    }
     if constexpr (STEP) {
       // Keys of the step's own rows, by the last warps, which have no queries to make. One block puts a row's into the cache.
       u32 n = 0;
       for (u32 rest = __ballot_sync(0xffffffffu, made[lane] != 0); rest; rest &= rest - 1, n++) {
         if (n % warps != warps - 1 - warp) continue;
         u32 k = __ffs(rest) - 1, row = made[k] - 1;
-        float* key = own + warp * padded;
-        step_head(key, step->k.p + (u64)row * step->k.stride + key_head * a.q_dim, a.q_dim, step->k_norm, *step, row);
-        const float* value = step->v.p + (u64)row * step->v.stride + key_head * a.value_dim;
+        float *key = own + warp * padded, value[8];
+        const float* from = step->v.p + (u64)row * step->v.stride + key_head * a.value_dim;
+#pragma unroll
+        for (int i = 0; i < 8; i++) value[i] = lane + 32 * i < a.q_dim ? from[lane + 32 * i] : 0.f;
+        if (step->k_norm && warp < a.heads_per_block) load8(weight, step->k_norm, lane * 8, a.q_dim, is_wide(step->k_norm, a.q_dim));
+        step_head(key, step->k.p + (u64)row * step->k.stride + key_head * a.q_dim, a.q_dim, step->k_norm, weight, *step, row);
         bool stores = row == t && blockIdx.y * a.heads_per_block % a.heads_per_key == 0;
         T* slot = (T*)step->cache + (u64)step->slots[row] * a.cache_width;
-        for (u32 c = lane; c < a.q_dim; c += 32) {
-          T x = as_cached<T>(key[c]), y = as_cached<T>(value[c]);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          u32 c = lane + 32 * i;
+          if (c >= a.q_dim) break;
+          T x = as_cached<T>(key[c]), y = as_cached<T>(value[i]);
           keys[k * stride + c] = x;
           values[k * value_stride + c] = y;
           if (stores) { slot[key_column + c] = x; slot[value_column + c] = y; }

@@ -358,6 +358,30 @@ template <int F> DEVICE void router_pair(const PairArgs& a) {
   if (a.route.top_k) choose_last(a);
 }
 
+// The last of the four row tiles of 64 rows makes their digits. All of a warp's are reported together: each wait for what was written
+// to arrive takes as long as some tiles, for which all warps of the block waited (6 of 41 us of the kernel).
+DEVICE void report_digits(const UpPair& pair, u8* h_digits, u32* arrived, u32 first_unit, u32 step, u32 total, u32 row_tiles) {
+  u32 lane = threadIdx.x % 32;
+  __threadfence();
+  __syncwarp();
+  for (u32 u = first_unit + lane * step; __any_sync(0xffffffffu, u < total); u += 32 * step) {
+    u32 k = u / row_tiles, row_tile = u % row_tiles, tile = k * (pair.gate.rows / 64) + row_tile / 4;
+    u32 done = __ballot_sync(0xffffffffu, u < total && atomicInc(arrived + (u < total ? tile : 0), 3) == 3);
+    if (done) __threadfence();
+    while (done) {
+      // Four at a time, eight lanes each.
+      u32 rest = done;
+      for (u32 i = 0; i < lane / 8; i++) rest &= rest - 1;
+      u32 from = __shfl_sync(0xffffffffu, tile, __ffs(rest) - 1);
+      bool any = rest != 0;
+      float v[8];
+#pragma unroll
+      for (int i = 0; i < 8; i++) v[i] = any ? ((volatile const float*)pair.out.p)[from * 64 + lane % 8 * 8 + i] : 0.f;
+      digits8(v, any ? h_digits + (u64)from * DIGITS_BYTES : nullptr);
+      for (int i = 0; i < 4 && done; i++) done &= done - 1;
+    }
+  }
+}
 // The chosen experts' gate and up, beside the second product of the shared expert.
 struct UpArgs {
   UpPair routed;
@@ -410,29 +434,7 @@ template <int F> DEVICE void up(const UpArgs& a, u32 block, u32 blocks) {
     u32 row = row_tile * 16 + lane;
     if (lane < 16 && row < pair.gate.rows) store(pair.out, 0, k * pair.gate.rows + row, h);
   }
-  // The last of the four row tiles of 64 rows makes their digits. All of a warp's are reported together: each wait for what was written
-  // to arrive takes as long as some tiles, for which all warps of the block waited (6 of 41 us of the kernel).
-  if (reports) {
-    __threadfence();
-    __syncwarp();
-    for (u32 u = first_unit + lane * step; __any_sync(0xffffffffu, u < total); u += 32 * step) {
-      u32 k = u / row_tiles, row_tile = u % row_tiles, tile = k * (pair.gate.rows / 64) + row_tile / 4;
-      u32 done = __ballot_sync(0xffffffffu, u < total && atomicInc(a.arrived + (u < total ? tile : 0), 3) == 3);
-      if (done) __threadfence();
-      while (done) {
-        // Four at a time, eight lanes each.
-        u32 rest = done;
-        for (u32 i = 0; i < lane / 8; i++) rest &= rest - 1;
-        u32 from = __shfl_sync(0xffffffffu, tile, __ffs(rest) - 1);
-        bool any = rest != 0;
-        float v[8];
-#pragma unroll
-        for (int i = 0; i < 8; i++) v[i] = any ? ((volatile const float*)pair.out.p)[from * 64 + lane % 8 * 8 + i] : 0.f;
-        digits8(v, any ? a.h_digits + (u64)from * DIGITS_BYTES : nullptr);
-        for (int i = 0; i < 4 && done; i++) done &= done - 1;
-      }
-    }
-  }
+  if (reports) report_digits(pair, a.h_digits, a.arrived, first_unit, step, total, row_tiles);
 }
 template <int F, int G> DEVICE void experts_up(const UpArgs& a) {
   if (blockIdx.x < a.shared_blocks) line<G, 1>(a.shared, blockIdx.x, a.shared_blocks);

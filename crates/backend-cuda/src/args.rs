@@ -378,7 +378,7 @@ pub(crate) struct StepHeads {
     pub(crate) rows: u32,
     pub(crate) interleaved: u32,
     pub(crate) eps: f32,
-    pub(crate) pad: u32,
+    pub(crate) early: u32,
 }
 
 /// `GqaArgs` of `gqa.cu`.

@@ -65,6 +65,8 @@ impl<'a> Cursor<'a> {
 impl CudaBackend {
     /// Launches a step.
     pub(super) fn run_program(&mut self, ops: &[Op]) -> Result<()> {
+        // Kernels may read caches before they wait: nothing of an earlier step may still write to them.
+        self.device.separate();
         let mut cursor = Cursor { ops, at: 0, added: false };
         while cursor.at < ops.len() {
             if self.fused(&mut cursor)? {
@@ -88,7 +90,7 @@ impl CudaBackend {
         if self.row_heads(cursor)? {
             return Ok(true);
         }
-        if let Some(count) = self.grouped_attention(cursor.rest())? {
+        if let Some(count) = self.grouped_attention(&cursor.ops[..cursor.at], cursor.rest())? {
             cursor.at += count;
             cursor.added = false;
             return Ok(true);

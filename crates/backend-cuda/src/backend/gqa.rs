@@ -87,10 +87,15 @@ fn is_read(ops: &[Op], x: Tensor) -> bool {
     false
 }
 
+/// Whether `op` writes to `cache`. Keys that no operation of this step writes are read while the operation before works.
+fn stores_to(op: &Op, cache: Cache) -> bool {
+    matches!(op, Op::KvStore { cache: other, .. } if other.id == cache.id)
+}
+
 impl CudaBackend {
-    /// Launches a step's attention with what comes before it as one kernel. Returns how many of the operations that was; `None`, with nothing
-    /// launched, where there is no such kernel.
-    pub(super) fn grouped_attention(&mut self, ops: &[Op]) -> Result<Option<usize>> {
+    /// Launches a step's attention with what comes before it as one kernel; `before` are the operations of the step that are launched already.
+    /// Returns how many of the operations that was; `None`, with nothing launched, where there is no such kernel.
+    pub(super) fn grouped_attention(&mut self, before: &[Op], ops: &[Op]) -> Result<Option<usize>> {
         let Some(grouped) = Grouped::parse(ops) else { return Ok(None) };
         let op = grouped.attend;
         op.validate()?;
@@ -120,7 +125,7 @@ impl CudaBackend {
             rows: op.q.rows as u32,
             interleaved: u32::from(q.pairs == RopePairs::Interleaved),
             eps: norms.iter().flatten().next().map_or(0.0, |norm| norm.eps),
-            pad: 0,
+            early: u32::from(!before.iter().any(|op| stores_to(op, grouped.cache))),
         };
         // Behind it is a product that reads digits.
         let wanted = matches!(ops.get(grouped.count), Some(Op::Linear { x, parts })
@@ -197,6 +202,14 @@ mod tests {
         let mut ops = attention(1);
         ops.swap(2, 3);
         assert_eq!(count(&ops), None, "keys are rotated as queries");
+    }
+
+    #[test]
+    fn a_cache_that_the_step_writes_before_is_not_read_early() {
+        let ops = attention(1);
+        let Op::AttendGqa(attend) = &ops[5] else { panic!("attention comes last") };
+        assert!(ops.iter().any(|op| stores_to(op, attend.cache)));
+        assert!(!ops.iter().any(|op| stores_to(op, Cache { id: 1, ..attend.cache })));
     }
 
     #[test]
