@@ -1,0 +1,193 @@
+// Dense products of a layer of GLM-5.2-77 for NUM_ROWS rows: every size of the kernels of lines.cu that fits, against few_line of few.cu, in time and bits.
+//
+//     nvcc -std=c++20 -O2 -arch=sm_90a -Icrates/backend-cuda/kernels -DNO_KERNELS -DNUM_ROWS=32 bench/line_sizes.cu -lcuda
+//     ./a.out FOLDER  # of few.cubin and lines.cubin (compiled with -DVARIANTS)
+#include <cuda.h>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+#include <map>
+#include <string>
+#include <algorithm>
+#include <cmath>
+#undef INFINITY  // kernels have their own
+#include "few.cu"
+#include "lines.cu"
+#include "layer.cuh"
+
+#ifndef NUM_ROWS
+#define NUM_ROWS 32
+#endif
+static const u32 ROWS_OF_KERNEL = NUM_ROWS <= 8 ? 8 : NUM_ROWS <= 16 ? 16 : 32;
+static u32 shares_of(u32 groups, u32 slices, u32 tiles) {
+  double hidden = NUM_ROWS <= 8 ? 1.5 : NUM_ROWS <= 16 ? 2 : 3, best = 1e30; u32 found = 1;
+  for (u32 n = 1; n <= slices; n *= 2) {
+    double blocks = groups * n / 132.0; if (blocks <= 3) blocks = std::ceil(blocks);
+    double time = ((tiles + n - 1) / n) * std::max(blocks, hidden) + (n > 1 ? 20 : 0);
+    if (time < best) { best = time; found = n; }
+  }
+  return found;
+}
+
+struct Shape { const char* tag; std::vector<u32> part_rows; u32 cols, heads; bool residual; u32 layers; };
+static const std::vector<Shape> SHAPES = {
+  {"queries, latent", {QL, KVL + ROPE}, HID, 1, false, LAYERS}, {"queries, second", {HEADS * (NOPE + ROPE)}, QL, 1, false, LAYERS}, {"keys", {KVL}, NOPE, HEADS, false, LAYERS},
+  {"values", {VD}, KVL, HEADS, false, LAYERS}, {"output", {HID}, HEADS * VD, 1, true, LAYERS}, {"shared, second", {HID}, INTER, 1, false, LAYERS},
+  {"head", {154880}, HID, 1, false, 1},
+};
+struct Kernel { u32 row_tiles, tiles, warps; };
+static const std::vector<Kernel> KERNELS_OF_LINES = {{1, 4, 16}, {2, 2, 16}, {2, 2, 12}, {2, 4, 12}, {3, 2, 12}, {3, 2, 8}, {4, 2, 8}, {4, 1, 8}};
+
+// A product's weights and activations in one layer, as the arguments of few_line.
+static FewLineArgs few_args(const Shape& p) {
+  FewLineArgs a = {}; u32 units = 0;
+  for (u32 i = 0; i < p.part_rows.size(); i++) {
+    u32 rows = p.part_rows[i];
+    Mat m = {}; m.p = floats((u64)NUM_ROWS * rows * p.heads); m.rows = NUM_ROWS; m.cols = m.stride = rows * p.heads;
+    a.part[i].w = weight(p.heads, rows, p.cols, 4); a.part[i].out = m; a.first_unit[i] = units; units += (rows + 127) / 128; a.first_unit[i + 1] = units;
+  }
+  a.num_parts = p.part_rows.size(); a.slices = slices(p.cols); a.rows = NUM_ROWS; a.matrices = p.heads;
+  u32 tiles = (p.cols + 63) / 64, bytes = tiles * DIGITS_BYTES;
+  u8* digits = (u8*)dev((u64)NUM_ROWS * p.heads * bytes);
+  fill_digits<<<256, 256>>>(digits, (u64)NUM_ROWS * p.heads * tiles, seed_++);
+  a.x = digits; a.x_bytes = (u64)bytes * p.heads; a.x_matrix_bytes = bytes;
+  if (p.residual) { Mat m = {}; m.p = floats((u64)NUM_ROWS * p.part_rows[0]); m.rows = NUM_ROWS; m.cols = m.stride = p.part_rows[0]; a.residual = m; }
+  u32 groups = units * p.heads;
+  a.shares = shares_of(groups, a.slices, tiles);
+  a.sums = floats((u64)groups * a.slices * 16 * 2 * 4 * std::max(8u, ROWS_OF_KERNEL)); a.arrived = (u32*)dev(65536);
+  return a;
+}
+static double mb_of(const Shape& p) {
+  double mb = 0;
+  for (u32 rows : p.part_rows) mb += p.heads * (rows / 16.0) * ((p.cols + 63) / 64) * tile_bytes(4) / 1e6;
+  return mb;
+}
+static Launch make(const Shape& p, CUfunction f, u32 grid, u32 block, u32 shared, const void* args, size_t bytes, u32 cluster) {
+  Launch l; l.tag = p.tag; l.fn = f; l.grid = dim3(grid); l.block = block; l.shared = shared; l.mb = mb_of(p); l.cluster = cluster;
+  l.args.assign((const char*)args, (const char*)args + bytes);
+  return l;
+}
+static Launch few(const Shape& p, const FewLineArgs& a) {
+  u32 C = ROWS_OF_KERNEL == 32 ? 2 : 4, D = ROWS_OF_KERNEL == 32 ? 3 : 2;
+  CUfunction f = kernel("few", ("few_line" + std::to_string(ROWS_OF_KERNEL) + "_affine4").c_str());
+  u32 shared = 4 * (D * C * 2 * tile_bytes(4) + 64) + 3 * (ROWS_OF_KERNEL * C * 144 + 16) + 4 * 32 * 4 * ROWS_OF_KERNEL;
+  int fit = 0; cuOccupancyMaxActiveBlocksPerMultiprocessor(&fit, f, 160, shared);
+  u32 most = 132 * fit, total = a.first_unit[a.num_parts] * a.matrices * a.shares;
+  return make(p, f, total <= 2 * most ? even(total, most) : most, 160, shared, &a, sizeof a, 1);
+}
+struct Size_ { u32 cluster, warps; Kernel kernel; };
+// False if that size does not fit.
+static bool lines_launch(Launch& l, const Shape& p, const FewLineArgs& few, Size_ z, u32 most_depth) {
+  LinesArgs a = {};
+  u32 S = few.slices, R = z.kernel.row_tiles, C = z.kernel.tiles;
+  if (S % z.cluster || z.warps > z.kernel.warps) return false;
+  u32 own = S / z.cluster;
+  if (z.warps % own) return false;
+  u32 unit = z.warps / own * R, tiles = (p.cols + 63) / 64, units = 0, most_tiles = 0;
+  for (u32 i = 0; i < few.num_parts; i++) { a.part[i] = few.part[i]; a.first_unit[i] = units; units += ((p.part_rows[i] + 15) / 16 + unit - 1) / unit; a.first_unit[i + 1] = units; }
+  for (u32 r = 0; r < z.cluster; r++) most_tiles = std::max(most_tiles, (r + 1) * own * tiles / S - r * own * tiles / S);
+  if (most_tiles > 8 * 16) return false;
+  a.num_parts = few.num_parts; a.slices = S; a.rows = NUM_ROWS; a.x = few.x; a.x_bytes = few.x_bytes; a.matrices = few.matrices; a.x_matrix_bytes = few.x_matrix_bytes; a.residual = few.residual;
+  units *= p.heads;
+  u32 x = most_tiles * ROWS_OF_KERNEL * 136, sums = own * ROWS_OF_KERNEL * (unit * 16 + 8) * 4, slot = R * C * tile_bytes(4), all = 226 << 10;
+  bool one = units * z.cluster <= 132 || p.heads > 1;
+  a.sums_bytes = one ? 0 : sums;
+  u32 rest = one ? std::max(x, sums) : x + 2 * sums;
+  if (rest + 1024 >= all) return false;
+  u32 depth = 0, count = (tiles + S - 1) / S, useful = one ? (count + C - 1) / C : 16;
+  for (u32 d = 1; d <= std::min({most_depth, useful, 16u}); d++) if (z.warps * (d * slot + 128) + rest <= all) depth = d;
+  if (depth == 0 || (depth == 1 && useful > 1)) return false;
+  a.depth = depth; a.x_at = z.warps * (depth * slot + 128); a.sums_at = one ? a.x_at : a.x_at + x;
+  std::string name = "lines" + std::to_string(ROWS_OF_KERNEL) + "_" + std::to_string(R) + "_" + std::to_string(C) + "_" + std::to_string(z.kernel.warps) + "_affine4";
+  CUfunction f = kernel("lines", name.c_str());
+  cuFuncSetAttribute(f, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, all);
+  l = make(p, f, units * z.cluster, 32 * z.warps, a.x_at + rest, &a, sizeof a, z.cluster);
+  CUlaunchConfig c = {};
+  c.gridDimX = l.grid.x; c.gridDimY = c.gridDimZ = 1; c.blockDimX = l.block; c.blockDimY = c.blockDimZ = 1; c.sharedMemBytes = l.shared;
+  CUlaunchAttribute at[1]; at[0].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION; at[0].value.clusterDim.x = z.cluster; at[0].value.clusterDim.y = at[0].value.clusterDim.z = 1;
+  c.attrs = at; c.numAttrs = z.cluster > 1;
+  int clusters = 0;
+  CUresult r = cuOccupancyMaxActiveClusters(&clusters, f, &c);
+  if (r || clusters == 0) return false;
+  if (!one) l.grid.x = std::min(units, (u32)clusters) * z.cluster;
+  static std::map<u32, int> seen;
+  if (l.shared > 120 << 10 && !seen[z.cluster]++) printf("clusters of %u, a block a multiprocessor: %d\n", z.cluster, clusters);
+  // As many blocks as have work at a time, at least half of the multiprocessors.
+  return l.grid.x >= 60 && (p.heads > 1 || !one || units <= (u32)clusters);
+}
+static __device__ u32 differ;
+__global__ void compare(const u32* a, const u32* b, u64 n) { for (u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x) if (a[i] != b[i]) atomicAdd(&differ, 1); }
+
+// What a launch wrote, against what few_line did.
+struct Reference {
+  std::vector<std::pair<float*, float*>> pairs; std::vector<u64> sizes; float* residual = nullptr; u64 residual_n = 0;
+  void clear(const Shape& p, const FewLineArgs& a) {
+    for (u32 i = 0; i < a.num_parts; i++) OK(cudaMemset(a.part[i].out.p, 0xff, (u64)NUM_ROWS * p.part_rows[i] * p.heads * 4));
+    if (p.residual) fill_float<<<64, 256>>>(a.residual.p, (u64)NUM_ROWS * p.part_rows[0], 1.f, 0.f, 77);
+    OK(cudaDeviceSynchronize());
+  }
+  static void keep(float* from, float* to, u64 n) { OK(cudaMemcpy(to, from, n * 4, cudaMemcpyDeviceToDevice)); }
+  void take(const Shape& p, const FewLineArgs& a) {
+    for (u32 i = 0; i < a.num_parts; i++) { u64 n = (u64)NUM_ROWS * p.part_rows[i] * p.heads; float* to = floats(n); keep(a.part[i].out.p, to, n); pairs.push_back({a.part[i].out.p, to}); sizes.push_back(n); }
+    if (p.residual) { u64 n = (u64)NUM_ROWS * p.part_rows[0]; float* to = floats(n); keep(a.residual.p, to, n); pairs.push_back({a.residual.p, to}); sizes.push_back(n); }
+  }
+  u32 differences() {
+    u32 zero = 0, found = 0;
+    OK(cudaMemcpyToSymbol(differ, &zero, 4));
+    for (u32 i = 0; i < pairs.size(); i++) compare<<<128, 256>>>((u32*)pairs[i].first, (u32*)pairs[i].second, sizes[i]);
+    OK(cudaMemcpyFromSymbol(&found, differ, 4));
+    return found;
+  }
+};
+int main(int argc, char** argv) {
+  if (argc > 1) folder = argv[1];
+  FILE* log = fopen(argc > 2 ? argv[2] : "/dev/null", "a");
+  setvbuf(stdout, nullptr, _IOLBF, 0); setvbuf(log, nullptr, _IOLBF, 0);
+  cudaStream_t s; OK(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking));
+  printf("== %s, %d rows\n", folder.c_str(), NUM_ROWS);
+  std::vector<Launch> base_all, best_all;
+  for (auto& p : SHAPES) {
+    std::vector<FewLineArgs> args; std::vector<Launch> base;
+    for (u32 layer = 0; layer < p.layers; layer++) { args.push_back(few_args(p)); base.push_back(few(p, args.back())); }
+    auto pointers = [](std::vector<Launch>& v) { std::vector<Launch*> r; for (auto& l : v) r.push_back(&l); return r; };
+    Reference ref;
+    ref.clear(p, args[0]); launch(base[0], s); OK(cudaStreamSynchronize(s)); ref.take(p, args[0]);
+    auto time_of = [&](std::vector<Launch>& v) { return time_graph(pointers(v), 11, s) / p.layers; };
+    double before = time_of(base), best = 1e30;
+    fprintf(log, "%d rows %s: few_line %.2f us, %.1f MB\n", NUM_ROWS, p.tag, before, mb_of(p));
+    struct Found { double us; Size_ z; u32 depth, shared, blocks; };
+    std::vector<Found> found; std::vector<Launch> best_launches; u32 wrong = 0;
+    for (auto& k : KERNELS_OF_LINES)
+      for (u32 cluster : {1u, 2u, 4u, 8u})
+        for (u32 warps : {4u, 6u, 8u, 10u, 12u, 14u, 16u})
+          for (u32 depth : {1u, 2u, 3u, 16u}) {
+            std::vector<Launch> v;
+            for (u32 layer = 0; layer < p.layers; layer++) { Launch l; if (!lines_launch(l, p, args[layer], {cluster, warps, k}, depth)) break; v.push_back(l); }
+            if (v.size() < p.layers) continue;
+            u32 real = ((LinesArgs*)v[0].args.data())->depth;
+            if (real < depth && depth < 16) continue;  // measured already
+            if (depth == 16 && real <= 3) continue;
+            ref.clear(p, args[0]); launch(v[0], s);
+            if (cudaStreamSynchronize(s) != cudaSuccess) { printf("%s: cluster %u warps %u kernel %u %u %u fails: %s\n", p.tag, cluster, warps, k.row_tiles, k.tiles, k.warps, cudaGetErrorString(cudaGetLastError())); return 1; }
+            u32 different = ref.differences();
+            double us = time_of(v);
+            fprintf(log, "%d rows %s: cluster %u warps %u kernel %u_%u_%u depth %u shared %u blocks %u: %.2f us, %u differ\n", NUM_ROWS, p.tag, cluster, warps, k.row_tiles, k.tiles, k.warps, real, v[0].shared, v[0].grid.x, us, different);
+            if (different) { wrong++; continue; }
+            found.push_back({us, {cluster, warps, k}, real, v[0].shared, v[0].grid.x});
+            if (us < best) { best = us; best_launches = v; }
+          }
+    std::sort(found.begin(), found.end(), [](auto& a, auto& b) { return a.us < b.us; });
+    printf("%-16s few_line %6.2f; %zu sizes, %u wrong", p.tag, before, found.size() + wrong, wrong);
+    for (u32 i = 0; i < found.size() && i < 3; i++) printf("; %.2f (K%u W%u %u_%u_%u D%u, %u)", found[i].us, found[i].z.cluster, found[i].z.warps, found[i].z.kernel.row_tiles, found[i].z.kernel.tiles, found[i].z.kernel.warps, found[i].depth, found[i].blocks);
+    printf("\n");
+    if (p.layers > 1) { base_all.insert(base_all.end(), base.begin(), base.end()); auto& b = best_launches.empty() ? base : best_launches; best_all.insert(best_all.end(), b.begin(), b.end()); }
+  }
+  for (bool overlap : {false, true})
+    for (auto* v : {&base_all, &best_all}) {
+      pdl = overlap;
+      std::vector<Launch*> list;
+      for (u32 layer = 0; layer < LAYERS; layer++) for (u32 i = layer; i < v->size(); i += LAYERS) list.push_back(&(*v)[i]);
+      printf("six products%s, %s: %.2f us\n", overlap ? ", overlap" : "", v == &base_all ? "few_line" : "lines", time_graph(list, 21, s) / LAYERS);
+    }
+}
