@@ -36,12 +36,13 @@ static const std::vector<Shape> SHAPES = {
   {"values", {VD}, KVL, HEADS, false, LAYERS}, {"output", {HID}, HEADS * VD, 1, true, LAYERS}, {"shared, second", {HID}, INTER, 1, false, LAYERS},
   {"head", {154880}, HID, 1, false, 1},
 };
-struct Kernel { u32 row_tiles, tiles, warps; };
-static const std::vector<Kernel> KERNELS_OF_LINES = {{1, 4, 16}, {2, 2, 16}, {2, 2, 12}, {2, 4, 12}, {3, 2, 12}, {3, 2, 8}, {4, 2, 8}, {4, 1, 8}};
+struct Kernel { u32 row_tiles, tiles, warps; bool wide = false; };
+static const std::vector<Kernel> KERNELS_OF_LINES = {{1, 4, 16}, {2, 2, 16}, {2, 2, 12}, {2, 4, 12}, {3, 2, 12}, {3, 2, 8}, {4, 2, 8}, {4, 1, 8}, {1, 4, 16, true}, {1, 2, 16, true}, {2, 2, 16, true}, {2, 2, 12, true}, {3, 2, 8, true}};
 
 // A product's weights and activations in one layer, as the arguments of few_line.
-static FewLineArgs few_args(const Shape& p) {
-  FewLineArgs a = {}; u32 units = 0;
+struct Args : FewLineArgs { float* sums_of_lines; u32* counters_of_lines; u64 floats_of_lines; };
+static Args few_args(const Shape& p) {
+  Args a = {}; u32 units = 0;
   for (u32 i = 0; i < p.part_rows.size(); i++) {
     u32 rows = p.part_rows[i];
     Mat m = {}; m.p = floats((u64)NUM_ROWS * rows * p.heads); m.rows = NUM_ROWS; m.cols = m.stride = rows * p.heads;
@@ -56,6 +57,7 @@ static FewLineArgs few_args(const Shape& p) {
   u32 groups = units * p.heads;
   a.shares = shares_of(groups, a.slices, tiles);
   a.sums = floats((u64)groups * a.slices * 16 * 2 * 4 * std::max(8u, ROWS_OF_KERNEL)); a.arrived = (u32*)dev(65536);
+  a.floats_of_lines = p.layers > 1 ? 12 << 20 : 64 << 20; a.sums_of_lines = floats(a.floats_of_lines); a.counters_of_lines = (u32*)dev(65536);
   return a;
 }
 static double mb_of(const Shape& p) {
@@ -74,45 +76,53 @@ static Launch few(const Shape& p, const FewLineArgs& a) {
   u32 shared = 4 * (D * C * 2 * tile_bytes(4) + 64) + 3 * (ROWS_OF_KERNEL * C * 144 + 16) + 4 * 32 * 4 * ROWS_OF_KERNEL;
   int fit = 0; cuOccupancyMaxActiveBlocksPerMultiprocessor(&fit, f, 160, shared);
   u32 most = 132 * fit, total = a.first_unit[a.num_parts] * a.matrices * a.shares;
-  return make(p, f, total <= 2 * most ? even(total, most) : most, 160, shared, &a, sizeof a, 1);
+  return make(p, f, total <= 2 * most ? even(total, most) : most, 160, shared, &a, sizeof(FewLineArgs), 1);
 }
-struct Size_ { u32 cluster, warps; Kernel kernel; };
+struct Size_ { u32 cluster; bool global; u32 warps; Kernel kernel; };  // `global`: blocks of a unit are no cluster, sums go through the second-level cache
 // False if that size does not fit.
-static bool lines_launch(Launch& l, const Shape& p, const FewLineArgs& few, Size_ z, u32 most_depth) {
+static bool lines_launch(Launch& l, const Shape& p, const Args& few, Size_ z, u32 most_depth) {
   LinesArgs a = {};
   u32 S = few.slices, R = z.kernel.row_tiles, C = z.kernel.tiles;
-  if (S % z.cluster || z.warps > z.kernel.warps) return false;
+  if (S % z.cluster || z.warps > z.kernel.warps || (z.global && z.cluster == 1) || (z.kernel.wide && NUM_ROWS <= 16)) return false;
   u32 own = S / z.cluster;
-  if (z.warps % own) return false;
+  if (z.warps % own || (z.kernel.wide && z.warps / own % 4)) return false;
   u32 unit = z.warps / own * R, tiles = (p.cols + 63) / 64, units = 0, most_tiles = 0;
   for (u32 i = 0; i < few.num_parts; i++) { a.part[i] = few.part[i]; a.first_unit[i] = units; units += ((p.part_rows[i] + 15) / 16 + unit - 1) / unit; a.first_unit[i + 1] = units; }
   for (u32 r = 0; r < z.cluster; r++) most_tiles = std::max(most_tiles, (r + 1) * own * tiles / S - r * own * tiles / S);
   if (most_tiles > 8 * 16) return false;
   a.num_parts = few.num_parts; a.slices = S; a.rows = NUM_ROWS; a.x = few.x; a.x_bytes = few.x_bytes; a.matrices = few.matrices; a.x_matrix_bytes = few.x_matrix_bytes; a.residual = few.residual;
   units *= p.heads;
-  u32 x = most_tiles * ROWS_OF_KERNEL * 136, sums = own * ROWS_OF_KERNEL * (unit * 16 + 8) * 4, slot = R * C * tile_bytes(4), all = 226 << 10;
-  bool one = units * z.cluster <= 132 || p.heads > 1;
+  u32 x = z.kernel.wide ? (most_tiles + 1) / 2 * 8192 + most_tiles * 256 : most_tiles * ROWS_OF_KERNEL * 136;
+  u32 sums = own * ROWS_OF_KERNEL * (unit * 16 + 8) * 4, slot = R * C * tile_bytes(4), all = 226 << 10;
+  u32 groups = 132 / z.cluster;
+  bool one = z.global ? units <= groups : units * z.cluster <= 132 || p.heads > 1;
   a.sums_bytes = one ? 0 : sums;
-  u32 rest = one ? std::max(x, sums) : x + 2 * sums;
+  u32 rest = z.global ? x : one ? std::max(x, sums) : x + 2 * sums;
   if (rest + 1024 >= all) return false;
   u32 depth = 0, count = (tiles + S - 1) / S, useful = one ? (count + C - 1) / C : 16;
-  for (u32 d = 1; d <= std::min({most_depth, useful, 16u}); d++) if (z.warps * (d * slot + 128) + rest <= all) depth = d;
+  auto rings = [&](u32 d) { return (z.warps * (d * slot + 128) + 1023) / 1024 * 1024; };
+  for (u32 d = 1; d <= std::min({most_depth, useful, 16u}); d++) if (rings(d) + rest <= all) depth = d;
   if (depth == 0 || (depth == 1 && useful > 1)) return false;
-  a.depth = depth; a.x_at = z.warps * (depth * slot + 128); a.sums_at = one ? a.x_at : a.x_at + x;
-  std::string name = "lines" + std::to_string(ROWS_OF_KERNEL) + "_" + std::to_string(R) + "_" + std::to_string(C) + "_" + std::to_string(z.kernel.warps) + "_affine4";
+  a.depth = depth; a.x_at = rings(depth); a.sums_at = one ? a.x_at : a.x_at + x;
+  if (z.global) { a.shares = z.cluster; a.sums = few.sums_of_lines; a.arrived = few.counters_of_lines; if ((u64)units * S * ROWS_OF_KERNEL * (unit * 16 + 8) > few.floats_of_lines || units > 8192 || p.heads > 1) return false; }
+  std::string name = "lines" + std::to_string(ROWS_OF_KERNEL) + (z.kernel.wide ? "w_" : "_") + std::to_string(R) + "_" + std::to_string(C) + "_" + std::to_string(z.kernel.warps) + "_affine4";
   CUfunction f = kernel("lines", name.c_str());
   cuFuncSetAttribute(f, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, all);
-  l = make(p, f, units * z.cluster, 32 * z.warps, a.x_at + rest, &a, sizeof a, z.cluster);
-  CUlaunchConfig c = {};
-  c.gridDimX = l.grid.x; c.gridDimY = c.gridDimZ = 1; c.blockDimX = l.block; c.blockDimY = c.blockDimZ = 1; c.sharedMemBytes = l.shared;
-  CUlaunchAttribute at[1]; at[0].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION; at[0].value.clusterDim.x = z.cluster; at[0].value.clusterDim.y = at[0].value.clusterDim.z = 1;
-  c.attrs = at; c.numAttrs = z.cluster > 1;
+  u32 shared = a.x_at + rest;
+  if (z.global) shared = std::max(shared, 118u << 10);  // one block a multiprocessor: all of them are resident
+  l = make(p, f, units * z.cluster, 32 * z.warps, shared, &a, sizeof a, z.global ? 1 : z.cluster);
+  if (z.global) { l.grid.x = std::min(units, groups) * z.cluster; return l.grid.x >= 60; }
   int clusters = 0;
-  CUresult r = cuOccupancyMaxActiveClusters(&clusters, f, &c);
-  if (r || clusters == 0) return false;
+  if (z.cluster == 1) { cuOccupancyMaxActiveBlocksPerMultiprocessor(&clusters, f, l.block, l.shared); clusters *= 132; }
+  else {
+    CUlaunchConfig c = {};
+    c.gridDimX = l.grid.x; c.gridDimY = c.gridDimZ = 1; c.blockDimX = l.block; c.blockDimY = c.blockDimZ = 1; c.sharedMemBytes = l.shared;
+    CUlaunchAttribute at[1]; at[0].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION; at[0].value.clusterDim.x = z.cluster; at[0].value.clusterDim.y = at[0].value.clusterDim.z = 1;
+    c.attrs = at; c.numAttrs = 1;
+    if (cuOccupancyMaxActiveClusters(&clusters, f, &c)) return false;
+  }
+  if (clusters == 0) return false;
   if (!one) l.grid.x = std::min(units, (u32)clusters) * z.cluster;
-  static std::map<u32, int> seen;
-  if (l.shared > 120 << 10 && !seen[z.cluster]++) printf("clusters of %u, a block a multiprocessor: %d\n", z.cluster, clusters);
   // As many blocks as have work at a time, at least half of the multiprocessors.
   return l.grid.x >= 60 && (p.heads > 1 || !one || units <= (u32)clusters);
 }
@@ -148,38 +158,50 @@ int main(int argc, char** argv) {
   printf("== %s, %d rows\n", folder.c_str(), NUM_ROWS);
   std::vector<Launch> base_all, best_all;
   for (auto& p : SHAPES) {
-    std::vector<FewLineArgs> args; std::vector<Launch> base;
+    std::vector<Args> args; std::vector<Launch> base;
     for (u32 layer = 0; layer < p.layers; layer++) { args.push_back(few_args(p)); base.push_back(few(p, args.back())); }
     auto pointers = [](std::vector<Launch>& v) { std::vector<Launch*> r; for (auto& l : v) r.push_back(&l); return r; };
     Reference ref;
     ref.clear(p, args[0]); launch(base[0], s); OK(cudaStreamSynchronize(s)); ref.take(p, args[0]);
     auto time_of = [&](std::vector<Launch>& v) { return time_graph(pointers(v), 11, s) / p.layers; };
-    double before = time_of(base), best = 1e30;
+    double before = time_of(base);
     fprintf(log, "%d rows %s: few_line %.2f us, %.1f MB\n", NUM_ROWS, p.tag, before, mb_of(p));
-    struct Found { double us; Size_ z; u32 depth, shared, blocks; };
+    struct Found { double us; Size_ z; u32 depth, shared, blocks; std::vector<Launch> v; double overlap = 0; };
     std::vector<Found> found; std::vector<Launch> best_launches; u32 wrong = 0;
     for (auto& k : KERNELS_OF_LINES)
-      for (u32 cluster : {1u, 2u, 4u, 8u})
+      for (u32 which = 1; which < 9; which++)
         for (u32 warps : {4u, 6u, 8u, 10u, 12u, 14u, 16u})
-          for (u32 depth : {1u, 2u, 3u, 16u}) {
+          for (u32 depth : {1u, 2u, 4u, 16u}) {
+            u32 cluster = 1 << which / 2; bool global = which % 2 == 0;
+            if (cluster > 8) continue;
+            if (which % 2 == 1) cluster = 1 << (which - 1) / 2;
+            Size_ z = {cluster, global, warps, k};
             std::vector<Launch> v;
-            for (u32 layer = 0; layer < p.layers; layer++) { Launch l; if (!lines_launch(l, p, args[layer], {cluster, warps, k}, depth)) break; v.push_back(l); }
+            for (u32 layer = 0; layer < p.layers; layer++) { Launch l; if (!lines_launch(l, p, args[layer], z, depth)) break; v.push_back(l); }
             if (v.size() < p.layers) continue;
             u32 real = ((LinesArgs*)v[0].args.data())->depth;
             if (real < depth && depth < 16) continue;  // measured already
-            if (depth == 16 && real <= 3) continue;
+            if (depth == 16 && real <= 4) continue;
             ref.clear(p, args[0]); launch(v[0], s);
-            if (cudaStreamSynchronize(s) != cudaSuccess) { printf("%s: cluster %u warps %u kernel %u %u %u fails: %s\n", p.tag, cluster, warps, k.row_tiles, k.tiles, k.warps, cudaGetErrorString(cudaGetLastError())); return 1; }
+            if (cudaStreamSynchronize(s) != cudaSuccess) { printf("%s: cluster %u%s warps %u kernel %s%u %u %u fails: %s\n", p.tag, cluster, global ? "g" : "", warps, k.wide ? "w" : "", k.row_tiles, k.tiles, k.warps, cudaGetErrorString(cudaGetLastError())); return 1; }
             u32 different = ref.differences();
             double us = time_of(v);
-            fprintf(log, "%d rows %s: cluster %u warps %u kernel %u_%u_%u depth %u shared %u blocks %u: %.2f us, %u differ\n", NUM_ROWS, p.tag, cluster, warps, k.row_tiles, k.tiles, k.warps, real, v[0].shared, v[0].grid.x, us, different);
+            fprintf(log, "%d rows %s: cluster %u%s warps %u kernel %s%u_%u_%u depth %u shared %u blocks %u: %.2f us, %u differ\n", NUM_ROWS, p.tag, cluster, global ? "g" : "", warps, k.wide ? "w" : "", k.row_tiles, k.tiles, k.warps, real, v[0].shared, v[0].grid.x, us, different);
             if (different) { wrong++; continue; }
-            found.push_back({us, {cluster, warps, k}, real, v[0].shared, v[0].grid.x});
-            if (us < best) { best = us; best_launches = v; }
+            found.push_back({us, z, real, v[0].shared, v[0].grid.x, v});
           }
     std::sort(found.begin(), found.end(), [](auto& a, auto& b) { return a.us < b.us; });
-    printf("%-16s few_line %6.2f; %zu sizes, %u wrong", p.tag, before, found.size() + wrong, wrong);
-    for (u32 i = 0; i < found.size() && i < 3; i++) printf("; %.2f (K%u W%u %u_%u_%u D%u, %u)", found[i].us, found[i].z.cluster, found[i].z.warps, found[i].z.kernel.row_tiles, found[i].z.kernel.tiles, found[i].z.kernel.warps, found[i].depth, found[i].blocks);
+    // Of the fastest alone, the fastest behind each other with overlap.
+    pdl = true;
+    double overlapped = time_of(base);
+    if (found.size() > 24) found.resize(24);
+    for (auto& f : found) { f.overlap = time_of(f.v); fprintf(log, "overlap %.2f: cluster %u%s warps %u kernel %s%u_%u_%u depth %u\n", f.overlap, f.z.cluster, f.z.global ? "g" : "", f.z.warps, f.z.kernel.wide ? "w" : "", f.z.kernel.row_tiles, f.z.kernel.tiles, f.z.kernel.warps, f.depth); }
+    pdl = false;
+    printf("%-15s few_line %.1f/%.1f; %u wrong", p.tag, before, overlapped, wrong);
+    auto show = [&](Found& f) { printf("; %.1f/%.1f (K%u%s W%u %s%u_%u_%u D%u, %u)", f.us, f.overlap, f.z.cluster, f.z.global ? "g" : "", f.z.warps, f.z.kernel.wide ? "w" : "", f.z.kernel.row_tiles, f.z.kernel.tiles, f.z.kernel.warps, f.depth, f.blocks); };
+    for (u32 i = 0; i < found.size() && i < 2; i++) show(found[i]);
+    std::sort(found.begin(), found.end(), [](auto& a, auto& b) { return a.overlap < b.overlap; });
+    if (!found.empty()) { printf(" | "); show(found[0]); if (found[0].overlap < overlapped) best_launches = found[0].v; }
     printf("\n");
     if (p.layers > 1) { base_all.insert(base_all.end(), base.begin(), base.end()); auto& b = best_launches.empty() ? base : best_launches; best_all.insert(best_all.end(), b.begin(), b.end()); }
   }

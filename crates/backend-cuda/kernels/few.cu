@@ -136,8 +136,6 @@ struct FewUpArgs {
 
 // Tiles of a slot, slots of a warp's ring, slots of the rows' ring: what lets as many blocks fit as there are registers for.
 template <int C_, int D_, int X_> struct Size { static constexpr int C = C_, D = D_, X = X_; };
-template <bool, typename, typename T> struct Either { typedef T type; };
-template <typename T, typename Other> struct Either<true, T, Other> { typedef T type; };
 template <int F> using GroupSize = typename Either<(Words<F>::n > 4), Size<2, 2, 3>, Size<4, 2, 3>>::type;
 template <int F, int ROWS> using LineSize = typename Either<(Words<F>::n > 4),
     typename Either<ROWS == 32, Size<2, 2, 3>, Size<2, 3, 3>>::type, typename Either<ROWS == 32, Size<2, 3, 3>, Size<4, 2, 3>>::type>::type;
@@ -354,14 +352,8 @@ KERNEL __launch_bounds__(256) few_sum(const __grid_constant__ FewSumArgs a) {
 
 // ---- out = x W for several weights of one format, or a product a head ----
 
-struct FewLineArgs {
-  Part part[4];
-  u32 first_unit[5];  // of each part, in row tiles of a block
-  u32 num_parts, slices, rows;
-  const u8* x;        // in the form of the format
-  u64 x_bytes;        // of a row
-  u32 matrices, x_matrix_bytes;  // heads of the only part, and bytes between the inputs of two of them; else 1
-  Mat residual;       // the result is added to it too (p null: none)
+// Units in row tiles of a block.
+struct FewLineArgs : DenseArgs {
   u32 shares, pad;    // blocks that share the slices of a row tile
   float* sums;        // shares > 1: of each slice, as the warps have them; and
   u32* arrived;       // a counter a warp

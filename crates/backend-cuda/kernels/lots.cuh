@@ -2,6 +2,21 @@
 #pragma once
 #include "pipe.cuh"
 
+// One of two types.
+template <bool, typename, typename T> struct Either { typedef T type; };
+template <typename T, typename Other> struct Either<true, T, Other> { typedef T type; };
+
+// out = x W for several weights of one format, or a product a head.
+struct DenseArgs {
+  Part part[4];
+  u32 first_unit[5];  // of each part; a unit is as many row tiles as a kernel takes at a time
+  u32 num_parts, slices, rows;
+  const u8* x;        // in the form of the format
+  u64 x_bytes;        // of a row
+  u32 matrices, x_matrix_bytes;  // heads of the only part, and bytes between the inputs of two of them; else 1
+  Mat residual;       // the result is added to it too (p null: none)
+};
+
 // Rows of activations that are multiplied at a time, and sums that a lane has of them.
 template <int F> struct Lot {
   static constexpr int rows = Is<F>::affine ? 4 : 8;
