@@ -678,4 +678,8 @@ pub(crate) struct Lines {
     pub(crate) x_at: u32,
     pub(crate) sums_at: u32,
     pub(crate) sums_bytes: u32,
+    pub(crate) shares: u32,
+    pub(crate) pad: u32,
+    pub(crate) sums: DevicePtr,
+    pub(crate) arrived: DevicePtr,
 }

@@ -1,7 +1,7 @@
 //! Dense products of a few rows by the kernels of `kernels/lines.cu`, whose blocks have a slice of the columns in shared memory: which of their sizes a product
 //! gets. The results are the bits of `few_line`.
 
-use super::CudaBackend;
+use super::{COUNTERS, CudaBackend};
 use crate::args;
 use crate::driver::Clusters;
 use crate::weights::{fast_format, takes_digits, tile_bytes};
@@ -12,20 +12,22 @@ use moellon_tensor::WeightFormat;
 const MOST_TILES: usize = 8 * 16;
 /// Slots of a warp's ring: more are not needed to keep enough weights on their way, and phases have a bit each.
 const MOST_DEPTH: usize = 16;
-/// Blocks that share the slices of a row tile: a cluster.
-const CLUSTERS: [usize; 4] = [1, 2, 4, 8];
 
-/// What a kernel was compiled for: row tiles of a warp, tiles of a slot of its ring, the most warps of a block.
+/// What a kernel was compiled for: row tiles of a warp, tiles of a slot of its ring, the most warps of a block, and whether it multiplies by wgmma.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Size {
     row_tiles: usize,
     tiles: usize,
     most_warps: usize,
+    wide: bool,
 }
 
-/// The sizes that `LINES` of lines.cu makes.
-const SIZES: [Size; 2] =
-    [Size { row_tiles: 2, tiles: 2, most_warps: 16 }, Size { row_tiles: 3, tiles: 2, most_warps: 8 }];
+/// The sizes that `LINES` and `WIDE_LINES` of lines.cu make.
+const SIZES: [Size; 3] = [
+    Size { row_tiles: 1, tiles: 4, most_warps: 16, wide: false },
+    Size { row_tiles: 2, tiles: 2, most_warps: 16, wide: false },
+    Size { row_tiles: 1, tiles: 4, most_warps: 16, wide: true },
+];
 
 /// A product of several weights, or of one a head.
 #[derive(Debug, Clone)]
@@ -41,33 +43,65 @@ struct Shape {
     rows: usize,
 }
 
+/// Which blocks have the slices of a unit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Team {
+    blocks: usize,
+    /// They are a cluster and add slices from each other's shared memory. Otherwise sums go through the second-level cache: clusters of eight blocks that
+    /// fill a multiprocessor each leave 12 of an H200's 132 idle (its groups of multiprocessors are no multiples of eight).
+    cluster: bool,
+}
+
+const TEAMS: [Team; 7] = [
+    Team { blocks: 1, cluster: true },
+    Team { blocks: 2, cluster: true },
+    Team { blocks: 2, cluster: false },
+    Team { blocks: 4, cluster: true },
+    Team { blocks: 4, cluster: false },
+    Team { blocks: 8, cluster: true },
+    Team { blocks: 8, cluster: false },
+];
+
+/// What a plan has to fit: multiprocessors, and bytes of shared memory that a block may have.
+#[derive(Debug, Clone, Copy)]
+struct Room {
+    multiprocessors: usize,
+    shared: usize,
+}
+
 /// How a product is launched.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Plan {
     size: Size,
-    /// Blocks of a cluster, and warps of a block.
-    cluster: usize,
+    team: Team,
+    /// Of a block.
     warps: usize,
     first_unit: [u32; 5],
     /// Units of all matrices.
     units: usize,
-    depth: u32,
-    x_at: u32,
-    sums_at: u32,
-    sums_bytes: u32,
+    /// Rows of weights of a unit.
+    unit_rows: usize,
+    /// Whether a team has one unit.
+    one: bool,
+    depth: usize,
+    x_at: usize,
+    sums_at: usize,
+    sums_bytes: usize,
     /// Dynamic shared memory.
-    shared: u32,
+    shared: usize,
 }
 
 impl Plan {
-    /// A product in blocks of `warps` warps, `cluster` of which have all slices; `None` if it does not fit into `most_shared` bytes of a block.
-    fn new(shape: &Shape, size: Size, cluster: usize, warps: usize, device: (usize, u32)) -> Option<Self> {
-        let (multiprocessors, most_shared) = device;
-        if !shape.slices.is_multiple_of(cluster) || warps > size.most_warps {
+    /// A product in blocks of `warps` warps; `None` if it does not fit.
+    fn new(shape: &Shape, size: Size, team: Team, warps: usize, room: Room) -> Option<Self> {
+        if !shape.slices.is_multiple_of(team.blocks) || warps > size.most_warps {
             return None;
         }
-        let slices = shape.slices / cluster;
-        if !warps.is_multiple_of(slices) {
+        let slices = shape.slices / team.blocks;
+        let digits = takes_digits(shape.format);
+        if !warps.is_multiple_of(slices)
+            || size.wide && !(digits && shape.rows == 32 && (warps / slices).is_multiple_of(4))
+        {
             return None;
         }
         let unit = warps / slices * size.row_tiles;
@@ -77,59 +111,68 @@ impl Plan {
         }
         let units = first_unit[shape.row_tiles.len()] as usize * shape.matrices;
         let start = |rank: usize| rank * slices * shape.tiles / shape.slices;
-        let tiles = (0..cluster).map(|rank| start(rank + 1) - start(rank)).max()?;
-        if tiles > MOST_TILES {
+        let tiles = (0..team.blocks).map(|rank| start(rank + 1) - start(rank)).max()?;
+        // Blocks that wait for each other must all be resident: one a multiprocessor.
+        if tiles > MOST_TILES || !team.cluster && (shape.matrices > 1 || 2 * units > COUNTERS) {
             return None;
         }
-        // A cluster with one unit has no use for its rows when it joins slices, so sums lie in their place.
-        let one = shape.matrices > 1 || units * cluster <= multiprocessors;
-        let x = tiles * shape.rows * if takes_digits(shape.format) { 136 } else { 128 };
+        let one = shape.matrices > 1 || units <= room.multiprocessors / team.blocks;
+        let x = match (size.wide, digits) {
+            (true, _) => tiles.div_ceil(2) * 8192 + tiles * 256,
+            (false, true) => tiles * shape.rows * 136,
+            (false, false) => tiles * shape.rows * 128,
+        };
         let sums = slices * shape.rows * (unit * 16 + 8) * 4;
-        let behind_rings = if one { x.max(sums) } else { x + 2 * sums };
+        // A cluster with one unit has no use for its rows when it joins slices, so sums lie in their place.
+        let behind_rings = match (team.cluster, one) {
+            (false, _) => x,
+            (true, true) => x.max(sums),
+            (true, false) => x + 2 * sums,
+        };
         let slot = size.row_tiles * size.tiles * tile_bytes(shape.format) as usize;
-        let ring = |depth: usize| depth * slot + 128;
+        let rings = |depth: usize| (warps * (depth * slot + 128)).next_multiple_of(1024);
         let useful = if one { shape.tiles.div_ceil(shape.slices).div_ceil(size.tiles) } else { MOST_DEPTH };
-        let fits = |depth: &usize| warps * ring(*depth) + behind_rings <= most_shared as usize;
+        let fits = |depth: &usize| rings(*depth) + behind_rings <= room.shared;
         let depth = (useful.min(2)..=useful.min(MOST_DEPTH)).rev().find(fits)?;
-        let x_at = warps * ring(depth);
+        let x_at = rings(depth);
+        let least = if team.cluster { 0 } else { room.shared / 2 + 1024 };
         Some(Plan {
             size,
-            cluster,
+            team,
             warps,
             first_unit,
             units,
-            depth: depth as u32,
-            x_at: x_at as u32,
-            sums_at: (if one { x_at } else { x_at + x }) as u32,
-            sums_bytes: if one { 0 } else { sums as u32 },
-            shared: (x_at + behind_rings) as u32,
+            unit_rows: unit * 16,
+            one,
+            depth,
+            x_at,
+            sums_at: if one { x_at } else { x_at + x },
+            sums_bytes: if one { 0 } else { sums },
+            shared: (x_at + behind_rings).max(least),
         })
     }
 
     /// Which of all plans takes the least time; `None` if none fits.
-    fn best(shape: &Shape, device: (usize, u32)) -> Option<Self> {
+    fn best(shape: &Shape, room: Room) -> Option<Self> {
         let plans = SIZES.iter().flat_map(|size| {
-            CLUSTERS.iter().flat_map(move |cluster| {
-                (1..=size.most_warps).filter_map(move |warps| Plan::new(shape, *size, *cluster, warps, device))
+            TEAMS.iter().flat_map(move |team| {
+                (1..=size.most_warps).filter_map(move |warps| Plan::new(shape, *size, *team, warps, room))
             })
         });
-        plans.min_by(|a, b| a.time(shape, device.0).total_cmp(&b.time(shape, device.0)))
+        plans.min_by(|a, b| a.time(shape, room).total_cmp(&b.time(shape, room)))
     }
-}
 
-impl Plan {
-    /// Microseconds that the product takes on so many multiprocessors, roughly.
-    fn time(&self, shape: &Shape, multiprocessors: usize) -> f64 {
-        let usable = multiprocessors / self.cluster * self.cluster;
-        let slices = shape.slices / self.cluster;
+    /// Microseconds that the product takes, roughly.
+    fn time(&self, shape: &Shape, room: Room) -> f64 {
+        let usable =
+            if self.team.cluster { 30 * room.multiprocessors / 33 } else { room.multiprocessors } / self.team.blocks;
         let tiles = (self.warps * self.size.row_tiles * shape.tiles.div_ceil(shape.slices)) as f64;
-        let rounds = (self.units * self.cluster).div_ceil(usable) as f64;
+        let rounds = self.units.div_ceil(usable) as f64;
         let bytes = f64::from(tile_bytes(shape.format)) / 30e3;
-        let multiplied = 0.008 + 0.0007 * shape.rows as f64;
-        let x = (shape.tiles.div_ceil(self.cluster) * shape.rows * 136) as f64 / 60e3;
-        let each = if self.sums_bytes > 0 { 1.5 } else { 0.0 };
-        let join = if self.cluster > 1 { 1.0 } else { 0.0 } + 0.1 * slices as f64;
-        x + join + rounds * (tiles * bytes.max(multiplied) + each)
+        let multiplied = if self.size.wide { 0.024 } else { 0.008 + 0.0011 * shape.rows as f64 };
+        let x = (shape.tiles.div_ceil(self.team.blocks) * shape.rows * 136) as f64 / 60e3;
+        let join = if self.team.blocks > 1 { 1.0 } else { 0.0 };
+        x + join + rounds * (tiles * bytes.max(multiplied) + if self.one { 0.0 } else { join })
     }
 }
 
@@ -150,28 +193,40 @@ impl CudaBackend {
             format,
             rows,
         };
-        let device = (self.device.multiprocessors as usize, self.kernels.lines_shared());
-        let (Some(plan), Some(name)) = (Plan::best(&shape, device), fast_format(format)) else { return Ok(false) };
-        let Size { row_tiles, tiles, most_warps } = plan.size;
-        let Some(kernel) = self.kernels.lines(&format!("lines{rows}_{row_tiles}_{tiles}_{most_warps}_{name}"))? else {
-            return Ok(false);
+        let room = Room {
+            multiprocessors: self.device.multiprocessors as usize,
+            shared: self.kernels.lines_shared() as usize,
         };
-        let mut dense = *dense;
-        dense.first_unit = plan.first_unit;
-        let args = args::Lines {
-            dense,
-            depth: plan.depth,
-            x_at: plan.x_at,
-            sums_at: plan.sums_at,
-            sums_bytes: plan.sums_bytes,
+        let (Some(plan), Some(name)) = (Plan::best(&shape, room), fast_format(format)) else { return Ok(false) };
+        let Size { row_tiles, tiles, most_warps, wide } = plan.size;
+        let wide = if wide { "w" } else { "" };
+        let kernel = format!("lines{rows}{wide}_{row_tiles}_{tiles}_{most_warps}_{name}");
+        let Some(kernel) = self.kernels.lines(&kernel)? else { return Ok(false) };
+        let mut args = args::Lines {
+            dense: *dense,
+            depth: plan.depth as u32,
+            x_at: plan.x_at as u32,
+            sums_at: plan.sums_at as u32,
+            sums_bytes: plan.sums_bytes as u32,
+            ..args::Lines::default()
         };
-        let mut clusters = Clusters { count: plan.units as u32, blocks: plan.cluster as u32 };
-        let threads = 32 * plan.warps as u32;
-        if plan.sums_bytes > 0 {
-            clusters.count =
-                clusters.count.min(self.device.resident_clusters(&kernel, clusters, threads, plan.shared)?);
+        args.dense.first_unit = plan.first_unit;
+        let (threads, shared) = (32 * plan.warps as u32, plan.shared as u32);
+        let (mut count, blocks) = (plan.units as u32, plan.team.blocks as u32);
+        if !plan.team.cluster {
+            let floats = plan.units * shape.slices * rows * (plan.unit_rows + 8);
+            args.shares = blocks;
+            args.sums = self.slice_sums.pointer("sums of slices", 4 * floats as u64, &mut self.device)?;
+            args.arrived = self.counters(COUNTERS)?;
+            count = count.min(self.device.multiprocessors / blocks);
+            self.device.launch(&kernel, [count * blocks, 1, 1], threads, shared, &args)?;
+            return Ok(true);
         }
-        self.device.launch_clusters(&kernel, clusters, threads, plan.shared, &args)?;
+        let mut clusters = Clusters { count, blocks };
+        if !plan.one {
+            clusters.count = count.min(self.device.resident_clusters(&kernel, clusters, threads, shared)?);
+        }
+        self.device.launch_clusters(&kernel, clusters, threads, shared, &args)?;
         Ok(true)
     }
 }
