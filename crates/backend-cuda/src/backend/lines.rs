@@ -230,3 +230,91 @@ impl CudaBackend {
         Ok(true)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::products::slices;
+    use moellon_tensor::ScaleDtype;
+
+    const H200: Room = Room { multiprocessors: 132, shared: 226 << 10 };
+
+    fn shape(rows_of_parts: &[usize], matrices: usize, cols: usize, bits: u8, rows: usize) -> Shape {
+        Shape {
+            row_tiles: rows_of_parts.iter().map(|rows| rows.div_ceil(16)).collect(),
+            matrices,
+            tiles: cols.div_ceil(64),
+            slices: slices(cols),
+            format: WeightFormat::Affine { bits, group: 64, scale: ScaleDtype::Bf16 },
+            rows,
+        }
+    }
+
+    /// The dense products of a layer of GLM-5.2, its head, and a small one.
+    fn shapes(bits: u8, rows: usize) -> Vec<Shape> {
+        vec![
+            shape(&[2048, 576], 1, 6144, bits, rows),
+            shape(&[16384], 1, 2048, bits, rows),
+            shape(&[512], 64, 192, bits, rows),
+            shape(&[256], 64, 512, bits, rows),
+            shape(&[6144], 1, 16384, bits, rows),
+            shape(&[6144], 1, 2048, bits, rows),
+            shape(&[154_880], 1, 6144, bits, rows),
+            shape(&[48, 17], 1, 100, bits, rows),
+        ]
+    }
+
+    fn all_plans(shape: &Shape) -> Vec<Plan> {
+        let mut plans = Vec::new();
+        for size in SIZES {
+            for team in TEAMS {
+                plans.extend((1..=size.most_warps).filter_map(|warps| Plan::new(shape, size, team, warps, H200)));
+            }
+        }
+        plans
+    }
+
+    #[test]
+    fn every_plan_has_all_row_tiles_and_fits() {
+        for (bits, rows) in [(2, 8), (4, 16), (4, 32), (6, 32), (8, 32)] {
+            for shape in shapes(bits, rows) {
+                let plans = all_plans(&shape);
+                for plan in &plans {
+                    let tiles_of_part =
+                        |i: usize| (plan.first_unit[i + 1] - plan.first_unit[i]) as usize * plan.unit_rows / 16;
+                    assert!(
+                        (0..shape.row_tiles.len()).all(|i| tiles_of_part(i) >= shape.row_tiles[i]),
+                        "{shape:?} {plan:?}"
+                    );
+                    assert!(plan.shared <= H200.shared && plan.x_at.is_multiple_of(1024), "{shape:?} {plan:?}");
+                    assert!(plan.depth >= 1 && plan.depth <= MOST_DEPTH, "{shape:?} {plan:?}");
+                }
+                assert_eq!(Plan::best(&shape, H200).is_some(), !plans.is_empty(), "{shape:?}");
+            }
+        }
+    }
+
+    /// Blocks that wait for each other without being a cluster would wait for ever if one of them were not resident.
+    #[test]
+    fn blocks_that_wait_are_all_resident() {
+        let plans: Vec<Plan> = shapes(4, 32).iter().flat_map(all_plans).filter(|plan| !plan.team.cluster).collect();
+        assert!(!plans.is_empty());
+        for plan in plans {
+            let teams = plan.units.min(H200.multiprocessors / plan.team.blocks);
+            assert!(teams * plan.team.blocks <= H200.multiprocessors, "{plan:?}");
+            assert!(plan.one == (plan.units <= teams), "{plan:?}");
+        }
+    }
+
+    #[test]
+    fn sums_do_not_reach_the_rings() {
+        for shape in shapes(4, 32) {
+            for plan in all_plans(&shape).iter().filter(|plan| plan.team.cluster && !plan.one) {
+                assert!(
+                    plan.sums_at >= plan.x_at && plan.sums_at + 2 * plan.sums_bytes <= plan.shared,
+                    "{shape:?} {plan:?}"
+                );
+            }
+        }
+    }
+}
