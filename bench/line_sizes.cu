@@ -1,7 +1,7 @@
 // Dense products of a layer of GLM-5.2-77 for NUM_ROWS rows: every size of the kernels of lines.cu that fits, against few_line of few.cu, in time and bits.
 //
 //     nvcc -std=c++20 -O2 -arch=sm_90a -Icrates/backend-cuda/kernels -DNO_KERNELS -DNUM_ROWS=32 bench/line_sizes.cu -lcuda
-//     ./a.out FOLDER  # of few.cubin and lines.cubin (compiled with -DVARIANTS)
+//     ./a.out FOLDER  # of few.cubin and lines.cubin
 #include <cuda.h>
 #include <cstdio>
 #include <cstdlib>
@@ -17,9 +17,9 @@
 #include "layer.cuh"
 
 #ifndef NUM_ROWS
-#define NUM_ROWS 32
+#define NUM_ROWS 32  // 9 to 32
 #endif
-static const u32 ROWS_OF_KERNEL = NUM_ROWS <= 8 ? 8 : NUM_ROWS <= 16 ? 16 : 32;
+static const u32 ROWS_OF_KERNEL = NUM_ROWS <= 16 ? 16 : 32;
 static u32 shares_of(u32 groups, u32 slices, u32 tiles) {
   double hidden = NUM_ROWS <= 8 ? 1.5 : NUM_ROWS <= 16 ? 2 : 3, best = 1e30; u32 found = 1;
   for (u32 n = 1; n <= slices; n *= 2) {
@@ -36,8 +36,8 @@ static const std::vector<Shape> SHAPES = {
   {"shared, second", {HID}, INTER, 1, false, LAYERS}, {"keys", {KVL}, NOPE, HEADS, false, LAYERS}, {"values", {VD}, KVL, HEADS, false, LAYERS},
   {"head", {154880}, HID, 1, false, 1},
 };
-struct Kernel { u32 row_tiles, tiles, warps; bool wide = false; };
-static const std::vector<Kernel> KERNELS_OF_LINES = {{1, 4, 16}, {2, 2, 16}, {2, 2, 12}, {2, 4, 12}, {3, 2, 12}, {3, 2, 8}, {4, 2, 8}, {4, 1, 8}, {1, 4, 16, true}, {1, 2, 16, true}, {2, 2, 16, true}, {2, 2, 12, true}, {3, 2, 8, true}};
+struct Kernel { u32 row_tiles, tiles, warps; };
+static const std::vector<Kernel> KERNELS_OF_LINES = {{1, 4, 16}, {3, 2, 8}, {4, 2, 8}};
 
 // A product's weights and activations in one layer, as the arguments of few_line.
 struct Args : FewLineArgs { float* sums_of_lines; u32* counters_of_lines; u64 floats_of_lines; };
@@ -83,48 +83,37 @@ struct Size_ { u32 cluster; bool global; u32 warps; Kernel kernel; };  // `globa
 static bool lines_launch(Launch& l, const Shape& p, const Args& few, Size_ z, u32 most_depth) {
   LinesArgs a = {};
   u32 S = few.slices, R = z.kernel.row_tiles, C = z.kernel.tiles;
-  if (S % z.cluster || z.warps > z.kernel.warps || (z.global && z.cluster == 1) || (z.kernel.wide && NUM_ROWS <= 16)) return false;
+  if (S % z.cluster || z.warps > z.kernel.warps || (z.global && z.cluster == 1)) return false;
   u32 own = S / z.cluster;
-  if (z.warps % own || (z.kernel.wide && z.warps / own % 4)) return false;
+  if (z.warps % own) return false;
   u32 unit = z.warps / own * R, tiles = (p.cols + 63) / 64, units = 0, most_tiles = 0;
   for (u32 i = 0; i < few.num_parts; i++) { a.part[i] = few.part[i]; a.first_unit[i] = units; units += ((p.part_rows[i] + 15) / 16 + unit - 1) / unit; a.first_unit[i + 1] = units; }
   for (u32 r = 0; r < z.cluster; r++) most_tiles = std::max(most_tiles, (r + 1) * own * tiles / S - r * own * tiles / S);
   if (most_tiles > 8 * 16) return false;
   a.num_parts = few.num_parts; a.slices = S; a.rows = NUM_ROWS; a.x = few.x; a.x_bytes = few.x_bytes; a.matrices = few.matrices; a.x_matrix_bytes = few.x_matrix_bytes; a.residual = few.residual;
   units *= p.heads;
-  u32 x = z.kernel.wide ? (most_tiles + 1) / 2 * 8192 + most_tiles * 256 : most_tiles * ROWS_OF_KERNEL * 136;
-  u32 sums = own * ROWS_OF_KERNEL * (unit * 16 + 8) * 4, slot = R * C * tile_bytes(4), all = 226 << 10;
-  u32 groups = 132 / z.cluster;
-  bool one = z.global ? units <= groups : units * z.cluster <= 132 || p.heads > 1;
-  a.sums_bytes = one ? 0 : sums;
-  u32 rest = z.global ? x : one ? std::max(x, sums) : x + 2 * sums;
-  if (rest + 1024 >= all) return false;
-  u32 depth = 0, count = (tiles + S - 1) / S, useful = one ? (count + C - 1) / C : 16;
-  auto rings = [&](u32 d) { return (z.warps * (d * slot + 128) + 1023) / 1024 * 1024; };
-  for (u32 d = 1; d <= std::min({most_depth, useful, 16u}); d++) if (rings(d) + rest <= all) depth = d;
-  if (depth == 0 || (depth == 1 && useful > 1)) return false;
-  a.depth = depth; a.x_at = rings(depth); a.sums_at = one ? a.x_at : a.x_at + x;
-  if (z.global) { a.shares = z.cluster; a.sums = few.sums_of_lines; a.arrived = few.counters_of_lines; if ((u64)units * S * ROWS_OF_KERNEL * (unit * 16 + 8) > few.floats_of_lines || units > 8192 || p.heads > 1) return false; }
-  std::string name = "lines" + std::to_string(ROWS_OF_KERNEL) + (z.kernel.wide ? "w_" : "_") + std::to_string(R) + "_" + std::to_string(C) + "_" + std::to_string(z.kernel.warps) + "_affine4";
-  CUfunction f = kernel("lines", name.c_str());
-  cuFuncSetAttribute(f, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, all);
-  u32 shared = a.x_at + rest;
-  if (z.global) shared = std::max(shared, 118u << 10);  // one block a multiprocessor: all of them are resident
-  l = make(p, f, units * z.cluster, 32 * z.warps, shared, &a, sizeof a, z.global ? 1 : z.cluster);
-  if (z.global) { l.grid.x = std::min(units, groups) * z.cluster; return l.grid.x >= 60; }
-  int clusters = 0;
-  if (z.cluster == 1) { cuOccupancyMaxActiveBlocksPerMultiprocessor(&clusters, f, l.block, l.shared); clusters *= 132; }
-  else {
-    CUlaunchConfig c = {};
-    c.gridDimX = l.grid.x; c.gridDimY = c.gridDimZ = 1; c.blockDimX = l.block; c.blockDimY = c.blockDimZ = 1; c.sharedMemBytes = l.shared;
-    CUlaunchAttribute at[1]; at[0].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION; at[0].value.clusterDim.x = z.cluster; at[0].value.clusterDim.y = at[0].value.clusterDim.z = 1;
-    c.attrs = at; c.numAttrs = 1;
-    if (cuOccupancyMaxActiveClusters(&clusters, f, &c)) return false;
+  u32 x = most_tiles * ROWS_OF_KERNEL * 136, sums = z.global ? 0 : own * ROWS_OF_KERNEL * (unit * 16 + 8) * 4, slot = R * C * tile_bytes(4), all = 226 << 10;
+  u32 count = (tiles + S - 1) / S, useful = (count + C - 1) / C, depth = std::min(most_depth, useful);
+  a.depth = depth; a.x_at = (z.warps * (depth * slot + 128) + 1023) / 1024 * 1024;
+  u32 shared = a.x_at + std::max(x, sums);
+  if (shared > all) return false;
+  if (z.global) {
+    if ((u64)units * S * ROWS_OF_KERNEL * (unit * 16 + 8) > few.floats_of_lines || units * z.cluster > 132) return false;
+    a.shares = z.cluster; a.sums = few.sums_of_lines; a.arrived = few.counters_of_lines;
+    shared = std::max(shared, 118u << 10);  // one block a multiprocessor: all of them are resident
   }
-  if (clusters == 0) return false;
-  if (!one) l.grid.x = std::min(units, (u32)clusters) * z.cluster;
-  // As many blocks as have work at a time, at least half of the multiprocessors.
-  return l.grid.x >= 60 && (p.heads > 1 || !one || units <= (u32)clusters);
+  CUfunction f = kernel("lines", ("lines" + std::to_string(ROWS_OF_KERNEL) + "_" + std::to_string(R) + "_affine4").c_str());
+  cuFuncSetAttribute(f, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, all);
+  l = make(p, f, units * z.cluster, 32 * z.warps, shared, &a, sizeof a, z.global ? 1 : z.cluster);
+  if (z.global) return l.grid.x >= 60;
+  CUlaunchConfig c = {};
+  c.gridDimX = l.grid.x; c.gridDimY = c.gridDimZ = 1; c.blockDimX = l.block; c.blockDimY = c.blockDimZ = 1; c.sharedMemBytes = l.shared;
+  CUlaunchAttribute at[1]; at[0].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION; at[0].value.clusterDim.x = z.cluster; at[0].value.clusterDim.y = at[0].value.clusterDim.z = 1;
+  c.attrs = at; c.numAttrs = 1;
+  int clusters = 0;
+  if (cuOccupancyMaxActiveClusters(&clusters, f, &c)) return false;
+  // All of them at a time, on at least half of the multiprocessors.
+  return l.grid.x >= 60 && (p.heads > 1 || units <= (u32)clusters);
 }
 static __device__ u32 differ;
 __global__ void compare(const u32* a, const u32* b, u64 n) { for (u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x) if (a[i] != b[i]) atomicAdd(&differ, 1); }
@@ -183,10 +172,10 @@ int main(int argc, char** argv) {
             if (real < depth && depth < 16) continue;  // measured already
             if (depth == 16 && real <= 2) continue;
             ref.clear(p, args[0]); launch(v[0], s);
-            if (cudaStreamSynchronize(s) != cudaSuccess) { printf("%s: cluster %u%s warps %u kernel %s%u %u %u fails: %s\n", p.tag, cluster, global ? "g" : "", warps, k.wide ? "w" : "", k.row_tiles, k.tiles, k.warps, cudaGetErrorString(cudaGetLastError())); return 1; }
+            if (cudaStreamSynchronize(s) != cudaSuccess) { printf("%s: cluster %u%s warps %u kernel %u %u %u fails: %s\n", p.tag, cluster, global ? "g" : "", warps, k.row_tiles, k.tiles, k.warps, cudaGetErrorString(cudaGetLastError())); return 1; }
             u32 different = ref.differences();
             double us = time_of(v);
-            fprintf(log, "%d rows %s: cluster %u%s warps %u kernel %s%u_%u_%u depth %u shared %u blocks %u: %.2f us, %u differ\n", NUM_ROWS, p.tag, cluster, global ? "g" : "", warps, k.wide ? "w" : "", k.row_tiles, k.tiles, k.warps, real, v[0].shared, v[0].grid.x, us, different);
+            fprintf(log, "%d rows %s: cluster %u%s warps %u kernel %u_%u_%u depth %u shared %u blocks %u: %.2f us, %u differ\n", NUM_ROWS, p.tag, cluster, global ? "g" : "", warps, k.row_tiles, k.tiles, k.warps, real, v[0].shared, v[0].grid.x, us, different);
             if (different) { wrong++; continue; }
             found.push_back({us, z, real, v[0].shared, v[0].grid.x, v});
           }
@@ -195,10 +184,10 @@ int main(int argc, char** argv) {
     pdl = true;
     double overlapped = time_of(base);
     if (found.size() > 24) found.resize(24);
-    for (auto& f : found) { f.overlap = time_of(f.v); fprintf(log, "overlap %.2f: cluster %u%s warps %u kernel %s%u_%u_%u depth %u\n", f.overlap, f.z.cluster, f.z.global ? "g" : "", f.z.warps, f.z.kernel.wide ? "w" : "", f.z.kernel.row_tiles, f.z.kernel.tiles, f.z.kernel.warps, f.depth); }
+    for (auto& f : found) { f.overlap = time_of(f.v); fprintf(log, "overlap %.2f: cluster %u%s warps %u kernel %u_%u_%u depth %u\n", f.overlap, f.z.cluster, f.z.global ? "g" : "", f.z.warps, f.f.z.kernel.row_tiles, f.z.kernel.tiles, f.z.kernel.warps, f.depth); }
     pdl = false;
     printf("%-15s few_line %.1f/%.1f; %u wrong", p.tag, before, overlapped, wrong);
-    auto show = [&](Found& f) { printf("; %.1f/%.1f (K%u%s W%u %s%u_%u_%u D%u, %u)", f.us, f.overlap, f.z.cluster, f.z.global ? "g" : "", f.z.warps, f.z.kernel.wide ? "w" : "", f.z.kernel.row_tiles, f.z.kernel.tiles, f.z.kernel.warps, f.depth, f.blocks); };
+    auto show = [&](Found& f) { printf("; %.1f/%.1f (K%u%s W%u %u_%u_%u D%u, %u)", f.us, f.overlap, f.z.cluster, f.z.global ? "g" : "", f.z.warps, f.f.z.kernel.row_tiles, f.z.kernel.tiles, f.z.kernel.warps, f.depth, f.blocks); };
     for (u32 i = 0; i < found.size() && i < 2; i++) show(found[i]);
     std::sort(found.begin(), found.end(), [](auto& a, auto& b) { return a.overlap < b.overlap; });
     if (!found.empty()) { printf(" | "); show(found[0]); if (found[0].overlap < overlapped) best_launches = found[0].v; }

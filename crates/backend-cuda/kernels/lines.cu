@@ -1,4 +1,4 @@
-// Products of two to 32 rows of activations with dense weights: a block has one slice of the columns, of all rows, in shared memory.
+// Products of nine to 32 rows of activations with dense weights: a block has one slice of the columns, of all rows, in shared memory.
 //
 // With rows on their way through a ring (few_line of few.cu) every block of row tiles reads them again, which with 32 rows were more bytes than the weights, from
 // a second-level cache that gives multiprocessors some 5.5 TB/s altogether. Here a block copies its columns once, and its warps go through many row
@@ -8,16 +8,14 @@
 // Only on GPUs with clusters and bulk copies; others have few_line.
 #include "barriers.cuh"
 #include "lots.cuh"
-#include "wgmma.cuh"
 
 // Units in row tiles of a cluster.
 struct LinesArgs : DenseArgs {
   u32 depth;          // slots of a warp's ring
-  u32 x_at, sums_at;  // bytes of shared memory before the rows, and before the sums of slices
-  u32 sums_bytes;     // between the sums of two units in turn; 0: they lie where the rows were, and a cluster has one unit
+  u32 x_at;           // bytes of shared memory before the rows, whose place the sums of slices take later
   u32 shares, pad;    // blocks that have a unit's slices where they are no cluster, all of which are resident; else 0
   float* sums;        // shares: of each unit and slice; and
-  u32* arrived;       // two counters a unit
+  u32* arrived;       // two counters a unit, zero between two launches
 };
 
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
@@ -141,84 +139,6 @@ template <int F, int ROWS> struct Columns32 {
   }
 };
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// The same as wgmma wants its second operand: [pair of tiles][32 rows' high digits, then their low ones][128 bytes: 64 of each tile], pieces of 16 bytes swizzled by the
-// row's number; then [tile][row] scales and sums. Word (t, w) of a tile's digits of a row becomes word (w, t), the order in which lanes hold codes.
-template <int F> struct WideColumns : Columns32<F, 32> {
-  u32 about;
-  METHOD void copy(const u8* from, u64 row_bytes, u32 rows, u32 tiles) {
-    u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    about = this->at + (tiles + 1) / 2 * 8192;
-    for (u32 chunk = 0; chunk * CHUNK < tiles; chunk++) {
-      u32 first = chunk * CHUNK, end = first + CHUNK < tiles ? first + CHUNK : tiles;
-      for (u32 row = warp; row < rows; row += blockDim.x / 32) {
-        const u8* source = from + row * row_bytes;
-        u32 to = this->at + (row + lane / 16 * 32) * 128 + lane % 16 / 4 * 4;
-        for (u32 tile = first; tile < end; tile++) copy_async<4>(to + tile / 2 * 8192 + ((tile % 2 * 4 + lane % 4) ^ (row & 7)) * 16, source + tile * DIGITS_BYTES + lane * 4);
-        u32 tile = first + lane / 2;
-        if (tile < end) copy_async<4>(about + tile * 256 + row * 8 + lane % 2 * 4, source + tile * DIGITS_BYTES + 128 + lane % 2 * 12);
-      }
-      asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(this->bars + 8 * chunk) : "memory");
-    }
-  }
-  METHOD void wait(u32 end) {
-    if (this->known * CHUNK >= end) return;
-    Columns32<F, 32>::wait(end);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  }
-};
-#define R4(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
-DEVICE void wgmma_digits(u32 d[32], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 " WGMMA_SUMS ", {%32,%33,%34,%35}, %36, 1;"
-      : R4(0), R4(4), R4(8), R4(12), R4(16), R4(20), R4(24), R4(28) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
-}
-// acc += N tiles of the R row tiles of each warp of a warpgroup times 32 rows, by wgmma: 64 rows of weights, both digits of all rows.
-template <int F, int R, int N, typename P> DEVICE void multiply_wide(P& pipe, float acc[R][16], u32 slot, const WideColumns<F>& x, u32 tile) {
-  u32 t = threadIdx.x % 4;
-#pragma unroll
-  for (int i = 0; i < N; i++) {
-    u64 b = descriptor(x.at + (tile + i) / 2 * 8192) + (tile + i) % 2 * 4;
-    u32 d[R][32];
-    uint2 scales[R];
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-      Codes<F> codes;
-      Scales<F, true> v;
-      pipe.read(codes, v, slot + (r * P::C + i) * P::TILE);
-      scales[r] = v.v;
-      u32 o[8];
-#pragma unroll
-      for (int k = 0; k < 8; k++) o[k] = code_bytes<F>(codes, k);
-#pragma unroll
-      for (int k = 0; k < 32; k++) d[r][k] = BIAS_BITS;
-      wgmma_fence();
-      wgmma_digits(d[r], o[0], o[4], o[1], o[5], b);
-      wgmma_digits(d[r], o[2], o[6], o[3], o[7], b + 2);
-      wgmma_commit();
-    }
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-      if (r + 1 < R) asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-      else asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-      for (int k = 0; k < 32; k++) asm volatile("" : "+r"(d[r][k])::"memory");
-      float s[2] = {__uint_as_float(scales[r].x << 16), __uint_as_float(scales[r].y << 16)};
-      float o[2] = {__uint_as_float(scales[r].x & 0xffff0000u), __uint_as_float(scales[r].y & 0xffff0000u)};
-#pragma unroll
-      for (int q = 0; q < 4; q++) {
-        uint4 v = shared_load<uint4>(x.about + (tile + i) * 256 + q * 64 + t * 16);
-        float scale[2] = {__uint_as_float(v.x), __uint_as_float(v.z)}, sum[2] = {__uint_as_float(v.y), __uint_as_float(v.w)};
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          float& a = acc[r][4 * q + e];
-          a = fmaf(o[e >> 1], sum[e & 1], fmaf(s[e >> 1] * scale[e & 1], join_digits(d[r][4 * q + e], d[r][16 + 4 * q + e]), a));
-        }
-      }
-    }
-  }
-}
-#endif
-
 // acc += C tiles (or one) of the slot times the rows of the tiles at `x`.
 template <int F, int ROWS, int R, int N, typename P> DEVICE void multiply_columns(P& pipe, float acc[R][ROWS / Lot<F>::rows][Lot<F>::sums], u32 slot, u32 x) {
   typedef Columns32<F, ROWS> X;
@@ -258,7 +178,8 @@ DEVICE void store4(const Mat& m, u32 n, u32 column, const float v[4], u32 count)
     for (u32 k = 0; k < count; k++) store(m, n, column + k, v[k]);
 }
 
-// By all threads of the cluster: adds the slices' sums of a unit of `unit_rows` rows of weights, `line` floats a row of activations, and stores them.
+// By all threads of the cluster: adds the slices' sums of a unit of `unit_rows` rows of weights, `line` floats a row of activations, and stores them. They are at `sums` of each
+// block's shared memory, or in memory where blocks are no cluster.
 // Each block has its share of the rows of activations.
 template <int F, int ROWS> DEVICE void join(const LinesArgs& a, u32 sums, const float* shared_sums, u32 line, u32 unit_rows, Place place, u32 matrix, u32 rank, u32 size) {
   const Part& part = a.part[place.part];
@@ -295,116 +216,66 @@ template <int F, int ROWS> DEVICE void join(const LinesArgs& a, u32 sums, const 
   }
 }
 
-// Grid: clusters, each with whole units or one of them. Blocks of a cluster have neighbouring slices, the warps of a slice neighbouring row tiles, R each.
-template <int F, int ROWS, int R, int C, bool WIDE> DEVICE void lines(const LinesArgs& a) {
+// Grid: clusters of blocks, or blocks that share a unit, a unit each. Blocks of a unit have neighbouring slices, the warps of a slice neighbouring row tiles, R each.
+template <int F, int ROWS, int R, int C> DEVICE void lines(const LinesArgs& a) {
   extern __shared__ __align__(1024) u8 shared[];
   __shared__ __align__(8) u64 bars[MAX_CHUNKS];
-  constexpr int Q = WIDE ? 1 : ROWS / Lot<F>::rows, N = WIDE ? 16 : Lot<F>::sums;
+  constexpr int Q = ROWS / Lot<F>::rows, N = Lot<F>::sums;
   typedef DeepPipe<F, R, C> P;
+  typedef Columns32<F, ROWS> X;
   u32 warp = threadIdx.x / 32, size = a.shares ? a.shares : cluster_size(), rank = a.shares ? blockIdx.x % size : cluster_rank();
   u32 S = a.slices, own = S / size, team = blockDim.x / 32 / own;
   u32 slice = rank * own + warp / team, member = warp % team, tiles = num_tiles(a.part[0].w), unit_rows = team * R * 16;
   u32 block_first = slice_start(rank * own, S, tiles), first = slice_start(slice, S, tiles), count = slice_start(slice + 1, S, tiles) - first;
-  u32 per_matrix = a.first_unit[a.num_parts], total = per_matrix * a.matrices, clusters = gridDim.x / size, unit = blockIdx.x / size;
+  u32 per_matrix = a.first_unit[a.num_parts], unit = blockIdx.x / size, matrix = unit / per_matrix;
+  Place place = place_in(a, unit % per_matrix, unit_rows);
   P pipe;
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  typename Either<WIDE, WideColumns<F>, Columns32<F, ROWS>>::type x;
-#else
-  Columns32<F, ROWS> x;
-#endif
+  X x;
   pipe.start(shared, a.depth);
-  u32 ahead = unit;
-  auto issue = [&] {
-    if (pipe.left == 0 && ahead < total) {
-      Place p = place_in(a, ahead % per_matrix, unit_rows);
-      pipe.aim(a.part[p.part].w, ahead / per_matrix, p.first_row / 16 + member * R, first, count);
-      ahead += clusters;
-    }
-    pipe.issue();
-  };
-  for (u32 d = 0; d < a.depth; d++) issue();
+  pipe.aim(a.part[place.part].w, matrix, place.first_row / 16 + member * R, first, count);
+  for (u32 d = 0; d < a.depth; d++) pipe.issue();
   x.start((u32)__cvta_generic_to_shared(shared) + a.x_at, (u32)__cvta_generic_to_shared(bars));
   x.known = (first - block_first) / CHUNK;
   __syncthreads();
   pdl_launch();
   pdl_wait();
-  x.copy(a.x + (u64)(unit / per_matrix) * a.x_matrix_bytes + block_first * Form<F>::tile, a.x_bytes, a.rows, slice_start((rank + 1) * own, S, tiles) - block_first);
-  u32 line = unit_rows + 8, turn = 0;
-  for (; unit < total; unit += clusters) {
-    float acc[R][Q][N] = {};
-    for (u32 j = 0; j < count; j += C) {
-      u32 tile = first - block_first + j, n = count - j < C ? count - j : C;
-      x.wait(tile + n);
-      u32 slot = pipe.next();
-      if constexpr (WIDE) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-        float (*wide)[16] = (float (*)[16])acc;
-        if (n == C) multiply_wide<F, R, C>(pipe, wide, slot, x, tile);
-        else
-          for (u32 i = 0; i < n; i++) multiply_wide<F, R, 1>(pipe, wide, slot + i * P::TILE, x, tile + i);
-#endif
-      } else {
-        u32 at = x.at + tile * Columns32<F, ROWS>::STEP;
-        if (n == C) multiply_columns<F, ROWS, R, C>(pipe, acc, slot, at);
-        else
-          for (u32 i = 0; i < n; i++) multiply_columns<F, ROWS, R, 1>(pipe, acc, slot + i * P::TILE, at + i * Columns32<F, ROWS>::STEP);
-      }
-      __syncwarp();
-      issue();
-    }
-    u32 sums = (u32)__cvta_generic_to_shared(shared) + a.sums_at + turn * a.sums_bytes;
-    float* shared_sums = a.sums + (u64)unit * S * ROWS * line;
-    if (a.sums_bytes == 0 && !a.shares) __syncthreads();
-#pragma unroll
-    for (int i = 0; i < R; i++) {
-      auto put = [&](u32 r, u32 n, float sum) {
-        u32 at = (member * R + i) * 16 + r;
-        if (a.shares) shared_sums[(u64)(slice * ROWS + n) * line + at] = sum;
-        else asm volatile("st.shared.f32 [%0], %1;" ::"r"(sums + ((warp / team * ROWS + n) * line + at) * 4), "f"(sum) : "memory");
-      };
-      if constexpr (WIDE) {
-        u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-        for (int k = 0; k < 16; k++) put(g + k / 2 % 2 * 8, k / 4 * 8 + 2 * t + k % 2, acc[i][0][k]);
-      } else each_sum<F, Q>([&](u32 r, u32 n, int q, int k) { put(r, n, acc[i][q][k]); });
-    }
-    if (a.shares) shares_barrier(a.arrived + 2 * unit, size);
-    else if (size > 1) cluster_barrier();
-    else __syncthreads();
-    join<F, ROWS>(a, sums, shared_sums, line, unit_rows, place_in(a, unit % per_matrix, unit_rows), unit / per_matrix, rank, size);
-    turn ^= 1;
+  x.copy(a.x + (u64)matrix * a.x_matrix_bytes + block_first * Form<F>::tile, a.x_bytes, a.rows, slice_start((rank + 1) * own, S, tiles) - block_first);
+  float acc[R][Q][N] = {};
+  for (u32 j = 0; j < count; j += C) {
+    u32 tile = first - block_first + j, n = count - j < C ? count - j : C, at = x.at + tile * X::STEP;
+    x.wait(tile + n);
+    u32 slot = pipe.next();
+    if (n == C) multiply_columns<F, ROWS, R, C>(pipe, acc, slot, at);
+    else
+      for (u32 i = 0; i < n; i++) multiply_columns<F, ROWS, R, 1>(pipe, acc, slot + i * P::TILE, at + i * X::STEP);
+    __syncwarp();
+    pipe.issue();
   }
+  u32 line = unit_rows + 8;
+  float* shared_sums = a.sums + (u64)unit * S * ROWS * line;
+  // Nobody of the block needs the rows any more: sums take their place.
+  if (!a.shares) __syncthreads();
+#pragma unroll
+  for (int i = 0; i < R; i++)
+    each_sum<F, Q>([&](u32 r, u32 n, int q, int k) {
+      u32 at = (member * R + i) * 16 + r;
+      if (a.shares) shared_sums[(u64)(slice * ROWS + n) * line + at] = acc[i][q][k];
+      else asm volatile("st.shared.f32 [%0], %1;" ::"r"(x.at + ((warp / team * ROWS + n) * line + at) * 4), "f"(acc[i][q][k]) : "memory");
+    });
+  if (a.shares) shares_barrier(a.arrived + 2 * unit, size);
+  else if (size > 1) cluster_barrier();
+  else __syncthreads();
+  join<F, ROWS>(a, x.at, shared_sums, line, unit_rows, place, matrix, rank, size);
   // Others read the sums of this block.
   if (size > 1 && !a.shares) cluster_barrier();
 }
 
 #ifndef NO_KERNELS
 #define LINES(NAME, F, ROWS, R, C, WARPS_) \
-  KERNEL __launch_bounds__(32 * WARPS_, 1) lines##ROWS##_##R##_##C##_##WARPS_##_##NAME(const __grid_constant__ LinesArgs a) { lines<F, ROWS, R, C, false>(a); }
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define WIDE_LINES(NAME, F, R, C, WARPS_) \
-  KERNEL __launch_bounds__(32 * WARPS_, 1) lines32w_##R##_##C##_##WARPS_##_##NAME(const __grid_constant__ LinesArgs a) { lines<F, 32, R, C, true>(a); }
-#else
-#define WIDE_LINES(NAME, F, R, C, WARPS_)
-#endif
-#ifdef VARIANTS
-#define ALL(R, C, W) LINES(affine4, AFFINE4, 32, R, C, W) LINES(affine4, AFFINE4, 16, R, C, W) LINES(affine4, AFFINE4, 8, R, C, W)
-ALL(1, 4, 16)
-ALL(2, 2, 16)
-ALL(2, 2, 12)
-ALL(2, 4, 12)
-ALL(3, 2, 12)
-ALL(3, 2, 8)
-ALL(4, 2, 8)
-ALL(4, 1, 8)
-WIDE_LINES(affine4, AFFINE4, 1, 4, 16)
-WIDE_LINES(affine4, AFFINE4, 1, 2, 16)
-WIDE_LINES(affine4, AFFINE4, 2, 2, 16)
-WIDE_LINES(affine4, AFFINE4, 2, 2, 12)
-WIDE_LINES(affine4, AFFINE4, 3, 2, 8)
-#else
-#define SIZES(NAME, F, ROWS) LINES(NAME, F, ROWS, 1, 4, 16) LINES(NAME, F, ROWS, 2, 2, 16)
-#define KERNELS(NAME, F) SIZES(NAME, F, 8) SIZES(NAME, F, 16) SIZES(NAME, F, 32)
+  KERNEL __launch_bounds__(32 * WARPS_, 1) lines##ROWS##_##R##_##NAME(const __grid_constant__ LinesArgs a) { lines<F, ROWS, R, C>(a); }
+#define KERNELS(NAME, F) \
+  LINES(NAME, F, 16, 1, 4, 16) LINES(NAME, F, 16, 3, 2, 8) LINES(NAME, F, 16, 4, 2, 8) \
+  LINES(NAME, F, 32, 1, 4, 16) LINES(NAME, F, 32, 3, 2, 8) LINES(NAME, F, 32, 4, 2, 8)
 KERNELS(affine2, AFFINE2)
 KERNELS(affine3, AFFINE3)
 KERNELS(affine4, AFFINE4)
@@ -415,12 +286,5 @@ KERNELS(nvfp4, NVFP4)
 KERNELS(mxfp4, MXFP4)
 KERNELS(mxfp8, MXFP8)
 KERNELS(fp8, FP8)
-WIDE_LINES(affine2, AFFINE2, 1, 4, 16)
-WIDE_LINES(affine3, AFFINE3, 1, 4, 16)
-WIDE_LINES(affine4, AFFINE4, 1, 4, 16)
-WIDE_LINES(affine5, AFFINE5, 1, 4, 16)
-WIDE_LINES(affine6, AFFINE6, 1, 4, 16)
-WIDE_LINES(affine8, AFFINE8, 1, 4, 16)
-#endif
 #endif
 #endif

@@ -676,8 +676,6 @@ pub(crate) struct Lines {
     pub(crate) dense: Dense,
     pub(crate) depth: u32,
     pub(crate) x_at: u32,
-    pub(crate) sums_at: u32,
-    pub(crate) sums_bytes: u32,
     pub(crate) shares: u32,
     pub(crate) pad: u32,
     pub(crate) sums: DevicePtr,

@@ -310,26 +310,6 @@ impl Device {
         check(result, &format!("launching {} with grid {grid:?}, {block} threads, {shared} bytes", kernel.name))
     }
 
-    /// Clusters of a kernel that the GPU holds at a time, with `block` threads and `shared` bytes of dynamic shared memory a block.
-    pub(crate) fn resident_clusters(
-        &mut self,
-        kernel: &Kernel,
-        clusters: Clusters,
-        block: u32,
-        shared: u32,
-    ) -> Result<u32> {
-        self.enter()?;
-        let mut attributes = [clusters.attribute()];
-        let grid = [clusters.count * clusters.blocks, 1, 1];
-        let config = launch_config(grid, block, shared, self.stream, &mut attributes);
-        let mut resident = 0;
-        // SAFETY: out pointer; the function is loaded, the attributes live as long as the configuration.
-        let result =
-            unsafe { sys::cuOccupancyMaxActiveClusters(&raw mut resident, kernel.function, &raw const config) };
-        check(result, &format!("asking how many clusters of {} fit", kernel.name))?;
-        Ok(resident.max(1) as u32)
-    }
-
     /// The next kernel starts when everything before it has ended: for weights, which kernels ask for before they wait for the kernel before.
     pub(crate) fn separate(&mut self) {
         self.separate = true;
