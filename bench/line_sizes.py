@@ -89,7 +89,7 @@ def main(arguments):
     with open(machine) as text:
         about = json.load(text)["machine"]
     receipt = {
-        "content_sha256": None, "schema": 1, "name": "cuda-line-sizes", "date": "2026-12-01", "commit": commit, "binary_sha256": digest, "machine": about, "steal_pct": None,
+        "schema": 1, "name": "cuda-line-sizes", "date": "2026-12-01", "commit": commit, "binary_sha256": digest, "machine": about, "steal_pct": None,
         "commands": ["nvcc -std=c++20 -O2 -gencode=arch=compute_90a,code=sm_90a -Icrates/backend-cuda/kernels -DNO_KERNELS -DNUM_ROWS=8|16|32 bench/line_sizes.cu -lcuda; ./a.out "
                      "FOLDER LOG (medians of graphs of five layers; lines.cu compiled with -DVARIANTS); binary_sha256 is that of the three programs, one after another"],
         "samples": {"call rows product: blocks of a unit (g: no cluster), of the grid, warps, kernel, slots, us": [short(size) for size in sizes],
