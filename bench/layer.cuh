@@ -85,7 +85,7 @@ static CUfunction kernel(const char* file, const char* name) {
   cuFuncSetAttribute(f, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 222 << 10);
   return f;
 }
-struct Launch { const char* tag; CUfunction fn; dim3 grid; u32 block, shared; std::vector<char> args; double mb; };
+struct Launch { const char* tag; CUfunction fn; dim3 grid; u32 block, shared; std::vector<char> args; double mb; u32 cluster = 1; };
 static std::vector<Launch> launches;
 template <typename A> static void add(const char* tag, CUfunction fn, dim3 grid, u32 block, u32 shared, A a, double mb) {
   Launch l; l.tag = tag; l.fn = fn; l.grid = grid; l.block = block; l.shared = shared; l.mb = mb;
@@ -97,8 +97,10 @@ static bool pdl = false;
 static void launch(Launch& l, cudaStream_t s) {
   CUlaunchConfig c = {};
   c.gridDimX = l.grid.x; c.gridDimY = l.grid.y; c.gridDimZ = l.grid.z; c.blockDimX = l.block; c.blockDimY = c.blockDimZ = 1; c.sharedMemBytes = l.shared; c.hStream = s;
-  CUlaunchAttribute at[1]; at[0].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION; at[0].value.programmaticStreamSerializationAllowed = 1;
-  c.attrs = at; c.numAttrs = pdl ? 1 : 0;
+  CUlaunchAttribute at[2]; u32 n = 0;
+  if (pdl) { at[n].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION; at[n++].value.programmaticStreamSerializationAllowed = 1; }
+  if (l.cluster > 1) { at[n].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION; at[n].value.clusterDim.x = l.cluster; at[n].value.clusterDim.y = at[n].value.clusterDim.z = 1; n++; }
+  c.attrs = at; c.numAttrs = n;
   void* p[1] = {l.args.data()};
   CUresult r = cuLaunchKernelEx(&c, l.fn, p, nullptr);
   if (r != CUDA_SUCCESS) { printf("launching %s: error %d\n", l.tag, (int)r); exit(1); }

@@ -9,6 +9,7 @@
 //   eight rows each, where an expert seldom has more than four rows. A lane has one row of activations and two of weights.
 //
 // Results are those of the kernels in matmul.cu bit for bit: the same sums in the same order.
+#include "lots.cuh"
 #include "shared_rows.cuh"
 #include "route.cuh"
 #include "row.cuh"
@@ -19,92 +20,6 @@
 #define TALL 2          // row tiles of a warp
 #define LINE_WARPS 4    // warps of a block of `few_line` that multiply
 
-// Rows of activations that are multiplied at a time, and sums that a lane has of them.
-template <int F> struct Lot {
-  static constexpr int rows = Is<F>::affine ? 4 : 8;
-  static constexpr int sums = Is<F>::affine ? 2 : 4;
-};
-
-// A lane's part of 64 columns of a lot.
-template <bool BYTES> struct Loaded { Columns<false> columns; };
-template <> struct Loaded<true> { uint4 x; float scale, sum; };
-// Lot q of the tile at `at`, whose rows are `row` bytes apart.
-template <int F> DEVICE void load_lot(Loaded<Is<F>::affine>& to, u32 at, u32 row, int q) {
-  u32 lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
-  at += q * Lot<F>::rows * row;
-  if constexpr (Is<F>::affine) {
-    to.x = shared_load<uint4>(at + g / 2 * row + 16 * t + (g & 1) * 64);
-    uint4 v = shared_load<uint4>(at + t * row + 128);
-    to.scale = __uint_as_float(v.x);
-    to.sum = __uint_as_float(v.w);
-  } else {
-    to.columns.b[0] = shared_load<uint4>(at + g * row + 16 * t);
-    to.columns.b[1] = shared_load<uint4>(at + g * row + 16 * t + 64);
-  }
-}
-
-// The product of a tile with a lot, as integers, and what makes floats of it.
-struct Product { int d[4]; float s[2], b[2]; };
-template <int F> DEVICE void multiply(Product& p, const Taken<F, true>& w, const Loaded<true>& x) {
-  const int bias[4] = {BIAS_BITS, BIAS_BITS, BIAS_BITS, BIAS_BITS};
-  int c[4];
-  const u32* o = w.o;
-  const u32 a0[4] = {o[0], o[4], o[1], o[5]}, a1[4] = {o[2], o[6], o[3], o[7]};
-  mma_bytes_biased(c, a0, x.x.x, x.x.y, bias);
-  mma_bytes_biased(p.d, a1, x.x.z, x.x.w, c);
-#pragma unroll
-  for (int k = 0; k < 2; k++) { p.s[k] = w.s[0][k]; p.b[k] = w.b[0][k]; }
-}
-DEVICE void add_product(float acc[2], const Product& p, const Loaded<true>& x) {
-#pragma unroll
-  for (int k = 0; k < 2; k++) {
-    acc[k] = fmaf(p.b[k], x.sum, fmaf(p.s[k] * x.scale, join_digits(p.d[2 * k], p.d[2 * k + 1]), acc[k]));
-  }
-}
-
-// acc += N tiles of the warp's row tiles in the slot at `slot`, times Q lots of rows at `x`.
-template <int F, int Q, int N, typename P, typename X> DEVICE void multiply_tiles(P& pipe, float acc[TALL][Q][Lot<F>::sums], u32 slot, u32 x) {
-  auto take = [&](Taken<F, true> taken[TALL], Scales<F, true> scales[TALL], int i) {
-#pragma unroll
-    for (int r = 0; r < TALL; r++) {
-      Codes<F> codes;
-      pipe.read(codes, scales[r], slot + (r * P::C + i) * P::TILE);
-      take_apart<F, true>(taken[r], codes, scales[r]);
-    }
-  };
-  Taken<F, true> w[TALL];
-  Scales<F, true> scales[TALL];
-  if constexpr (Is<F>::affine) {
-    // One product is on its way through the tensor cores while the one before becomes floats: one after another they take three times as long.
-    Product products[2][TALL];
-    Loaded<true> loaded[2];
-#pragma unroll
-    for (int step = 0; step <= N * Q; step++) {
-      if (step < N * Q) {
-        if (step % Q == 0) take(w, scales, step / Q);
-        load_lot<F>(loaded[step % 2], x + step / Q * X::STEP, X::ROW, step % Q);
-#pragma unroll
-        for (int r = 0; r < TALL; r++) multiply<F>(products[step % 2][r], w[r], loaded[step % 2]);
-      }
-      if (step > 0)
-#pragma unroll
-        for (int r = 0; r < TALL; r++) add_product(acc[r][(step - 1) % Q], products[(step - 1) % 2][r], loaded[(step - 1) % 2]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-      take(w, scales, i);
-#pragma unroll
-      for (int q = 0; q < Q; q++) {
-        Loaded<false> loaded;
-        load_lot<F>(loaded, x + i * X::STEP, X::ROW, q);
-#pragma unroll
-        for (int r = 0; r < TALL; r++) accumulate<F, true>(acc[r][q], w[r], scales[r], loaded.columns, false);
-      }
-    }
-  }
-}
-
 // acc += `count` tiles of the warp's row tiles, which have been issued in this order, times Q lots of the block's rows; `refill` keeps the ring full.
 template <int F, int Q, typename P, typename X, typename Refill>
 DEVICE void pass(P& pipe, X& rows, float acc[TALL][Q][Lot<F>::sums], u32 count, Refill refill) {
@@ -113,9 +28,10 @@ DEVICE void pass(P& pipe, X& rows, float acc[TALL][Q][Lot<F>::sums], u32 count, 
     pipe.wait();
     u32 slot = pipe.ring + pipe.take * P::SLOT;
     pipe.take = pipe.take + 1 == P::D ? 0 : pipe.take + 1;
-    if (count - j >= P::C) multiply_tiles<F, Q, P::C, P, X>(pipe, acc, slot, x);
+    if (count - j >= P::C) multiply_tiles<F, TALL, Q, P::C>(pipe, acc, slot, [&](Loaded<Is<F>::affine>& to, int i, int q) { load_lot<F>(to, x + i * X::STEP, X::ROW, q); });
     else
-      for (u32 i = 0; i < count - j; i++) multiply_tiles<F, Q, 1, P, X>(pipe, acc, slot + i * P::TILE, x + i * X::STEP);
+      for (u32 i = 0; i < count - j; i++, x += X::STEP)
+        multiply_tiles<F, TALL, Q, 1>(pipe, acc, slot + i * P::TILE, [&](Loaded<Is<F>::affine>& to, int, int q) { load_lot<F>(to, x, X::ROW, q); });
     rows.release();
     refill();
   }
@@ -130,26 +46,6 @@ template <int C, typename X, typename Row> DEVICE void feed(X& rows, u32 num_row
 #pragma unroll
     for (int i = 0; i < X::TURNS; i++) from[i] += C * X::STEP;
   }
-}
-
-// Calls f(row of the tile, row of activations, q, k) for the sums [q][k] of this lane.
-template <int F, int Q, typename Each> DEVICE void each_sum(Each f) {
-  u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-#pragma unroll
-  for (int q = 0; q < Q; q++)
-#pragma unroll
-    for (int k = 0; k < Lot<F>::sums; k++) {
-      if constexpr (Is<F>::affine) f(g + 8 * k, q * 4 + t, q, k);
-      else f(g + 8 * (k >> 1), q * 8 + 2 * t + (k & 1), q, k);
-    }
-}
-template <int F, int Q> DEVICE void add_slice(float sums[TALL][Q][Lot<F>::sums], const float acc[TALL][Q][Lot<F>::sums]) {
-#pragma unroll
-  for (int r = 0; r < TALL; r++)
-#pragma unroll
-    for (int q = 0; q < Q; q++)
-#pragma unroll
-      for (int k = 0; k < Lot<F>::sums; k++) sums[r][q][k] += acc[r][q][k];
 }
 
 template <int N> struct Count { static constexpr int n = N; };
@@ -240,8 +136,6 @@ struct FewUpArgs {
 
 // Tiles of a slot, slots of a warp's ring, slots of the rows' ring: what lets as many blocks fit as there are registers for.
 template <int C_, int D_, int X_> struct Size { static constexpr int C = C_, D = D_, X = X_; };
-template <bool, typename, typename T> struct Either { typedef T type; };
-template <typename T, typename Other> struct Either<true, T, Other> { typedef T type; };
 template <int F> using GroupSize = typename Either<(Words<F>::n > 4), Size<2, 2, 3>, Size<4, 2, 3>>::type;
 template <int F, int ROWS> using LineSize = typename Either<(Words<F>::n > 4),
     typename Either<ROWS == 32, Size<2, 2, 3>, Size<2, 3, 3>>::type, typename Either<ROWS == 32, Size<2, 3, 3>, Size<4, 2, 3>>::type>::type;
@@ -328,7 +222,7 @@ template <int F, bool ROUTED> DEVICE void few_up(const FewUpArgs& a, const FewPa
       for (u32 slice = 0; slice < S; slice++) {
         float acc[TALL][Q][Lot<F>::sums] = {};
         pass<F, Q>(pipe, rows, acc, slice_start(slice + 1, S, tiles) - slice_start(slice, S, tiles), issue);
-        add_slice<F, Q>(sums, acc);
+        add_slice<F, TALL, Q>(sums, acc);
       }
       each_sum<F, Q>([&](u32 r, u32 n, int q, int k) {
         u32 row = row_tile * 16 + r;
@@ -423,7 +317,7 @@ template <int F> DEVICE void few_down(const FewDownArgs& a) {
       for (u32 slice = 0; slice < S; slice++) {
         float acc[TALL][Q][Lot<F>::sums] = {};
         pass<F, Q>(pipe, rows, acc, slice_start(slice + 1, S, tiles) - slice_start(slice, S, tiles), issue);
-        add_slice<F, Q>(sums, acc);
+        add_slice<F, TALL, Q>(sums, acc);
       }
 #pragma unroll
       for (int i = 0; i < TALL; i++)
@@ -458,14 +352,8 @@ KERNEL __launch_bounds__(256) few_sum(const __grid_constant__ FewSumArgs a) {
 
 // ---- out = x W for several weights of one format, or a product a head ----
 
-struct FewLineArgs {
-  Part part[4];
-  u32 first_unit[5];  // of each part, in row tiles of a block
-  u32 num_parts, slices, rows;
-  const u8* x;        // in the form of the format
-  u64 x_bytes;        // of a row
-  u32 matrices, x_matrix_bytes;  // heads of the only part, and bytes between the inputs of two of them; else 1
-  Mat residual;       // the result is added to it too (p null: none)
+// Units in row tiles of a block.
+struct FewLineArgs : DenseArgs {
   u32 shares, pad;    // blocks that share the slices of a row tile
   float* sums;        // shares > 1: of each slice, as the warps have them; and
   u32* arrived;       // a counter a warp
@@ -593,7 +481,7 @@ template <int F, int ROWS> DEVICE void few_line(const FewLineArgs& a) {
         }
 #pragma unroll
         for (u32 i = 0; i < AT_ONCE; i++)
-          if (slice + i < S) add_slice<F, Q>(sums, acc[i]);
+          if (slice + i < S) add_slice<F, TALL, Q>(sums, acc[i]);
       }
     }
     auto each = [&](auto f) {

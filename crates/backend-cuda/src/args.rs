@@ -658,10 +658,10 @@ pub(crate) struct FewSum {
     pub(crate) pad: u32,
 }
 
-/// `FewLineArgs` of `few.cu`.
+/// `DenseArgs` of `lots.cuh`.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
-pub(crate) struct FewLine {
+pub(crate) struct Dense {
     pub(crate) part: [Part; 4],
     pub(crate) first_unit: [u32; 5],
     pub(crate) num_parts: u32,
@@ -672,6 +672,26 @@ pub(crate) struct FewLine {
     pub(crate) matrices: u32,
     pub(crate) x_matrix_bytes: u32,
     pub(crate) residual: Mat,
+}
+
+/// `FewLineArgs` of `few.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct FewLine {
+    pub(crate) dense: Dense,
+    pub(crate) shares: u32,
+    pub(crate) pad: u32,
+    pub(crate) sums: DevicePtr,
+    pub(crate) arrived: DevicePtr,
+}
+
+/// `LinesArgs` of `lines.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Lines {
+    pub(crate) dense: Dense,
+    pub(crate) depth: u32,
+    pub(crate) x_at: u32,
     pub(crate) shares: u32,
     pub(crate) pad: u32,
     pub(crate) sums: DevicePtr,

@@ -5,6 +5,7 @@ mod experts;
 mod few;
 mod gqa;
 mod latent;
+mod lines;
 mod operations;
 mod products;
 

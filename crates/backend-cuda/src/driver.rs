@@ -290,30 +290,47 @@ impl Device {
         shared: u32,
         args: &A,
     ) -> Result<()> {
+        self.launch_attributed(kernel, grid, block, shared, args, None)
+    }
+
+    /// The same for a kernel whose blocks work together in clusters.
+    pub(crate) fn launch_clusters<A: Copy>(
+        &mut self,
+        kernel: &Kernel,
+        clusters: Clusters,
+        block: u32,
+        shared: u32,
+        args: &A,
+    ) -> Result<()> {
+        self.launch_attributed(kernel, [clusters.count * clusters.blocks, 1, 1], block, shared, args, Some(clusters))
+    }
+
+    fn launch_attributed<A: Copy>(
+        &mut self,
+        kernel: &Kernel,
+        grid: [u32; 3],
+        block: u32,
+        shared: u32,
+        args: &A,
+        clusters: Option<Clusters>,
+    ) -> Result<()> {
         if grid.contains(&0) {
             return Ok(());
         }
         self.enter()?;
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: Default::default(),
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-        };
-        let config = sys::CUlaunchConfig {
-            gridDimX: grid[0],
-            gridDimY: grid[1],
-            gridDimZ: grid[2],
-            blockDimX: block,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: shared,
-            hStream: self.stream,
-            attrs: &raw mut attribute,
-            // A kernel may start while the one before it works (programmatic dependent launch).
-            numAttrs: u32::from(self.capability.0 >= 9 && !std::mem::take(&mut self.separate)),
-        };
+        let mut attributes = Vec::new();
+        // A kernel may start while the one before it works (programmatic dependent launch).
+        if self.capability.0 >= 9 && !std::mem::take(&mut self.separate) {
+            attributes.push(sys::CUlaunchAttribute {
+                id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                pad: Default::default(),
+                value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            });
+        }
+        attributes.extend(clusters.map(Clusters::attribute));
+        let config = launch_config(grid, block, shared, self.stream, &mut attributes);
         let mut parameters = [ptr::from_ref(args).cast_mut().cast::<c_void>()];
-        // SAFETY: the argument struct is the kernel's own (args.rs); the driver copies it before it returns.
+        // SAFETY: the argument struct is the kernel's own (args.rs); the driver copies it and the attributes before it returns.
         let result = unsafe {
             sys::cuLaunchKernelEx(&raw const config, kernel.function, parameters.as_mut_ptr(), ptr::null_mut())
         };
@@ -417,6 +434,45 @@ impl Drop for Device {
 #[derive(Default)]
 struct KernelClock {
     marks: Vec<(&'static str, Event)>,
+}
+
+/// Blocks that run at the same time and read each other's shared memory: `count` clusters of so many.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Clusters {
+    pub(crate) count: u32,
+    pub(crate) blocks: u32,
+}
+
+impl Clusters {
+    fn attribute(self) -> sys::CUlaunchAttribute {
+        let dimensions = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: self.blocks, y: 1, z: 1 };
+        sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+            pad: Default::default(),
+            value: sys::CUlaunchAttributeValue { clusterDim: dimensions },
+        }
+    }
+}
+
+fn launch_config(
+    grid: [u32; 3],
+    block: u32,
+    shared: u32,
+    stream: sys::CUstream,
+    attributes: &mut [sys::CUlaunchAttribute],
+) -> sys::CUlaunchConfig {
+    sys::CUlaunchConfig {
+        gridDimX: grid[0],
+        gridDimY: grid[1],
+        gridDimZ: grid[2],
+        blockDimX: block,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: shared,
+        hStream: stream,
+        attrs: attributes.as_mut_ptr(),
+        numAttrs: attributes.len() as u32,
+    }
 }
 
 /// A point in the stream that can be waited for, and whose time is taken.

@@ -30,15 +30,14 @@ macro_rules! files {
     };
 }
 
-static FILES: [File; 11] =
-    files!["rows" "pack" "matmul" "prompt" "attention" "prompt_attention" "gqa" "decode" "latent" "few" "sample"];
+static FILES: [File; 12] = files!["rows" "pack" "matmul" "prompt" "attention" "prompt_attention" "gqa" "decode" "latent" "few" "lines" "sample"];
 
 macro_rules! headers {
     ($($name:literal)*) => { [$(($name, include_str!(concat!("../kernels/", $name)))),*] };
 }
 
 /// What kernel files include, by name.
-const HEADERS: [(&str, &str); 12] = headers!["attend.cuh" "attend_rows.cuh" "barriers.cuh" "common.cuh" "matrices.cuh" "packed.cuh" "pipe.cuh" "product.cuh" "route.cuh" "row.cuh" "shared_rows.cuh" "wgmma.cuh"];
+const HEADERS: [(&str, &str); 13] = headers!["attend.cuh" "attend_rows.cuh" "barriers.cuh" "common.cuh" "lots.cuh" "matrices.cuh" "packed.cuh" "pipe.cuh" "product.cuh" "route.cuh" "row.cuh" "shared_rows.cuh" "wgmma.cuh"];
 
 /// The oldest GPUs whose instructions the kernels need (bfloat16 products, asynchronous copies).
 const OLDEST: (i32, i32) = (8, 0);
@@ -228,6 +227,17 @@ impl Kernels {
     pub(crate) fn has_few(&mut self, name: &str) -> Result<bool> {
         let shared = few_shared(name).min(self.most_shared);
         Ok(self.module("few").find(name, shared)?.is_some())
+    }
+
+    /// A kernel for dense products of a few rows; on GPUs without clusters there is none.
+    pub(crate) fn lines(&mut self, name: &str) -> Result<Option<Kernel>> {
+        let shared = self.lines_shared();
+        self.module("lines").find(name, shared)
+    }
+
+    /// Dynamic shared memory that a block of [`Kernels::lines`] may have.
+    pub(crate) fn lines_shared(&self) -> u32 {
+        ATTENTION_SHARED.min(self.most_shared)
     }
 
     /// A kernel for a step's attention with grouped queries.

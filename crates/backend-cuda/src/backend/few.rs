@@ -111,13 +111,13 @@ impl CudaBackend {
         let (format, cols) = (parts[0].0.format, parts[0].0.cols);
         let input = self.whole_input(x, format)?;
         let (from, x_bytes) = rows_of(&input, format, cols);
-        let mut args = args::FewLine {
+        let mut args = args::Dense {
             num_parts: parts.len() as u32,
             x: from,
             x_bytes,
             matrices: 1,
             residual: residual.map_or(Ok(Mat::default()), |r| self.residual(r))?,
-            ..args::FewLine::default()
+            ..args::Dense::default()
         };
         for (i, (weight, out)) in parts.iter().enumerate() {
             args.part[i] = Part { w: self.weights[weight.id as usize].packed, out: self.output(*out)? };
@@ -134,13 +134,13 @@ impl CudaBackend {
         let (from, bytes) = rows_of(&input, format, cols);
         let (x_bytes, x_matrix_bytes) =
             if takes_digits(format) { (bytes * heads as u64, bytes as u32) } else { (bytes, 2 * input.head_stride()) };
-        let mut args = args::FewLine {
+        let mut args = args::Dense {
             num_parts: 1,
             x: from,
             x_bytes,
             matrices: heads as u32,
             x_matrix_bytes,
-            ..args::FewLine::default()
+            ..args::Dense::default()
         };
         args.part[0] = Part { w: self.weights[op.weight.id as usize].packed, out: self.output(op.out)? };
         self.launch_line(args, name, format, op.x.rows)?;
@@ -148,23 +148,27 @@ impl CudaBackend {
     }
 
     /// Cuts the parts into units and launches.
-    fn launch_line(&mut self, mut args: args::FewLine, name: &str, format: WeightFormat, rows: usize) -> Result<()> {
+    fn launch_line(&mut self, mut dense: args::Dense, name: &str, format: WeightFormat, rows: usize) -> Result<()> {
         let (variant, rows_of_kernel) = match rows {
             ..=4 => ("line4", 4),
             5..=8 => ("line8", 8),
             9..=16 => ("line16", 16),
             _ => ("line32", 32),
         };
-        let cols = args.part[0].w.cols as usize;
-        (args.slices, args.rows) = (slices(cols) as u32, rows as u32);
-        let mut units = 0;
-        for i in 0..args.num_parts as usize {
-            args.first_unit[i] = units;
-            units += args.part[i].w.rows.div_ceil((16 * TALL * LINE_WARPS) as u32);
-            args.first_unit[i + 1] = units;
+        let cols = dense.part[0].w.cols as usize;
+        (dense.slices, dense.rows) = (slices(cols) as u32, rows as u32);
+        if self.launch_lines(&dense, format)? {
+            return Ok(());
         }
-        let groups = (units * args.matrices) as usize;
+        let mut units = 0;
+        for i in 0..dense.num_parts as usize {
+            dense.first_unit[i] = units;
+            units += dense.part[i].w.rows.div_ceil((16 * TALL * LINE_WARPS) as u32);
+            dense.first_unit[i + 1] = units;
+        }
+        let groups = (units * dense.matrices) as usize;
         let multiprocessors = self.device.multiprocessors as usize;
+        let mut args = args::FewLine { dense, ..args::FewLine::default() };
         let mut shares = slice_shares(groups, slices(cols), cols.div_ceil(64), rows, multiprocessors);
         if shares > 1 && groups * LINE_WARPS <= COUNTERS {
             let floats = groups * slices(cols) * 16 * TALL * LINE_WARPS * rows_of_kernel.max(8);
