@@ -92,7 +92,7 @@ template <int F> DEVICE void put_form(const float v[8], u8* row, u32 c, bool ins
 // acc += `count` tiles from `slot` on, by columns from `column` on, which start at `x`. A loop over single tiles: code that runs once a layer is fetched from far away.
 template <typename P, int F> DEVICE void tiles(P& pipe, float acc[P::SUMS], u32 slot, u32 count, const u8* x, u32 column, u32 cols) {
 #pragma unroll 1
-  for (u32 i = 0; i < count; i++) pipe.tile(acc, slot + i * P::TILE, x + (column / 64 + i) * Form<F>::tile, column + i * 64, cols);
+  for (u32 i = 0; i < count; i++) pipe.template tile<false>(acc, slot + i * P::TILE, x + (column / 64 + i) * Form<F>::tile, column + i * 64, cols);
 }
 DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 bar) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
