@@ -3,9 +3,11 @@
     python3 bench/decode_layer.py NAME DRIVER FILE..
 
 A FILE holds the output of runs one after another. A run starts with `== NAME`; NAME is `WHAT@CONTEXT`, CONTEXT the positions in the cache. Runs of one context are
-compared with its first by the hash of the residual stream. MOELLON_COMMIT and MOELLON_BINARY as for bench/receipts.py.
+compared with its first by the hash of the residual stream. MOELLON_COMMIT and MOELLON_BINARY as for bench/receipts.py; the receipt's hash is that of the CUBIN of
+kernels/latent.cu.
 """
 
+import hashlib
 import re
 import statistics
 import sys
@@ -71,7 +73,9 @@ def main():
         "(a folder of CUBINs a variant; 5 layers; medians of 30 replays of the graph of all kernels, 15 of a kernel alone; variants one after another)",
     ]
     tables = {name: table(samples), f"{name}-stages": stage_table(samples)}
-    receipts.write(name, commands, samples, {k: v for k, v in tables.items() if v}, receipts.steal_ticks(), machine)
+    kernels = receipts.ROOT / "crates/backend-cuda/cubin/sm_90a/latent.cubin.gz"
+    binary = hashlib.sha256(kernels.read_bytes()).hexdigest()
+    receipts.write(name, commands, samples, {k: v for k, v in tables.items() if v}, receipts.steal_ticks(), machine, binary)
 
 
 if __name__ == "__main__":
