@@ -5,6 +5,8 @@
     python3 bench/cuda.py sampling [REQUESTS ..] # draws on the device against draws on the host, over HTTP: the same texts, and their speed
     python3 bench/cuda.py context [SHAPE/FORMAT/BATCHES ..]  # decode at 8192 positions against 128
     python3 bench/cuda.py prompts [SHAPE/FORMAT ..]  # prompts of 512 to 4096 tokens, each in one step, stage by stage
+    python3 bench/cuda.py turns SHAPE/FORMAT NAME=KERNELS ..  # steps and a prompt with folders of kernels, in turns
+    python3 bench/cuda.py waits NAME=KERNELS/FORMAT/ROWS ..  # what the experts' kernels of a step wait for, by folders of kernels (needs ncu)
     python3 bench/cuda.py golden                # worst difference from transformers; texts of the bundled model against the CPU's
     python3 bench/cuda.py formats TEST          # golden models in every format, from the test golden_cuda (its binary, on a machine that compiles nothing)
     python3 bench/cuda.py load DIRECTORY        # loading a large checkpoint (bench/large_checkpoint.py) against the bus (needs torch, which measures it)
@@ -15,6 +17,7 @@ Needs nothing but Python.
 """
 
 import contextlib
+import csv
 import json
 import os
 import re
@@ -128,25 +131,31 @@ def sampling(stolen, counts):
 
 
 def context(stolen, chosen):
-    reports, rows, commands = [], [], []
+    reports, rows, stages, commands = [], [], [], []
     for plan in chosen or (f"{SLICE}/affine-4", f"{SHAPE}/q3a4"):
         shape, form, *more = plan.split("/")
         batches = more[0] if more else "1,8"
-        first = {}
-        for length in (128, 8192):
-            command = ["bench", "--backend", "cuda", "--synthetic", shape, "--format", form, "--batch", batches, "--context", str(length), "--prompt", "1", "--windows", "7", "--steps", "20", "--json"]
-            report = json.loads(run(*command)[0])
-            reports.append(report)
-            commands.append(f"{NAME} {' '.join(command)}")
-            for result in report["results"]:
-                ms = result["step_ms"]
-                first.setdefault(result["batch"], ms)
-                rows.append({
-                    "shape": shape, "format": form, "batch": result["batch"], "context": length, "tok/s": f"{result['decode_tok_s']:.1f}", "ms a step": f"{ms:.2f}",
-                    "against 128": f"{ms / first[result['batch']]:.2f}", "MB a step": f"{result['bytes_per_step'] / 1e6:.0f}",
-                    "share of measured bandwidth": f"{100 * result['bandwidth_share']:.0f} %",
-                })
-    write("cuda-context", commands, reports, {"cuda-context": rows}, stolen)
+        # Both contexts with one load, so that the whole model takes a minute.
+        command = ["bench", "--backend", "cuda", "--synthetic", shape, "--format", form, "--batch", batches, "--context", "128,8192", "--prompt", "1", "--windows", "7", "--steps", "20", "--json"]
+        report = json.loads(run(*command)[0])
+        reports.append(report)
+        commands.append(f"{NAME} {' '.join(command)}")
+        first, took = {}, {}
+        for result in report["results"]:
+            ms = result["step_ms"]
+            first.setdefault(result["batch"], ms)
+            rows.append({
+                "shape": shape, "format": form, "batch": result["batch"], "context": result["context"], "tok/s": f"{result['decode_tok_s']:.1f}", "ms a step": f"{ms:.2f}",
+                "against 128": f"{ms / first[result['batch']]:.2f}", "MB a step": f"{result['bytes_per_step'] / 1e6:.0f}",
+                "share of measured bandwidth": f"{100 * result['bandwidth_share']:.0f} %",
+            })
+            for stage in result["stages"]:
+                took[result["batch"], stage["stage"], result["context"]] = stage["microseconds"]
+        for (batch, stage, length), us in took.items():
+            if length == 8192 and stage in ("indexer", "attention"):
+                before = took[batch, stage, 128]
+                stages.append({"shape": shape, "format": form, "batch": batch, "stage": stage, "us at 128": f"{before:.0f}", "us at 8192": f"{us:.0f}", "more, us": f"{us - before:.0f}"})
+    write("cuda-context", commands, reports, {"cuda-context": rows, "cuda-context-stages": stages}, stolen)
 
 
 def prompts(stolen, chosen):
@@ -170,6 +179,69 @@ def prompts(stolen, chosen):
                     "share": f"{100 * stage['microseconds'] / total:.0f} %",
                 })
     write("cuda-prompts", commands, reports, {"cuda-prompts": rows, "cuda-prompt-stages": stages}, stolen)
+
+
+def turns(stolen, plan, kernels):
+    """Steps of 1, 8 and 32 rows and prompts of 512 tokens, twice with each folder of kernels in turn."""
+    shape, form = plan.split("/")
+    command = ["bench", "--backend", "cuda", "--synthetic", shape, "--format", form, "--batch", "1,8,32", "--prompt", "512", "--windows", "3", "--steps", "10", "--json"]
+    found, reports, commands = {}, [], []
+    for _ in range(2):
+        for name, folder in (words.split("=") for words in kernels):
+            report = json.loads(run(*command, "--cuda-kernels", folder)[0])
+            reports.append(report | {"kernels": name})
+            commands.append(f"{NAME} {' '.join(command)} --cuda-kernels {name}")
+            results = [(f"step, {r['batch']} rows", r["decode_tok_s"], r["bandwidth_share"]) for r in report["results"]]
+            for what, speed, share in results + [("prompt, 512 tokens", r["tok_s"], None) for r in report["prefill"]]:
+                found.setdefault(what, {}).setdefault(name, []).append((speed, share))
+    rows = []
+    for what, by_name in found.items():
+        first = None
+        for name, values in by_name.items():
+            speeds, shares = zip(*values)
+            middle = statistics.median(speeds)
+            first = first or middle
+            rows.append({
+                "shape": shape, "format": form, "what": what, "kernels": name, "tok/s": f"{middle:.0f}", "least and most": f"{min(speeds):.0f}-{max(speeds):.0f}",
+                "share of measured bandwidth": "-" if shares[0] is None else f"{100 * statistics.median(shares):.0f} %", "against the first": f"{middle / first:.2f}",
+            })
+    write("cuda-turns", commands, reports, {"cuda-turns": rows}, stolen)
+
+
+def waits(stolen, plans):
+    """The experts' kernels of a step under Nsight Compute: instructions, pipes, and the reasons for which warps issue nothing."""
+    stall = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
+    reasons = ("long_scoreboard", "short_scoreboard", "wait", "math_pipe_throttle", "mio_throttle", "lg_throttle", "barrier", "membar", "not_selected", "no_instruction", "dispatch_stall", "branch_resolving")
+    basic = {
+        "ns": "gpu__time_duration.sum", "bytes": "dram__bytes_read.sum", "instructions": "smsp__inst_executed.sum", "issue": "smsp__issue_active.avg.pct_of_peak_sustained_active",
+        "alu": "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active", "fma": "sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_active", "warps": "smsp__warps_active.avg.per_cycle_active",
+    }
+    rows, samples, commands = [], [], []
+    for plan in plans:
+        kernels, form, batch = plan.rsplit("/", 2)
+        name, folder = kernels.split("=")
+        command = ["bench", "--synthetic", "glm-5.2-77:layers=4,vocab=4096", "--format", form, "--backend", "cuda", "--batch", batch, "--prompt", "1", "--windows", "1", "--steps", "2"]
+        metrics = [*basic.values(), *map(stall.format, reasons)]
+        profiler = ["ncu", "--clock-control", "none", "--cache-control", "none", "-k", "regex:^(up_|experts_down|few_up|few_down)", "--metrics", ",".join(metrics), "--launch-skip", "6", "--launch-count", "4", "--csv"]
+        words = [*profiler, BINARY, *command]
+        out = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, "MOELLON_CUDA_KERNELS": folder}).stdout
+        commands.append(" ".join([*profiler[:7], "..", NAME, *command]))
+        found = {}
+        for row in csv.DictReader(line for line in out.splitlines() if line.startswith('"')):
+            launch = found.setdefault(row["Kernel Name"].split("(")[0], {}).setdefault(row["ID"], {})
+            # A reason that this GPU does not know is none.
+            launch[row["Metric Name"]] = 0.0 if row["Metric Value"] == "n/a" and "stalled" in row["Metric Name"] else float(row["Metric Value"].replace(",", ""))
+        for kernel, launches in found.items():
+            samples.append({"plan": f"{name}/{form}/{batch}", "kernel": kernel, "launches": list(launches.values())})
+            middle = lambda metric: statistics.median(launch[metric] for launch in launches.values())
+            value = {key: middle(metric) for key, metric in basic.items()}
+            stalls = sorted(((middle(stall.format(reason)), reason) for reason in reasons), reverse=True)
+            rows.append({
+                "kernels": name, "format": form, "rows": batch, "kernel": kernel, "us": f"{value['ns'] / 1e3:.1f}", "TB/s": f"{value['bytes'] / value['ns'] / 1e3:.2f}",
+                "instructions of a warp for 576 bytes": f"{576 * value['instructions'] / value['bytes']:.0f}", "issue slots used": f"{value['issue']:.0f} %", "ALU": f"{value['alu']:.0f} %",
+                "FMA": f"{value['fma']:.0f} %", "warps a scheduler": f"{value['warps']:.1f}", "cycles a warp waits for each instruction": ", ".join(f"{reason.replace('_', ' ')} {cycles:.1f}" for cycles, reason in stalls[:5]),
+            })
+    write("cuda-waits", commands, samples, {"cuda-waits": rows}, stolen)
 
 
 def golden(stolen):
@@ -320,6 +392,10 @@ def main():
             context(stolen, plans)
         case ["prompts", *plans]:
             prompts(stolen, plans)
+        case ["turns", plan, *kernels]:
+            turns(stolen, plan, kernels)
+        case ["waits", *plans]:
+            waits(stolen, plans)
         case ["golden"]:
             golden(stolen)
         case ["load", directory]:

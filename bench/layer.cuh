@@ -4,9 +4,6 @@
 #ifndef BLOCKS
 #define BLOCKS 3
 #endif
-#ifndef CONTEXT
-#define CONTEXT 128
-#endif
 #ifndef ROUTED_BITS
 #define ROUTED_BITS 3
 #endif
@@ -74,14 +71,18 @@ static u32 resident(u32 shared) { u32 fit = (228u << 10) / (shared + (6 << 10));
 
 // Kernels come from a folder of CUBINs, as nvrtc_check.py writes them, unpacked: a variant needs no build of this program.
 static std::string folder = ".";
-static CUfunction kernel(const char* file, const char* name) {
+static std::map<std::string, CUmodule>& loaded() {
   static std::map<std::string, CUmodule> modules;
+  return modules;
+}
+static CUfunction kernel(const char* file, const char* name) {
+  std::map<std::string, CUmodule>& modules = loaded();
   CUmodule& module = modules[file];
   std::string path = folder + "/" + file + ".cubin";
   if (!module && cuModuleLoad(&module, path.c_str()) != CUDA_SUCCESS) { printf("%s does not load\n", path.c_str()); exit(1); }
   CUfunction f;
   if (cuModuleGetFunction(&f, module, name) != CUDA_SUCCESS) { printf("%s has no kernel %s\n", path.c_str(), name); exit(1); }
-  cuFuncSetAttribute(f, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 200 << 10);
+  cuFuncSetAttribute(f, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 222 << 10);
   return f;
 }
 struct Launch { const char* tag; CUfunction fn; dim3 grid; u32 block, shared; std::vector<char> args; double mb; u32 cluster = 1; };

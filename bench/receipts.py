@@ -6,6 +6,7 @@
     python3 bench/receipts.py tiny              # the bundled model: prompt and decode speed
     python3 bench/receipts.py decode [SHAPE ..] # slices of published shapes: decode and prefill against bandwidth
     python3 bench/receipts.py context           # decode at 8192 positions against 128, sparse attention on
+    python3 bench/receipts.py context-variants NAME=COMMIT=PROGRAM ..  # the same of several builds in turns
     python3 bench/receipts.py verify [SHAPE ..] # steps of several rows of one sequence against their bytes
     python3 bench/receipts.py resident DIRECTORY # memory of a large checkpoint, loaded and decoding
     python3 bench/receipts.py kernels           # one linear layer by format and rows (examples/kernel_speed)
@@ -201,10 +202,14 @@ def decode(stolen, shapes):
             write(f"decode-cpu-{shape}-{plan}", commands, reports, {"decode-cpu": rows}, stolen)
 
 
+def context_command(length, windows):
+    return ["bench", "--synthetic", SLICES["glm"], "--format", "affine-4", "--batch", "1", "--context", str(length), "--prompt", "1", "--windows", str(windows), "--cache", "bf16", "--json"]
+
+
 def context(stolen):
     reports, rows, commands = [], [], []
     for length in (128, 2048, 8192):
-        command = ["bench", "--synthetic", SLICES["glm"], "--format", "affine-4", "--batch", "1", "--context", str(length), "--prompt", "1", "--windows", "9", "--cache", "bf16", "--json"]
+        command = context_command(length, 9)
         report = json.loads(run(*command)[0])
         reports.append(report)
         commands.append(f"{NAME} {' '.join(command)}")
@@ -217,6 +222,37 @@ def context(stolen):
             "share of measured bandwidth": f"{100 * result['bandwidth_share']:.0f} %",
         })
     write("context-cpu", commands, reports, {"context-cpu": rows}, stolen)
+
+
+def context_rows(samples):
+    """A row of every measurement: two rounds have no median, and one minute's bandwidth is not the next one's."""
+    rows, first = [], {}
+    for sample in sorted(samples, key=lambda s: s["round"]):
+        result = sample["report"]["results"][0]
+        stages = {stage["stage"]: stage["microseconds"] / 1000 for stage in result["stages"]}
+        shortest = first.setdefault((sample["round"], sample["variant"]), result["step_ms"])
+        rows.append({
+            "shape": SLICES["glm"], "format": "affine-4", "round": sample["round"], "variant": sample["variant"], "commit": sample["commit"][:7],
+            "context": sample["context"], "ms a step": f"{result['step_ms']:.2f}", "quartiles": "-".join(f"{ms:.2f}" for ms in result["step_ms_quartiles"]),
+            "against 128": f"{result['step_ms'] / shortest:.2f}", "attention, ms": f"{stages['attention']:.2f}", "indexer, ms": f"{stages['indexer']:.2f}",
+            "reading, GB/s": f"{result['measured_read_gb_s']:.1f}",
+        })
+    return rows
+
+
+def context_variants(stolen, *words):
+    """Steps at 128 and 8192 positions of several builds in turns, and what attention and the indexer take of them."""
+    builds = [word.split("=", 2) for word in words]
+    lengths, rounds, samples = (128, 8192), 2, []
+    for number in range(rounds):
+        for name, commit, program in builds if number % 2 == 0 else builds[::-1]:
+            for length in lengths:
+                report = json.loads(subprocess.run([program, *context_command(length, 5)], check=True, capture_output=True, text=True).stdout)
+                samples.append({"variant": name, "commit": commit, "round": number + 1, "context": length, "report": report})
+    rows = context_rows(samples)
+    commands = [f"{NAME} {' '.join(context_command(length, 5))}" for length in lengths]
+    kept = {"samples": samples, "builds": [{"variant": n, "commit": c, "binary_sha256": hashlib.sha256(Path(b).read_bytes()).hexdigest()} for n, c, b in builds]}
+    write("context-variants", commands, kept, {"context-variants": rows}, stolen)
 
 
 def verify(stolen, shapes):
@@ -352,8 +388,11 @@ def step_variants(stolen, *words):
                 "share of measured bandwidth": f"{100 * statistics.median(s['bandwidth_share'] for s in steps):.0f} %",
                 "prefill 512, tok/s": f"{statistics.median(r['prefill'][0]['tok_s'] for r in reports):.0f}",
             })
-    command = f"{NAME} bench --synthetic {SLICES['qwen']} --format affine-4 --batch 1,8 --prompt 512 --windows 4 --steps 12 --json"
-    write("cpu-step-variants", [command], samples, {"cpu-step-variants": rows}, stolen)
+    commands = [
+        f"{NAME} bench --synthetic {shape} --format {form} --batch 1,8 --prompt 512 --windows 4 --steps 12 --json"
+        for shape, form in dict.fromkeys((row["shape"], row["format"]) for row in rows)
+    ]
+    write("cpu-step-variants", commands, samples, {"cpu-step-variants": rows}, stolen)
 
 
 def activations(stolen, *words):
@@ -588,7 +627,7 @@ def cuda_sanitizer(stolen, conformance, recorded, kernels=None):
 
 
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "operations", "variants", "step-variants", "activations", "pages", "cuda", "wgpu", "wgpu-steps", "cuda-kernels", "cuda-sanitizer"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("golden", "open", "tiny", "decode", "context", "verify", "resident", "kernels", "operations", "variants", "step-variants", "context-variants", "activations", "pages", "cuda", "wgpu", "wgpu-steps", "cuda-kernels", "cuda-sanitizer"):
         raise SystemExit(__doc__)
     stolen = steal_ticks()
     match sys.argv[1]:
@@ -612,6 +651,8 @@ def main():
             operations(stolen, sys.argv[2:])
         case "variants":
             variants(stolen, *sys.argv[2:])
+        case "context-variants":
+            context_variants(stolen, *sys.argv[2:])
         case "step-variants":
             step_variants(stolen, *sys.argv[2:])
         case "activations":

@@ -11,15 +11,13 @@
 //! `unsafe`: threads write disjoint heads of the output.
 #![allow(unsafe_code)]
 
-use crate::attention::{
-    CHUNK, Heads, KeysAndValues, PART_KEYS, Sums, WideRows, attend_chunk, heads_floats, sums_floats,
-};
+use crate::attention::{CHUNK, Heads, KeysAndValues, PART_KEYS, Sums, heads_floats, sums_floats};
+use crate::chunk_rows::{ChunkRows, query_floats};
 use crate::memory::Floats;
 use crate::paged::Pages;
 use crate::scratch::Scratch;
 use crate::simd::Level;
 use crate::work::Queues;
-use moellon_ops::CacheDtype;
 use moellon_tensor::pool::{Pool, partition};
 use std::ops::Range;
 
@@ -27,10 +25,14 @@ use std::ops::Range;
 const UNIT_TOKENS: usize = 8;
 /// Heads that kernels take at once: units hold multiples, except the last of a key head.
 const UNIT_HEADS: usize = 4;
+/// The same for tile registers, which have only whole tiles.
+const TILE_HEADS: usize = 16;
 /// Heads that read a row at once, at most ([`crate::attention`]): with more of them, or several tokens, rows are widened first.
 const WIDE_HEADS: usize = 8;
 /// Floats of queries and sums of a unit of several tokens, about: they and a chunk's rows share L2.
 const UNIT_FLOATS: usize = 40 * 1024;
+/// The same for tile registers: the more heads and tokens multiply a chunk, the less it costs to make tiles of it.
+const TILE_UNIT_FLOATS: usize = 256 * 1024;
 
 /// What attention is over, for both kinds.
 pub(crate) struct Attend<'a, K, C, Q> {
@@ -53,6 +55,8 @@ pub(crate) struct Attend<'a, K, C, Q> {
     pub(crate) chosen: C,
     /// `write_query(token, head, to)`
     pub(crate) write_query: Q,
+    /// Whether tile registers multiply; only if [`crate::chunk_rows::tiles_fit`].
+    pub(crate) tiles: bool,
     /// `[num_tokens][num_key_heads * heads_per_key * value_dim]`
     pub(crate) out: Floats,
 }
@@ -60,6 +64,8 @@ pub(crate) struct Attend<'a, K, C, Q> {
 /// How work is cut into units.
 #[derive(Clone, Copy)]
 struct Split {
+    /// Heads of a group.
+    group_heads: usize,
     /// Tokens of a unit, and units that all tokens are.
     unit_tokens: usize,
     token_blocks: usize,
@@ -78,7 +84,7 @@ impl Split {
 
     /// Heads of a unit, at most.
     fn unit_heads(&self) -> usize {
-        self.head_groups.div_ceil(self.head_parts) * UNIT_HEADS
+        self.head_groups.div_ceil(self.head_parts) * self.group_heads
     }
 }
 
@@ -138,6 +144,11 @@ impl Default for ChunkSlots {
 }
 
 impl ChunkSlots {
+    /// Slots of the positions from `start` on that are before `end`, which is their chunk's or further; none where there are none.
+    fn before(&mut self, pages: &Pages, context: &Context<'_>, start: usize, end: usize) -> &[u32] {
+        if start < end { self.of_context(pages, context, start).0 } else { &[] }
+    }
+
     /// Slots of the positions of `context` from `start` on, and whether they were asked for before.
     fn of_context(&mut self, pages: &Pages, context: &Context<'_>, start: usize) -> (&[u32], bool) {
         let count = CHUNK.min(context.num_keys - start);
@@ -171,24 +182,26 @@ where
     pub(crate) fn run(&self, pool: &Pool, scratch: &mut Scratch, queues: &mut Queues) {
         let num_threads = pool.num_threads();
         let split = self.split(num_threads);
-        let space_floats = self.wide_floats(&split) + split.unit_tokens * self.token_floats(split.unit_heads());
+        let space_floats = self.rows_floats(&split) + split.unit_tokens * self.token_floats(split.unit_heads());
         let parts_floats = if split.context_parts == 1 { 0 } else { split.num_units() * self.part_floats(&split) };
         let (space, parts) = scratch.per_thread_and_shared(num_threads, space_floats, parts_floats);
         queues.fill(split.num_units(), num_threads);
         let queues = &*queues;
         pool.run(|index, _| {
+            #[cfg(target_arch = "x86_64")]
+            let _tiles = crate::simd::amx::Use;
             // SAFETY: each thread takes its own part.
             let space = unsafe { space.part(index) };
             // Pieces of one key head and part of its heads are neighbours: a thread keeps its rows in L2.
             while let Some(number) = queues.take(index) {
-                let (wide, space) = space.split_at_mut(self.wide_floats(&split));
-                let wide = (!wide.is_empty()).then(|| WideRows::new(wide));
+                let (rows, space) = space.split_at_mut(self.rows_floats(&split));
+                let rows = ChunkRows::new(rows, self.tiles);
                 if split.context_parts == 1 {
-                    self.whole_contexts(&self.unit(&split, number), wide, space);
+                    self.whole_contexts(&self.unit(&split, number), rows, space);
                 } else {
                     // SAFETY: this unit's part, by the thread that took it; others are read after the barrier.
                     let sums = unsafe { parts.part(self.part_range(&split, number)) };
-                    self.part_of_context(&self.unit(&split, number), wide, space, sums);
+                    self.part_of_context(&self.unit(&split, number), rows, space, sums);
                 }
             }
             if split.context_parts > 1 {
@@ -208,8 +221,11 @@ where
     fn split(&self, num_threads: usize) -> Split {
         let unit_tokens = if self.num_tokens > UNIT_TOKENS { UNIT_TOKENS } else { 1 };
         let token_blocks = self.num_tokens.div_ceil(unit_tokens);
-        let head_groups = self.heads_per_key.div_ceil(UNIT_HEADS);
+        let (group_heads, unit_floats) =
+            if self.tiles { (TILE_HEADS, TILE_UNIT_FLOATS) } else { (UNIT_HEADS, UNIT_FLOATS) };
+        let head_groups = self.heads_per_key.div_ceil(group_heads);
         let whole = Split {
+            group_heads,
             unit_tokens,
             token_blocks,
             num_key_heads: self.num_key_heads,
@@ -218,8 +234,8 @@ where
             context_parts: 1,
         };
         // A unit has all heads of a key head, unless that is too much for L2.
-        let group_floats = unit_tokens * self.token_floats(UNIT_HEADS);
-        let for_l2 = if unit_tokens == 1 { 1 } else { head_groups.div_ceil((UNIT_FLOATS / group_floats).max(1)) };
+        let group_floats = unit_tokens * self.token_floats(group_heads);
+        let for_l2 = if unit_tokens == 1 { 1 } else { head_groups.div_ceil((unit_floats / group_floats).max(1)) };
         if whole.num_units() >= num_threads {
             return Split { head_parts: for_l2, ..whole };
         }
@@ -242,7 +258,7 @@ where
         let (key_head, head_part) = (heads / split.head_parts, heads % split.head_parts);
         let groups = partition(split.head_groups, split.head_parts, head_part, 1);
         let tokens = block * split.unit_tokens..((block + 1) * split.unit_tokens).min(self.num_tokens);
-        let heads = groups.start * UNIT_HEADS..(groups.end * UNIT_HEADS).min(self.heads_per_key);
+        let heads = groups.start * split.group_heads..(groups.end * split.group_heads).min(self.heads_per_key);
         Unit { key_head, heads, tokens, part }
     }
 
@@ -254,16 +270,16 @@ where
         Context { blocks: self.pages.blocks(token), chosen, first, num_keys }
     }
 
-    /// Floats for keys and values of a chunk as f32; none where they are so already, or one group of heads alone reads them.
-    fn wide_floats(&self, split: &Split) -> usize {
-        let shared = (self.keys)(0);
+    /// Floats for keys and values of a chunk as tiles or f32; none where they are so already, or one group of heads alone reads them.
+    fn rows_floats(&self, split: &Split) -> usize {
         let groups = split.unit_tokens * split.unit_heads().div_ceil(WIDE_HEADS);
-        if shared.rows.dtype == CacheDtype::F32 || groups < 2 { 0 } else { WideRows::num_floats(&shared) }
+        ChunkRows::num_floats(&(self.keys)(0), self.tiles, split.unit_heads(), groups > 1)
     }
 
     /// Floats of one token with `num_heads` heads: queries, sums of the current part and of those before.
     fn token_floats(&self, num_heads: usize) -> usize {
-        heads_floats(num_heads, self.dims[0], self.dims[1]) + sums_floats(num_heads, self.dims[1])
+        heads_floats(num_heads, query_floats(self.dims[0], self.tiles), self.dims[1])
+            + sums_floats(num_heads, self.dims[1])
     }
 
     /// Floats of a unit's part of a context, whole cache lines.
@@ -277,15 +293,25 @@ where
     }
 
     /// Token `number` of `unit` with its queries, at the start of `space`, and the rest of it.
-    fn token<'s>(&'s self, unit: &Unit, number: usize, space: &'s mut [f32]) -> (Token<'s>, &'s mut [f32]) {
+    fn token<'s>(
+        &'s self,
+        unit: &Unit,
+        number: usize,
+        rows: &mut ChunkRows<'_>,
+        space: &'s mut [f32],
+    ) -> (Token<'s>, &'s mut [f32]) {
         let (num_heads, [key_dim, value_dim]) = (unit.heads.len(), self.dims);
-        let (heads, rest) = space.split_at_mut(heads_floats(num_heads, key_dim, value_dim));
+        let query_floats = query_floats(key_dim, self.tiles);
+        let (heads, rest) = space.split_at_mut(heads_floats(num_heads, query_floats, value_dim));
         let (joined, rest) = rest.split_at_mut(sums_floats(num_heads, value_dim));
-        let mut heads = Heads::new(heads, num_heads, self.dims);
+        let mut heads = Heads::new(heads, num_heads, [query_floats, value_dim]);
         let first_head = unit.key_head * self.heads_per_key + unit.heads.start;
         for head in 0..num_heads {
-            (self.write_query)(number, first_head + head, heads.query_mut(head, key_dim));
+            let (query, padding) = heads.query_mut(head, query_floats).split_at_mut(key_dim);
+            (self.write_query)(number, first_head + head, query);
+            padding.fill(0.0);
         }
+        rows.pack_queries(self.level, &(self.keys)(unit.key_head), heads.queries);
         // A sink is there before the first position.
         let sinks = self.sinks.filter(|_| unit.part == 0).map(|sinks| &sinks[first_head..][..num_heads]);
         heads.sums.clear(sinks);
@@ -294,29 +320,27 @@ where
     }
 
     /// Whole contexts of the unit's tokens.
-    fn whole_contexts<'s>(&'s self, unit: &Unit, mut wide: Option<WideRows<'_>>, mut space: &'s mut [f32]) {
+    fn whole_contexts<'s>(&'s self, unit: &Unit, mut rows: ChunkRows<'_>, mut space: &'s mut [f32]) {
         let shared = (self.keys)(unit.key_head);
         let mut tokens: [Option<Token<'_>>; UNIT_TOKENS] = [const { None }; UNIT_TOKENS];
         for (slot, number) in tokens.iter_mut().zip(unit.tokens.clone()) {
-            let (token, rest) = self.token(unit, number, space);
+            let (token, rest) = self.token(unit, number, &mut rows, space);
             space = rest;
             *slot = Some(token);
         }
         let longest = tokens.iter().flatten().map(|token| token.context.num_keys).max().unwrap_or(0);
-        let mut slots = ChunkSlots::default();
+        let (mut slots, mut ahead) = (ChunkSlots::default(), ChunkSlots::default());
         for start in (0..longest).step_by(CHUNK) {
             for token in tokens.iter_mut().flatten().filter(|token| start < token.context.num_keys) {
                 if start > 0 && start.is_multiple_of(PART_KEYS) {
                     token.end_part(self.level);
                 }
+                // Other tokens ask for rows of their own, mostly these.
+                let end = if unit.tokens.len() == 1 { token.context.num_keys } else { 0 };
+                let next = ahead.before(&self.pages, &token.context, start + CHUNK, end);
                 let (slots, known) = slots.of_context(&self.pages, &token.context, start);
-                if let Some(wide) = &mut wide {
-                    if !known {
-                        wide.forget();
-                    }
-                    wide.extend(self.level, &shared, slots);
-                }
-                attend_chunk(self.level, &shared, self.scale, &mut token.heads, slots, !known, wide.as_ref());
+                rows.extend(self.level, &shared, slots, known);
+                rows.attend(self.level, &shared, self.scale, &mut token.heads, (slots, known), next);
             }
         }
         for token in tokens.iter_mut().flatten() {
@@ -329,18 +353,18 @@ where
     }
 
     /// The unit's part of the context of its one token, into `sums`.
-    fn part_of_context(&self, unit: &Unit, mut wide: Option<WideRows<'_>>, space: &mut [f32], sums: &mut [f32]) {
+    fn part_of_context(&self, unit: &Unit, mut rows: ChunkRows<'_>, space: &mut [f32], sums: &mut [f32]) {
         let shared = (self.keys)(unit.key_head);
-        let (mut token, _) = self.token(unit, unit.tokens.start, space);
-        let end = ((unit.part + 1) * PART_KEYS).min(token.context.num_keys);
-        let mut slots = ChunkSlots::default();
+        let (mut slots, mut ahead) = (ChunkSlots::default(), ChunkSlots::default());
+        let context = self.context(unit.tokens.start);
+        let end = ((unit.part + 1) * PART_KEYS).min(context.num_keys);
+        rows.fetch(&shared, slots.before(&self.pages, &context, unit.part * PART_KEYS, end));
+        let (mut token, _) = self.token(unit, unit.tokens.start, &mut rows, space);
         for start in (unit.part * PART_KEYS..end).step_by(CHUNK) {
-            let (slots, _) = slots.of_context(&self.pages, &token.context, start);
-            if let Some(wide) = &mut wide {
-                wide.forget();
-                wide.extend(self.level, &shared, slots);
-            }
-            attend_chunk(self.level, &shared, self.scale, &mut token.heads, slots, true, wide.as_ref());
+            let next = ahead.before(&self.pages, &context, start + CHUNK, end);
+            let (slots, _) = slots.of_context(&self.pages, &context, start);
+            rows.extend(self.level, &shared, slots, false);
+            rows.attend(self.level, &shared, self.scale, &mut token.heads, (slots, false), next);
         }
         Sums::new(sums, unit.heads.len(), self.dims[1]).copy_from(&token.heads.sums);
     }

@@ -37,6 +37,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &AttendGqa) -> Result<()> {
             // SAFETY: nobody writes queries.
             to.copy_from_slice(unsafe { &q.row(token)[head * head_dim..][..head_dim] });
         },
+        tiles: false,
         out: backend.memory.floats(op.out),
     };
     attend.run(&backend.pool, &mut backend.scratch, &mut backend.queues);

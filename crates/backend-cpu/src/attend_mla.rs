@@ -7,6 +7,7 @@
 use crate::attend::Attend;
 use crate::attention::KeysAndValues;
 use crate::backend::CpuBackend;
+use crate::chunk_rows::tiles_fit;
 use crate::paged::Pages;
 use moellon_ops::{AttendMla, Result};
 
@@ -15,6 +16,8 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &AttendMla) -> Result<()> {
     let (q_latent, q_rope) = (backend.memory.floats(op.q_latent), backend.memory.floats(op.q_rope));
     let index_set = op.index.map(|set| (backend.memory.integers(set.ids), backend.memory.integers(set.counts)));
     let rows = backend.memory.cache(&op.cache);
+    let shared = KeysAndValues { rows, key_at: 0, key_dim: rank + rope_dim, value_at: 0, value_dim: rank };
+    let tiles = tiles_fit(backend.level, backend.mode, &shared, op.num_heads);
     let attend = Attend {
         level: backend.level,
         scale: op.scale,
@@ -25,7 +28,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &AttendMla) -> Result<()> {
         pages: Pages::new(&backend.memory, &op.paging),
         window: None,
         sinks: None,
-        keys: |_| KeysAndValues { rows, key_at: 0, key_dim: rank + rope_dim, value_at: 0, value_dim: rank },
+        keys: |_| shared,
         // SAFETY: nobody writes index sets.
         chosen: |t| index_set.as_ref().map(|(ids, counts)| unsafe { &ids.row(t)[..counts.row(0)[t] as usize] }),
         write_query: |token, head, to: &mut [f32]| {
@@ -36,6 +39,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &AttendMla) -> Result<()> {
                 rope.copy_from_slice(&q_rope.row(token)[head * op.q_rope_head_stride..][..rope_dim]);
             }
         },
+        tiles,
         out: backend.memory.floats(op.out),
     };
     attend.run(&backend.pool, &mut backend.scratch, &mut backend.queues);

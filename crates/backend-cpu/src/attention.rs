@@ -30,7 +30,7 @@ const MANY_HEADS: usize = 8;
 const LANES: usize = 16;
 /// Rows whose keys and values are fetched ahead of the scores: cache rows are a stride apart or anywhere, so hardware
 /// finds no stream.
-const PREFETCH_ROWS: usize = 8;
+pub(crate) const PREFETCH_ROWS: usize = 8;
 
 /// What heads of one token share.
 #[derive(Clone, Copy)]
@@ -49,10 +49,10 @@ pub(crate) struct KeysAndValues {
 /// What heads know of the positions so far.
 pub(crate) struct Sums<'a> {
     /// `[num_heads]`: largest score, and the sum of weights.
-    largest: &'a mut [f32],
-    sums: &'a mut [f32],
+    pub(crate) largest: &'a mut [f32],
+    pub(crate) sums: &'a mut [f32],
     /// `[num_heads][padded value_dim]`: weighted values.
-    values: &'a mut [f32],
+    pub(crate) values: &'a mut [f32],
 }
 
 /// Floats that [`Sums`] needs: whole vectors, so that what follows begins with one.
@@ -366,7 +366,7 @@ pub(crate) fn attend_chunk(
     }
 }
 
-fn check_row(shared: &KeysAndValues) {
+pub(crate) fn check_row(shared: &KeysAndValues) {
     let width = shared.rows.row_bytes / shared.rows.dtype.size_bytes();
     assert!(
         shared.key_at + shared.key_dim <= width && shared.value_at + shared.value_dim <= width,
@@ -477,7 +477,7 @@ unsafe fn dots<S: Simd, const BF16: bool, const H: usize, const P: usize>(
 
 /// Fetches keys and values of row `i` of a chunk, if there is one.
 #[inline(always)]
-fn prefetch_row<S: Simd, const BF16: bool>(s: S, shared: &KeysAndValues, rows: &[*const u8], i: usize) {
+pub(crate) fn prefetch_row<S: Simd, const BF16: bool>(s: S, shared: &KeysAndValues, rows: &[*const u8], i: usize) {
     let size_bytes = if BF16 { 2 } else { 4 };
     let Some(row) = rows.get(i) else { return };
     let key_end = shared.key_at + shared.key_dim;

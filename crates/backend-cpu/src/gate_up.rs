@@ -5,7 +5,7 @@
 
 use crate::backend::CpuBackend;
 use crate::layout::TILE_ROWS;
-use crate::linear::write_tile;
+use crate::linear::{results_are_written, write_tile};
 use crate::pack::TileMap;
 use crate::prepare::RowSource;
 use crate::product::{ActivationMode, Gathered, MAX_ROWS, MAX_STREAMS, Product, ROW_BLOCK, Rows, for_each_tile_group};
@@ -173,6 +173,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &GateUp) -> Result<()> {
                 unsafe { write_tile(&out, row, 0, gate_map.rows, tile, values) };
             });
         });
+        results_are_written();
     });
     Ok(())
 }

@@ -3,8 +3,9 @@
 //! `unsafe`: threads write disjoint columns of the scores.
 #![allow(unsafe_code)]
 
-use crate::attention::{CHUNK, KeysAndValues, index_chunk};
+use crate::attention::{CHUNK, KeysAndValues};
 use crate::backend::CpuBackend;
+use crate::chunk_rows::{ChunkRows, query_floats, tiles_fit};
 use crate::paged::Pages;
 use moellon_ops::{IndexScore, Result};
 use moellon_tensor::pool::partition;
@@ -17,12 +18,16 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &IndexScore) -> Result<()> {
     let scores = backend.memory.floats(op.scores);
     let rows = backend.memory.cache(&op.cache);
     let shared = KeysAndValues { rows, key_at: 0, key_dim: head_dim, value_at: 0, value_dim: 0 };
-    let stride = head_dim.next_multiple_of(16);
-    let scratch = backend.scratch.per_thread(backend.pool.num_threads(), num_heads * stride);
+    let tiles = tiles_fit(level, backend.mode, &shared, num_heads);
+    let (stride, rows_floats) = (query_floats(head_dim, tiles), ChunkRows::num_floats(&shared, tiles, 0, false));
+    let scratch = backend.scratch.per_thread(backend.pool.num_threads(), num_heads * stride + rows_floats);
     let units_per_token = op.paging.max_context.div_ceil(CHUNK);
     backend.pool.run(|index, num_threads| {
+        #[cfg(target_arch = "x86_64")]
+        let _tiles = crate::simd::amx::Use;
         // SAFETY: each thread takes its own part.
-        let queries = unsafe { &mut scratch.part(index)[..num_heads * stride] };
+        let (queries, rows) = unsafe { scratch.part(index) }.split_at_mut(num_heads * stride);
+        let mut rows = ChunkRows::new(&mut rows[..rows_floats], tiles);
         let mut token_of_queries = None;
         for unit in partition(op.q.rows * units_per_token, num_threads, index, 1) {
             let (t, start) = (unit / units_per_token, unit % units_per_token * CHUNK);
@@ -37,6 +42,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &IndexScore) -> Result<()> {
                 for (to, from) in queries.chunks_exact_mut(stride).zip(query.chunks_exact(head_dim)) {
                     to[..head_dim].copy_from_slice(from);
                 }
+                rows.pack_queries(level, &shared, queries);
                 token_of_queries = Some(t);
             }
             let blocks = pages.blocks(t);
@@ -47,7 +53,8 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &IndexScore) -> Result<()> {
             }
             // SAFETY: units are different columns.
             let out = unsafe { scores.part_mut(t, start, slots.len()) };
-            index_chunk(level, &shared, op.scale, queries, weights, slots, out);
+            rows.extend(level, &shared, slots, false);
+            rows.index(level, &shared, op.scale, (queries, weights), slots, out);
         }
     });
     Ok(())

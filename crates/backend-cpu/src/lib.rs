@@ -8,7 +8,7 @@
 //! | `product` | tiles times rows: where nearly all bytes of a step are read |
 //! | `attend`, `attention` | whose turn it is; scores, softmax and values over paged cache rows |
 //! | `work`, `expert_lists` | who does what |
-//! | `simd` | 16 lanes, whatever the processor has; all levels give the same bits |
+//! | `simd` | 16 lanes, whatever the processor has; all levels give the same bits (but see `attend_tiles`) |
 
 #[cfg(target_endian = "big")]
 compile_error!("weights are read as they lie in checkpoints, which are little-endian");
@@ -19,9 +19,12 @@ mod argmax;
 mod attend;
 mod attend_gqa;
 mod attend_mla;
+#[cfg(target_arch = "x86_64")]
+mod attend_tiles;
 mod attention;
 mod backend;
 pub mod bandwidth;
+mod chunk_rows;
 mod disjoint;
 mod embed;
 mod expert_lists;

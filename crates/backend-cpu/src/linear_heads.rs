@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use crate::backend::CpuBackend;
-use crate::linear::write_rows;
+use crate::linear::{results_are_written, write_rows};
 use crate::prepare::RowSource;
 use crate::product::multiply;
 use crate::work::{Item, tile_cost};
@@ -40,6 +40,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &LinearHeads) -> Result<()> {
                 unsafe { write_rows(&out, first, cols, tile, values, bias) };
             });
         });
+        results_are_written();
     });
     Ok(())
 }

@@ -6,7 +6,7 @@
 
 use crate::backend::CpuBackend;
 use crate::gate_up::{Half, gate_up_tiles};
-use crate::linear::write_tile;
+use crate::linear::{results_are_written, write_tile};
 use crate::prepare::RowSource;
 use crate::work::{Item, tile_cost};
 use moellon_ops::{MoeGateUp, Result};
@@ -55,6 +55,7 @@ pub(crate) fn run(backend: &mut CpuBackend, op: &MoeGateUp) -> Result<()> {
                 unsafe { write_tile(&out, pair / top_k, pair % top_k * width, width, tile, values) };
             });
         });
+        results_are_written();
     });
     Ok(())
 }

@@ -1,10 +1,11 @@
-//! One step's worth of operations gives the same bits at every level and on any number of threads.
+//! One step's worth of operations gives the same bits at every level and on any number of threads. Latent attention and the indexer's
+//! scores by tile registers, with activations of 8 bits, have bits of their own, which no batch and no number of threads changes.
 
 use moellon_backend_cpu::{ActivationMode, CpuBackend, CpuLevel, CpuOptions};
 use moellon_ops::conformance::{random_matrices, views};
 use moellon_ops::{
-    Activation, AttendGqa, AttendMla, Backend, Cache, CacheDtype, ElementType, ExpertsSource, GateUp, IndexSet,
-    KvStore, Linear, LinearHeads, MoeDown, MoeGateUp, Paging, Result, RmsNorm, Tensor, Weight, WeightSource,
+    Activation, AttendGqa, AttendMla, Backend, Cache, CacheDtype, ElementType, ExpertsSource, GateUp, IndexScore,
+    IndexSet, KvStore, Linear, LinearHeads, MoeDown, MoeGateUp, Paging, Result, RmsNorm, Tensor, Weight, WeightSource,
 };
 use moellon_tensor::rng::SplitMix64;
 use moellon_tensor::{ScaleDtype, WeightFormat};
@@ -148,9 +149,12 @@ fn levels_and_threads_do_not_change_a_bit() {
     }
 }
 
-/// Attention of the tokens `rows` (of a dozen, at these positions of one sequence) of both kinds, as bits: `[token][output]`.
-fn long_attention(options: CpuOptions, rows: &[usize]) -> Result<Vec<Vec<u32>>> {
-    const POSITIONS: [u32; 12] = [1411, 5, 511, 512, 513, 1023, 1024, 700, 1200, 1300, 1400, 64];
+/// Positions of the tokens of [`long_attention`].
+const POSITIONS: [u32; 12] = [1411, 5, 511, 512, 513, 1023, 1024, 700, 1200, 1300, 1400, 64];
+
+/// Attention of the tokens `rows` (of a dozen, at these positions of one sequence) of both kinds, latent attention with `heads` heads, and
+/// scores of an indexer with as many, as bits: `[token][output]`.
+fn long_attention(options: CpuOptions, rows: &[usize], heads: usize) -> Result<Vec<Vec<u32>>> {
     const CHOSEN: usize = 900;
     let backend = &mut CpuBackend::new(options)?;
     let (width, slots) = (2 * 2 * 24, 1472);
@@ -176,8 +180,9 @@ fn long_attention(options: CpuOptions, rows: &[usize]) -> Result<Vec<Vec<u32>>> 
         Ok(tensor)
     };
     let (q, gqa) = (of_rows(100, 10 * 24)?, of_rows(0, 10 * 24)?);
-    let (q_latent, q_rope) = (of_rows(200, 9 * 64)?, of_rows(300, 9 * 32)?);
-    let (mla, sparse) = (of_rows(0, 9 * 64)?, of_rows(0, 9 * 64)?);
+    let (q_latent, q_rope) = (of_rows(200, heads * 64)?, of_rows(300, heads * 32)?);
+    let (mla, sparse) = (of_rows(0, heads * 64)?, of_rows(0, heads * 64)?);
+    let (q_index, weights, scores) = (of_rows(400, heads * width)?, of_rows(500, heads)?, of_rows(0, slots)?);
     // Every token's chosen positions: all, or every other one from the last on.
     let counts: Vec<u32> = positions.iter().map(|p| (p + 1).min(CHOSEN as u32).min(p / 2 + 1)).collect();
     let ids: Vec<u32> = positions
@@ -207,7 +212,7 @@ fn long_attention(options: CpuOptions, rows: &[usize]) -> Result<Vec<Vec<u32>>> 
             q_rope,
             q_rope_head_stride: 32,
             cache,
-            num_heads: 9,
+            num_heads: heads,
             kv_lora_rank: 64,
             qk_rope_head_dim: 32,
             scale: 0.1,
@@ -216,7 +221,23 @@ fn long_attention(options: CpuOptions, rows: &[usize]) -> Result<Vec<Vec<u32>>> 
             out,
         })?;
     }
+    backend.index_score(&IndexScore {
+        q: q_index,
+        weights,
+        cache,
+        num_heads: heads,
+        head_dim: width,
+        scale: 0.1,
+        paging,
+        scores,
+    })?;
     let mut bits = vec![Vec::new(); tokens];
+    let mut values = vec![0.0; tokens * slots];
+    backend.read_f32(scores, &mut values)?;
+    for ((bits, row), position) in bits.iter_mut().zip(values.chunks_exact(slots)).zip(&positions) {
+        // Nothing is written behind a token's own position.
+        bits.extend(row[..=*position as usize].iter().map(|v| v.to_bits()));
+    }
     for output in [gqa, mla, sparse] {
         let mut values = vec![0.0; output.rows * output.cols];
         backend.read_f32(output, &mut values)?;
@@ -232,17 +253,61 @@ fn long_attention(options: CpuOptions, rows: &[usize]) -> Result<Vec<Vec<u32>>> 
 fn parts_of_long_contexts_do_not_change_a_bit() {
     let options = CpuOptions { threads: Some(1), level: Some(CpuLevel::Portable), ..CpuOptions::default() };
     let batch: Vec<usize> = (0..12).collect();
-    let expected = long_attention(options, &batch).unwrap();
+    let expected = long_attention(options, &batch, 9).unwrap();
     for level in CpuLevel::available() {
         // Few tokens and many threads: a part of a context is a unit; a dozen tokens and few threads: all parts are one's.
         for (threads, rows) in
             [(1, &batch[..1]), (2, &batch[..]), (2, &batch[..1]), (3, &batch[2..4]), (7, &batch[..3])]
         {
             let options = CpuOptions { threads: Some(threads), level: Some(level), ..options };
-            let actual = long_attention(options, rows).unwrap();
+            let actual = long_attention(options, rows, 9).unwrap();
             for (actual, row) in actual.iter().zip(rows) {
                 assert!(actual == &expected[*row], "token {row} of {} at {level} on {threads} threads", rows.len());
             }
         }
+    }
+}
+
+/// Heads that tile registers take, as many as fit a tile and more: a level's bits are its own only if it has such registers, and there no
+/// batch and no number of threads changes them.
+#[test]
+fn tile_registers_do_not_change_a_bit_between_batches() {
+    let options = CpuOptions { activation: ActivationMode::Int8, threads: Some(1), ..CpuOptions::default() };
+    let batch: Vec<usize> = (0..12).collect();
+    for heads in [16, 48] {
+        let portable = CpuOptions { level: Some(CpuLevel::Portable), ..options };
+        let portable = long_attention(portable, &batch, heads).unwrap();
+        for level in CpuLevel::available() {
+            let options = CpuOptions { level: Some(level), ..options };
+            let expected = long_attention(options, &batch, heads).unwrap();
+            if level == CpuLevel::Avx512Amx {
+                for (row, (expected, portable)) in expected.iter().zip(&portable).enumerate() {
+                    for (a, b) in expected.iter().zip(portable) {
+                        let (a, b) = (f32::from_bits(*a), f32::from_bits(*b));
+                        assert!((a - b).abs() < 5e-5 * b.abs().max(1.0), "token {row}, {heads} heads: {a} and {b}");
+                    }
+                }
+            } else {
+                assert!(expected == portable, "{level}, {heads} heads");
+            }
+            for (threads, rows) in [
+                (1, &batch[..1]),
+                (2, &batch[..]),
+                (2, &batch[..1]),
+                (3, &batch[2..4]),
+                (7, &batch[..3]),
+                (1, &batch[5..6]),
+            ] {
+                let options = CpuOptions { threads: Some(threads), ..options };
+                let actual = long_attention(options, rows, heads).unwrap();
+                for (actual, row) in actual.iter().zip(rows) {
+                    let same = actual == &expected[*row];
+                    assert!(same, "token {row} of {} at {level} on {threads} threads, {heads} heads", rows.len());
+                }
+            }
+        }
+        // Exact activations: floats at every level.
+        let exact = CpuOptions { activation: ActivationMode::Exact, ..options };
+        assert!(long_attention(exact, &batch, heads).unwrap() == portable, "exact, {heads} heads");
     }
 }

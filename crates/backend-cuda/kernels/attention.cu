@@ -1,5 +1,6 @@
 // Attention over paged caches, and the choice of positions of sparse attention.
 #include "attend_rows.cuh"
+#include "matrices.cuh"
 
 #define ATTEND(D) \
   KERNEL __launch_bounds__(256) attend##D##_bf16(const __grid_constant__ AttendArgs a) { attend<u16, D, false>(a, nullptr); } \
@@ -11,29 +12,15 @@ ATTEND(1) ATTEND(2) ATTEND(4) ATTEND(8)
 #define MLA_HEADS 16  // heads of a block: the rows of a product
 #define MLA_PIECES 5   // of 128 columns of a query, that a lane has in registers: 576 columns
 
-DEVICE void ldmatrix4(u32 r[4], u32 at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
-}
-DEVICE void ldmatrix4_transposed(u32 r[4], u32 at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
-}
-DEVICE void ldmatrix2(u32 r[2], u32 at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(at) : "memory");
-}
-// x as the sum of two bfloat16: 16 bits of its significand.
-DEVICE void split_bf16(float x, u16& high, u16& low) {
-  high = f32_to_bf16(x);
-  low = f32_to_bf16(x - bf16_to_f32(high));
-}
-
 // Values are the first columns of the keys, which all heads share; keys and queries have a multiple of 16 columns, values of 64. Queries and
 // weights of keys are sums of two bfloat16, so that only the cached rows are rounded. Grid: (parts, or as many blocks as share them, heads / 16, tokens).
 // Scores: a warp has eight of the 32 keys and half of the columns. Weights: a warp has two heads, a lane a key. Values: a warp has an eighth of the columns.
 KERNEL __launch_bounds__(256, 2) attend_mla(const __grid_constant__ AttendArgs a) {
   extern __shared__ __align__(16) u8 mla_shared[];
-  __shared__ u64 row_of[TILE];
+  __shared__ u64 row_of[2][TILE];
   __shared__ float rescale[MLA_HEADS];
   constexpr u32 S = TILE + 1, P = TILE + 8;  // floats of a row of scores, elements of a row of weights
+  constexpr u32 MLA_REST = 2 * MLA_HEADS * S * 4 + 2 * MLA_HEADS * P * 2;
   pdl_launch();
   u32 t = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, pair = lane % 4;
   u32 first, count;
@@ -44,10 +31,14 @@ KERNEL __launch_bounds__(256, 2) attend_mla(const __grid_constant__ AttendArgs a
   if (a.index_ids) keys_of(a, t, first, count);
   u32 keys_of_part = split_of(count), head = blockIdx.y * MLA_HEADS, key_dim = a.q_dim + a.q_rope_dim, stride = key_dim + 8, pieces = key_dim / 8;
   u16* q = (u16*)mla_shared;                      // [high, low][MLA_HEADS][stride]
-  u16* keys = q + 2 * MLA_HEADS * stride;     // [TILE][stride]
-  float* scores = (float*)(keys + TILE * stride);  // [halves of the columns][MLA_HEADS][S]
+  u16* keys = q + 2 * MLA_HEADS * stride;     // [buffers][TILE][stride]
+  // With memory for two tiles of keys, the next ones are on their way while these are multiplied.
+  u32 given, buffers;
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(given));
+  buffers = given < MLA_REST + (2 * MLA_HEADS + 2 * TILE) * stride * 2 ? 1 : 2;
+  float* scores = (float*)(keys + buffers * TILE * stride);  // [halves of the columns][MLA_HEADS][S]
   u16* weights = (u16*)(scores + 2 * MLA_HEADS * S);  // [high, low][MLA_HEADS][P]
-  u32 q_at = (u32)__cvta_generic_to_shared(q), keys_at = (u32)__cvta_generic_to_shared(keys), weights_at = (u32)__cvta_generic_to_shared(weights);
+  u32 q_at = (u32)__cvta_generic_to_shared(q), all_keys_at = (u32)__cvta_generic_to_shared(keys), weights_at = (u32)__cvta_generic_to_shared(weights);
   u32 columns = a.value_dim / 64;  // groups of eight columns that a warp has
   float scale = a.scale * LOG2_E;
   for (u32 split = blockIdx.x; split * keys_of_part < count; split += gridDim.x) {
@@ -69,18 +60,38 @@ KERNEL __launch_bounds__(256, 2) attend_mla(const __grid_constant__ AttendArgs a
     u32 begin = split * keys_of_part, end = begin + keys_of_part < count ? begin + keys_of_part : count;
     float m[2] = {-INFINITY, -INFINITY}, l[2] = {0.f, 0.f};
     float acc[8][4] = {};
-    for (u32 base = begin; base < end; base += TILE) {
-      __syncthreads();
-      if (threadIdx.x < TILE && base + threadIdx.x < end) {
+    // Where the keys of up to 64 positions lie, and their way into a buffer of 32.
+    auto find = [&](u32 base, u32 many) {
+      u32 k = base - begin + threadIdx.x;
+      if (threadIdx.x < many && base + threadIdx.x < end) {
         u32 p = a.index_ids ? a.index_ids[(u64)t * a.index_stride + base + threadIdx.x] : first + base + threadIdx.x;
-        row_of[threadIdx.x] = ((u64)table[p / a.paging.block_size] * a.paging.block_size + p % a.paging.block_size) * a.cache_width + a.key_first;
+        row_of[k / TILE % 2][k % TILE] = ((u64)table[p / a.paging.block_size] * a.paging.block_size + p % a.paging.block_size) * a.cache_width + a.key_first;
       }
       __syncthreads();
+    };
+    auto ask = [&](u32 base) {
+      u32 buffer = (base - begin) / TILE % buffers, which = (base - begin) / TILE % 2;
       for (u32 k = warp; k < TILE; k += 8) {
         bool valid = base + k < end;  // Others are zeros: their weight is zero, and zero times what lies there may be no number.
-        const u16* from = (const u16*)a.cache + (valid ? row_of[k] : 0);
+        const u16* from = (const u16*)a.cache + (valid ? row_of[which][k] : 0);
         for (u32 c = lane; c < pieces; c += 32)
-          asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(keys_at + (k * stride + c * 8) * 2), "l"(from + c * 8), "r"(valid ? 16 : 0));
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(all_keys_at + ((buffer * TILE + k) * stride + c * 8) * 2), "l"(from + c * 8), "r"(valid ? 16 : 0));
+      }
+      asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    for (u32 base = begin; base < end; base += TILE) {
+      u32 keys_at = all_keys_at + (base - begin) / TILE % buffers * TILE * stride * 2;
+      __syncthreads();
+      if (buffers == 1) {
+        find(base, TILE);
+        ask(base);
+      } else if (base == begin) {
+        find(base, 2 * TILE);
+        ask(base);
+        if (base + TILE < end) ask(base + TILE);
+      } else if (base + TILE < end) {
+        find(base + TILE, TILE);
+        ask(base + TILE);
       }
       if (base == begin && split == blockIdx.x) {
         auto put = [&](u32 h, u32 c, float4 x) {
@@ -103,7 +114,8 @@ KERNEL __launch_bounds__(256, 2) attend_mla(const __grid_constant__ AttendArgs a
           for (u32 c = lane * 4 + MLA_PIECES * 128; c < key_dim; c += 128) put(h, c, *(const float4*)(c < a.q_dim ? from + c : rope + (c - a.q_dim)));
         }
       }
-      asm volatile("cp.async.wait_all;" ::: "memory");
+      if (buffers == 2 && base + TILE < end) asm volatile("cp.async.wait_group 1;" ::: "memory");
+      else asm volatile("cp.async.wait_all;" ::: "memory");
       __syncthreads();
       {
         u32 steps = key_dim / 16, half = warp / 4, from = half ? steps / 2 : 0, to = half ? steps : steps / 2;
@@ -381,36 +393,47 @@ KERNEL __launch_bounds__(256, 2) index_score2_bf16(const __grid_constant__ Index
 
 struct IndexTopkArgs { Mat scores; const u32* positions; u32* ids; u32* counts; u32 ids_stride, k; };
 DEVICE u32 ordered_score(float x) { u32 b = __float_as_uint(x == 0.f ? 0.f : x); return b ^ ((b >> 31) ? 0xffffffffu : 0x80000000u); }
-// The k largest by radix selection, eight bits at a time, then one ordered pass that collects them. One block of 1024 a row.
-KERNEL __launch_bounds__(1024) index_topk(const __grid_constant__ IndexTopkArgs a) {
-  __shared__ u32 histogram[256];
-  __shared__ u32 counts[2][33];  // of each warp, for two rounds: scores above the threshold, 65536 times those that equal it; then what came before
+// The k largest by radix selection, eight bits at a time, then one ordered pass that collects them. One block of 1024 a row: a warp has neighbouring
+// positions, in registers for rows of up to 1024 * TOPK_HELD (read again and again from the cache otherwise), so that the ordered pass needs one
+// sum over warps, not one a thousand positions.
+#define TOPK_HELD 16
+template <bool HELD> DEVICE void topk_row(const float* scores, u32 n, u32 k, u32* ids) {
+  __shared__ u32 histogram[4][256];
+  __shared__ u32 above_of[32], equal_of[32];
   __shared__ u32 prefix, remaining;
-  pdl_launch();
-  pdl_wait();
-  u32 t = blockIdx.x, n = a.positions[t] + 1, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const float* scores = a.scores.p + (u64)t * a.scores.stride;
-  u32* ids = a.ids + (u64)t * a.ids_stride;
-  u32 k = n < a.k ? n : a.k;
-  if (threadIdx.x == 0) { a.counts[t] = k; prefix = 0; remaining = k; }
-  if (n <= a.k) {
-    for (u32 i = threadIdx.x; i < n; i += blockDim.x) ids[i] = i;
-    return;
-  }
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    if (threadIdx.x < 256) histogram[threadIdx.x] = 0;
-    __syncthreads();
-    u32 mask = shift == 24 ? 0 : 0xffffffffu << (shift + 8);
-    for (u32 i = threadIdx.x; i < n; i += blockDim.x) {
-      u32 key = ordered_score(scores[i]);
-      if ((key & mask) == prefix) atomicAdd(&histogram[key >> shift & 255], 1);
+  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, per = (n + 1023) / 1024, first = warp * per * 32 + lane;
+  u32 held[HELD ? TOPK_HELD : 1];
+  auto read = [&](u32 r) { return first + 32 * r < n ? ordered_score(scores[first + 32 * r]) : 0u; };
+  // Calls f(number of the position in this lane, its key) in order; all lanes together.
+  auto each = [&](auto f) {
+    if constexpr (HELD) {
+#pragma unroll
+      for (u32 r = 0; r < TOPK_HELD; r++)
+        if (r < per) f(r, held[r]);
+    } else {
+      for (u32 r = 0; r < per; r++) f(r, read(r));
     }
+  };
+  if constexpr (HELD) {
+#pragma unroll
+    for (u32 r = 0; r < TOPK_HELD; r++) held[r] = r < per ? read(r) : 0;
+  }
+  (&histogram[0][0])[threadIdx.x] = 0;
+  if (threadIdx.x == 0) { prefix = 0; remaining = k; }
+  __syncthreads();
+#pragma unroll
+  for (int digit = 3; digit >= 0; digit--) {
+    int shift = 8 * digit;
+    u32 mask = digit == 3 ? 0 : 0xffffffffu << (shift + 8), known = prefix;
+    each([&](u32 r, u32 key) {
+      if (first + 32 * r < n && (key & mask) == known) atomicAdd(&histogram[digit][key >> shift & 255], 1);
+    });
     __syncthreads();
     if (warp == 0) {
       // A lane has eight bins, the last lane the smallest keys: what lies above a bin, and the bin that reaches k.
       u32 bins[8], sum = 0;
 #pragma unroll
-      for (int i = 0; i < 8; i++) sum += bins[i] = histogram[255 - lane * 8 - i];
+      for (int i = 0; i < 8; i++) sum += bins[i] = histogram[digit][255 - lane * 8 - i];
       u32 before = sum;
 #pragma unroll
       for (int d = 1; d < 32; d <<= 1) {
@@ -423,7 +446,7 @@ KERNEL __launch_bounds__(1024) index_topk(const __grid_constant__ IndexTopkArgs 
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         if (before < left && before + bins[i] >= left) {
-          prefix |= (255 - lane * 8 - i) << shift;
+          prefix = known | (255 - lane * 8 - i) << shift;
           remaining = left - before;  // of those equal to the prefix so far
         }
         before += bins[i];
@@ -432,30 +455,42 @@ KERNEL __launch_bounds__(1024) index_topk(const __grid_constant__ IndexTopkArgs 
     __syncthreads();
   }
   // `prefix` is the k-th largest key; `remaining` of its equals belong to the set, the earliest.
-  u32 threshold = prefix, equals = remaining, above_before = 0, equal_before = 0;
-  for (u32 base = 0, round = 0; base < n; base += blockDim.x, round ^= 1) {
-    u32 i = base + threadIdx.x, key = i < n ? ordered_score(scores[i]) : 0;
-    bool equal = i < n && key == threshold, above = i < n && key > threshold;
-    u32 equal_mask = __ballot_sync(0xffffffffu, equal), above_mask = __ballot_sync(0xffffffffu, above), mine = (1u << lane) - 1;
-    u32 here = __popc(equal_mask) << 16 | __popc(above_mask);
-    if (lane == 0) counts[round][warp] = here;
-    __syncthreads();
-    if (warp == 0) {
-      u32 own = counts[round][lane], sum = own;
-#pragma unroll
-      for (int d = 1; d < 32; d <<= 1) {
-        u32 x = __shfl_up_sync(0xffffffffu, sum, d);
-        if (lane >= d) sum += x;
-      }
-      counts[round][lane] = sum - own;
-      if (lane == 31) counts[round][32] = sum;
-    }
-    __syncthreads();
-    u32 before = counts[round][warp], all = counts[round][32];
-    u32 equals_before = equal_before + (before >> 16) + __popc(equal_mask & mine);
-    u32 at = above_before + (before & 0xffff) + __popc(above_mask & mine) + (equals_before < equals ? equals_before : equals);
-    if (above || (equal && equals_before < equals)) ids[at] = i;
-    above_before += all & 0xffff;
-    equal_before += all >> 16;
+  u32 threshold = prefix, equals = remaining, above = 0, equal = 0;
+  each([&](u32 r, u32 key) {
+    bool inside = first + 32 * r < n;
+    above += __popc(__ballot_sync(0xffffffffu, inside && key > threshold));
+    equal += __popc(__ballot_sync(0xffffffffu, inside && key == threshold));
+  });
+  if (lane == 0) { above_of[warp] = above; equal_of[warp] = equal; }
+  __syncthreads();
+  // What the warps before have.
+  u32 above_before = __reduce_add_sync(0xffffffffu, lane < warp ? above_of[lane] : 0), equal_before = __reduce_add_sync(0xffffffffu, lane < warp ? equal_of[lane] : 0);
+  each([&](u32 r, u32 key) {
+    bool inside = first + 32 * r < n, is_above = inside && key > threshold, is_equal = inside && key == threshold;
+    u32 above_mask = __ballot_sync(0xffffffffu, is_above), equal_mask = __ballot_sync(0xffffffffu, is_equal), mine = (1u << lane) - 1;
+    u32 equals_before = equal_before + __popc(equal_mask & mine);
+    u32 at = above_before + __popc(above_mask & mine) + (equals_before < equals ? equals_before : equals);
+    if (is_above || (is_equal && equals_before < equals)) ids[at] = first + 32 * r;
+    above_before += __popc(above_mask);
+    equal_before += __popc(equal_mask);
+  });
+}
+// FEW: scores in registers, which leaves a multiprocessor one block; rows of a prompt are many, and two blocks wait for each other's reads.
+template <bool FEW> DEVICE void topk(const IndexTopkArgs& a) {
+  pdl_launch();
+  u32 t = blockIdx.x, n = a.positions[t] + 1;
+  pdl_wait();
+  const float* scores = a.scores.p + (u64)t * a.scores.stride;
+  u32* ids = a.ids + (u64)t * a.ids_stride;
+  u32 k = n < a.k ? n : a.k;
+  if (threadIdx.x == 0) a.counts[t] = k;
+  if (n <= a.k) {
+    for (u32 i = threadIdx.x; i < n; i += blockDim.x) ids[i] = i;
+  } else if (FEW && n <= 1024 * TOPK_HELD) {
+    topk_row<FEW>(scores, n, k, ids);
+  } else {
+    topk_row<false>(scores, n, k, ids);
   }
 }
+KERNEL __launch_bounds__(1024) index_topk_few(const __grid_constant__ IndexTopkArgs a) { topk<true>(a); }
+KERNEL __launch_bounds__(1024, 2) index_topk(const __grid_constant__ IndexTopkArgs a) { topk<false>(a); }

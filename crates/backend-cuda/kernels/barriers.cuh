@@ -1,4 +1,4 @@
-// Barriers in shared memory that count arrivals of threads, and bytes of bulk copies.
+// Barriers in shared memory that count arrivals of threads, and bytes of bulk copies; and the barrier of a cluster.
 #pragma once
 #include "common.cuh"
 
@@ -26,4 +26,16 @@ DEVICE void warp_arrives(u32 bar) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) barrier_arrive(bar);
 }
+#endif
+
+#if __CUDA_ARCH__ >= 900
+// Blocks of a cluster. An address of shared memory in block `rank`, for st.shared::cluster.
+DEVICE u32 cluster_address(u32 at, u32 rank) {
+  u32 there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+  return there;
+}
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+DEVICE void cluster_sync() { cluster_arrive(); cluster_wait(); }
 #endif

@@ -47,6 +47,10 @@ DEVICE void pdl_wait() {
 #endif
 }
 
+// Which warp of its block this is, so that the compiler knows that all of its lanes have the same number: addresses and counts that follow from it
+// are kept once for the warp. By whole warps.
+DEVICE u32 warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
+
 DEVICE float bf16_to_f32(u16 x) { return __uint_as_float((u32)x << 16); }
 // Nearest, ties to even.
 DEVICE u32 pack_bf16(float lo, float hi) {

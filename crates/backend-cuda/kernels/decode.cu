@@ -15,17 +15,6 @@
 
 // ---- what comes before ----
 
-// Where the row of a product comes from.
-struct RowInput {
-  Mat x;              // floats; the twin is read where it is taken as it lies
-  const u8* digits;   // the same for affine formats
-  u32 kind;           // 0: as it lies (twin or digits), 1: from its floats, 2: from their norm
-  float eps;
-  const float* weight;
-  Mat out;            // where the norm goes too, as floats and twin; null where it does not. Not over x: other blocks may still read it
-  u8* out_digits;     // and as digits, or null
-};
-
 // Makes the row in shared memory, in the form that F wants. Returns where it lies. Blocks work alone; one of them also writes the norm.
 // Rows start at 16 bytes and have whole eights. The loop is not unrolled, which halves the code of a kernel and takes no longer.
 template <int F> DEVICE const u8* prepare(const RowInput& in, u32 cols, u8* shared, float* scratch, bool writes, float weight[8]) {
@@ -97,7 +86,7 @@ template <int F, int TALL, int TILES = 0, int SLOTS = 0> DEVICE void line(const 
   extern __shared__ __align__(16) u8 shared[];
   __shared__ float red[2][WARPS][TALL][16];
   __shared__ float scratch[32];
-  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  u32 warp = warp_index(), lane = threadIdx.x % 32;
   u32 S = a.slices, side = WARPS / S, team = warp / S, slice = warp % S, step = blocks * side, total = a.first_unit[a.num_parts];
   u32 cols = a.part[0].w.cols, tiles = num_tiles(a.part[0].w);
   u32 first = slice_start(slice, S, tiles), count = slice_start(slice + 1, S, tiles) - first;
@@ -156,7 +145,7 @@ template <int F> DEVICE void heads(const HeadsArgs& a) {
   extern __shared__ __align__(16) u8 shared[];
   __shared__ float red[WARPS][1][16], results[WARPS * 16], scratch[32];
   pdl_launch();
-  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y;
+  u32 warp = warp_index(), lane = threadIdx.x % 32, head = blockIdx.y;
   if (head == gridDim.y - a.has_latent) {
     pdl_wait();
     latent_row(a.latent, 0, scratch);
@@ -309,7 +298,7 @@ template <int F> DEVICE void pair(const PairArgs& a, u32 block, u32 blocks) {
   extern __shared__ __align__(16) u8 shared[];
   __shared__ float red[2][WARPS][2][16], scratch[32];
   const UpPair& pair = a.pair;
-  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  u32 warp = warp_index(), lane = threadIdx.x % 32;
   u32 S = a.slices, side = WARPS / S, team = warp / S, slice = warp % S, step = blocks * side;
   const Packed* w[2] = {&pair.gate, &pair.up};
   u32 cols = pair.gate.cols, total = (pair.gate.rows + 15) / 16, tiles = num_tiles(pair.gate);
@@ -386,7 +375,7 @@ template <int F> DEVICE void up(const UpArgs& a, u32 block, u32 blocks) {
   __shared__ float red[2][WARPS][2][16];
   __shared__ u32 ids[32];
   const UpPair& pair = a.routed;
-  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  u32 warp = warp_index(), lane = threadIdx.x % 32;
   u32 S = a.slices, side = WARPS / S, team = warp / S, slice = warp % S, step = blocks * side;
   const Packed* w[2] = {&pair.gate, &pair.up};
   u32 row_tiles = (pair.gate.rows + 15) / 16, tiles = num_tiles(pair.gate), total = a.top_k * row_tiles;
@@ -465,7 +454,7 @@ template <int F> DEVICE void experts_down(const DownArgs& a) {
   __shared__ float weights[32];
   Pipe<F, 1> pipe;
   float* results = (float*)(shared + WARPS * pipe.RING);  // [2][top_k][slices][16]
-  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  u32 warp = warp_index(), lane = threadIdx.x % 32;
   u32 S = a.slices, side = WARPS / S, team = warp / S, slice = warp % S;
   u32 row_tiles = (a.w.rows + 15) / 16, tiles = num_tiles(a.w);
   u32 first = slice_start(slice, S, tiles), count = slice_start(slice + 1, S, tiles) - first;

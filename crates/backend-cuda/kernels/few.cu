@@ -164,7 +164,7 @@ template <int F, bool ROUTED> DEVICE void few_up(const FewUpArgs& a, const FewPa
   typedef GroupSize<F> Size;
   typedef Pipe<F, TALL, Size::C, Size::D> P;
   typedef SharedRows<F, Size::C, Size::X, GROUP> X;
-  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, S = a.slices, width = pair.gate.rows, tiles = num_tiles(pair.gate);
+  u32 warp = warp_index(), lane = threadIdx.x % 32, S = a.slices, width = pair.gate.rows, tiles = num_tiles(pair.gate);
   u32 row_tiles = (width + 15) / 16, row_blocks = (row_tiles + WARPS - 1) / WARPS, num_groups = (a.rows + GROUP - 1) / GROUP;
   const Packed* w[TALL] = {&pair.gate, &pair.up};
   P pipe;
@@ -274,7 +274,7 @@ template <int F> DEVICE void few_down(const FewDownArgs& a) {
   typedef GroupSize<F> Size;
   typedef Pipe<F, TALL, Size::C, Size::D> P;
   typedef SharedRows<F, Size::C, Size::X, GROUP> X;
-  u32 warp = threadIdx.x / 32, S = a.slices, tiles = num_tiles(a.w);
+  u32 warp = warp_index(), S = a.slices, tiles = num_tiles(a.w);
   u32 row_tiles = (a.w.rows + 15) / 16, row_blocks = (row_tiles + WARPS * TALL - 1) / (WARPS * TALL);
   P pipe;
   X rows;
@@ -381,7 +381,7 @@ template <int F, int ROWS> DEVICE void few_line(const FewLineArgs& a) {
   typedef Floats<N> Sums;
   // Sums of the slices so far of this thread, where registers would hold half as many products on their way.
   float* kept = (float*)(shared + LINE_WARPS * P::RING + X::BYTES) + threadIdx.x;
-  u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, S = a.slices, slices = S / a.shares, tiles = num_tiles(a.part[0].w);
+  u32 warp = warp_index(), lane = threadIdx.x % 32, S = a.slices, slices = S / a.shares, tiles = num_tiles(a.part[0].w);
   u32 per_matrix = a.first_unit[a.num_parts], total = per_matrix * a.matrices * a.shares;
   u32 unit = (u64)blockIdx.x * total / gridDim.x, end = (u64)(blockIdx.x + 1) * total / gridDim.x;
   P pipe;

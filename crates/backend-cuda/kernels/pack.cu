@@ -50,7 +50,7 @@ template <int F> DEVICE void pack_matrix(const PackArgs& a) {
         } else {
           int p = e / 2, half = 16 * (e % 2);
           if constexpr (n == 8) w[upper * 4 + p / 2] |= c << (8 * (p % 2) + half);
-          else w[upper * 2 + p / 4] |= c << (4 * (p % 4) + half);
+          else w[upper * 2 + p / 4] |= place_fp4(c, p % 4, e % 2);
         }
       }
     }

@@ -19,7 +19,7 @@
 // The other formats are multiplied as bfloat16 (mma.m16n8k16). A pair p = 4 h + 2 q + i / 2 is two neighbouring codes; they become the
 // two halves of a register, the first code of a pair in the low half of a word, the second at the same place of the high half:
 //
-//   NVFP4, MXFP4  4 words: row g pairs 0-3, 4-7, row g+8 pairs 0-3, 4-7; pair p % 4 at bit 4 (p % 4)
+//   NVFP4, MXFP4  4 words: row g pairs 0-3, 4-7, row g+8 pairs 0-3, 4-7; pair p % 4 as `place_fp4` puts it
 //   MXFP8, FP8    8 words: row g pairs (0,1) (2,3) .., row g+8; the even pair in the low bytes, the odd one in the high bytes
 //
 // Scales: `affine` [g][s_g, b_g, s_g+8, b_g+8] a group; `e4m3` (NVFP4) [g][t / 2] a u32 {row g h 0, row g h 1, row g+8 h 0, row g+8 h 1};
@@ -126,15 +126,39 @@ template <int F> DEVICE u32 code_bytes(const Codes<F>& c, int o) {
   }
 }
 
+// FP4 codes are bfloat16 times 2^-126 with the sign at bit 15 and the magnitude at bits 6-8 of a half. Four pairs share a word so that
+// few instructions bring them there (8 for the four pairs, where codes in order took 15 and bound the kernels): pair j < 3 is the word rotated to the
+// right by 3 j. What these three leave free is {0, 1, 3, 4} of each half, which no rotation brings to {6, 7, 8, 15}, but one multiplication does: by
+// 2^2 for bit 4, 2^7 for bits 0 and 1, 2^12 for bit 3, whose products share no bit.
+#define FP4_BITS 0x81c081c0u
+DEVICE constexpr u32 rotate_right(u32 x, int bits) { return bits ? x >> bits | x << (32 - bits) : x; }
+DEVICE constexpr u32 fp4_pair(u32 w, int j) {
+  if (j < 3) return rotate_right(w, 3 * j) & FP4_BITS;
+  return (w & 0x001b001bu) * 0x1084u & FP4_BITS;
+}
+// The bits of code `c` in its word, as code `half` of pair j.
+DEVICE constexpr u32 place_fp4(u32 c, int j, int half) {
+  u32 bits = j < 3 ? (c & 8) << 12 | (c & 7) << 6 : (c & 8) | (c & 1) << 4 | (c >> 1 & 3);
+  bits <<= 16 * half;
+  return j < 3 ? rotate_right(bits, (32 - 3 * j) % 32) : bits;
+}
+// Every code is found again in a word whose other bits are those of other codes.
+DEVICE constexpr bool fp4_is_found() {
+  for (int j = 0; j < 4; j++)
+    for (int half = 0; half < 2; half++)
+      for (u32 c = 0; c < 16; c++) {
+        u32 w = 0;
+        for (int k = 0; k < 8; k++) w |= place_fp4(k == 2 * j + half ? c : ~c & 15, k / 2, k % 2);
+        if ((fp4_pair(w, j) >> (16 * half) & 0xffff) != ((c & 8) << 12 | (c & 7) << 6)) return false;
+      }
+  return true;
+}
+static_assert(fp4_is_found(), "the layout of FP4 codes and their decoding do not belong together");
+
 // Pair `p` of row g (upper 0) or g + 8 (upper 1) as bfloat16x2: FP4 times 2^-126, E4M3 as it is.
 template <int F> DEVICE u32 decode_pair(const Codes<F>& c, int upper, int p) {
-  if constexpr (Is<F>::fp4) {
-    u32 w = c.w[upper * 2 + p / 4];
-    int j = p % 4;
-    u32 sign = (w << (12 - 4 * j)) & 0x80008000u;
-    u32 magnitude = (j == 0 ? w << 6 : j == 1 ? w << 2 : j == 2 ? w >> 2 : w >> 6) & 0x01c001c0u;
-    return sign | magnitude;
-  } else {
+  if constexpr (Is<F>::fp4) return fp4_pair(c.w[upper * 2 + p / 4], p % 4);
+  else {
     u32 w = c.w[upper * 4 + p / 2];
     u32 y = p % 2 ? w : w << 8;
     return fma_bf16x2((y & 0x80008000u) | ((y >> 4) & 0x07f007f0u), splat(1.329227995784916e36f /* 2^120 */), 0);
@@ -163,12 +187,19 @@ template <int F> DEVICE u32 code_in(const u32* tile, u32 lane, int upper, u32 c)
   } else {
     int p = 4 * h + c % 8 / 2, half = c % 2;
     if constexpr (n == 8) return word(upper * 4 + p / 2) >> (8 * (p % 2) + 16 * half) & 255;
-    else return word(upper * 2 + p / 4) >> (4 * (p % 4) + 16 * half) & 15;
+    else {
+      u32 bits = fp4_pair(word(upper * 2 + p / 4), p % 4) >> (16 * half);
+      return (bits >> 12 & 8) | (bits >> 6 & 7);
+    }
   }
 }
 
 DEVICE float e4m3_to_f32(u32 b) { return __uint_as_float((b & 0x7f) << 20 | (b & 0x80) << 24) * 1.329227995784916e36f; }
-DEVICE float e8m0_to_f32(u32 e) { return __uint_as_float(e ? e << 23 : 0x00400000u); }
+DEVICE float e8m0_to_f32(u32 e) {
+  u32 bits;
+  asm("max.u32 %0, %1, %2;" : "=r"(bits) : "r"(e << 23), "r"(0x00400000u));
+  return __uint_as_float(bits);
+}
 DEVICE float e2m1_to_f32(u32 c) {
   u32 m = c & 7;
   float v = m < 2 ? 0.5f * (float)m : __uint_as_float(((m >> 1) + 126) << 23 | (m & 1) << 22);

@@ -86,9 +86,13 @@ template <int F, bool FAST> DEVICE void fragments(u32 a[4][4], const Codes<F>& c
   u32 scale[2][2];  // NVFP4: [half][row], times 2^100
   if constexpr (F == NVFP4) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      float s = __uint_as_float(((sc.raw >> (8 * i)) & 0xff) << 20) * 1.329227995784916e36f * 1.2676506002282294e30f;
-      scale[i & 1][i >> 1] = __byte_perm(__float_as_uint(s), 0, 0x3232);
+    for (int h = 0; h < 2; h++) {
+      // Those of both rows are the halves of a register, first times 2^-120.
+      u32 s = (h ? sc.raw >> 4 : sc.raw << 4) & 0x07f007f0u;
+      s = fma_bf16x2(s, splat(1.329227995784916e36f /* 2^120 */), 0x80008000u);
+      s = fma_bf16x2(s, splat(1.2676506002282294e30f /* 2^100 */), 0x80008000u);
+      // In these words the halves are operands of the multiplications to come; a permutation of bytes would be an instruction each.
+      asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; mov.b32 %0, {l, l}; mov.b32 %1, {h, h}; }" : "=r"(scale[h][0]), "=r"(scale[h][1]) : "r"(s));
     }
   }
 #pragma unroll
@@ -161,7 +165,7 @@ template <int F, bool FAST> DEVICE void accumulate(float acc[4], const Taken<F, 
         float c[4] = {0.f, 0.f, 0.f, 0.f};
         mma_bf16(c, w.a[2 * h], bw[h][0], bw[h][1]);
         mma_bf16(c, w.a[2 * h + 1], bw[h][2], bw[h][3]);
-        float s0 = e8m0_to_f32((sc.raw >> (8 * h)) & 0xff), s1 = e8m0_to_f32((sc.raw >> (16 + 8 * h)) & 0xff);
+        float s0 = e8m0_to_f32(sc.raw >> (8 * h) & 0xff), s1 = e8m0_to_f32(sc.raw >> (16 + 8 * h) & 0xff);
         acc[0] = fmaf(s0, c[0], acc[0]); acc[1] = fmaf(s0, c[1], acc[1]);
         acc[2] = fmaf(s1, c[2], acc[2]); acc[3] = fmaf(s1, c[3], acc[3]);
       }

@@ -373,7 +373,7 @@ template <int F> DEVICE void prompt_product(const MatmulArgs& a) {
   Tile tile = {0, blockIdx.y * TOKENS, a.x.rows, blockIdx.z};
   if (a.routing.ids) tile = tile_of(a.routing, a.num_experts, blockIdx.y);
   if (tile.first >= tile.count) return;
-  u32 tiles = num_tiles(part.w), warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  u32 tiles = num_tiles(part.w), warp = warp_index();
   u32 stages = (u32)__cvta_generic_to_shared(ring), bar = (u32)__cvta_generic_to_shared(bars);
   prepare<F>(a.routing, tile, ring, bar, flats);
   if (warp >= 4 * CONSUMERS) {

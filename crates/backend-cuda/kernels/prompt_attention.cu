@@ -38,12 +38,6 @@ struct PromptArgs {
 #define MULTIPLIERS 256
 #define THREADS (MULTIPLIERS + 128)
 
-DEVICE u32 cluster_address(u32 at, u32 rank) {
-  u32 there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
-  return there;
-}
-DEVICE void cluster_sync() { asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory"); }
 // Stores into the other block's shared memory, and counts the bytes at a barrier there.
 DEVICE void send(u32 to, const float v[4], u32 bar) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];"
@@ -354,7 +348,7 @@ KERNEL __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) attend_prompt(con
   pdl_launch();
   const AttendArgs& a = args.attend;
   u32 stages = (u32)__cvta_generic_to_shared(shared), bar = (u32)__cvta_generic_to_shared(bars), scores_bar = bar + 16 * STAGES;
-  u32 warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  u32 warp = warp_index();
   if (threadIdx.x == 0) {
 #pragma unroll
     for (int s = 0; s < STAGES; s++) {

@@ -8,6 +8,17 @@
 #define ROW_STEPS 4  // rows of up to 8192 columns stay in registers
 #define ROW_COLUMNS 2048
 
+// Where the row of a product comes from.
+struct RowInput {
+  Mat x;              // floats; the twin is read where it is taken as it lies
+  const u8* digits;   // the same for affine formats
+  u32 kind;           // 0: as it lies (twin or digits), 1: from its floats, 2: from their norm
+  float eps;
+  const float* weight;
+  Mat out;            // where the norm goes too, as floats and twin; null where it does not. Not over x: other blocks may still read it
+  u8* out_digits;     // and as digits, or null
+};
+
 DEVICE u32 row_column(u32 i) { return (i * 256 + threadIdx.x) * 8; }
 DEVICE bool is_wide(const float* p, u32 cols) { return (u64)p % 16 == 0 && cols % 8 == 0; }
 
@@ -99,7 +110,8 @@ DEVICE float inverse_rms(const float v[][8], int steps, u32 cols, float eps, flo
 }
 
 // A pair, rotated by the angle with cosine `c` and sine `s`.
-DEVICE float2 rotated(float x0, float x1, float c, float s) { return make_float2(x0 * c - x1 * s, x1 * c + x0 * s); }
+// Which product is rounded is said here: where a compiler chooses, two kernels do not round alike.
+DEVICE float2 rotated(float x0, float x1, float c, float s) { return make_float2(fmaf(x0, c, -__fmul_rn(x1, s)), fmaf(x1, c, __fmul_rn(x0, s))); }
 // Rotates one pair of the head that starts at column `head` of row `t`.
 DEVICE void rope_pair(const Mat& x, u32 t, u32 head, const float* table, u32 half, u32 i, bool interleaved) {
   u32 c0 = head + (interleaved ? 2 * i : i), c1 = head + (interleaved ? 2 * i + 1 : i + half);

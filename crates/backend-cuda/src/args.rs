@@ -451,7 +451,7 @@ pub(crate) struct Twin {
     pub(crate) x: Mat,
 }
 
-/// `RowInput` of `decode.cu`.
+/// `RowInput` of `row.cuh`.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct RowInput {
@@ -510,6 +510,22 @@ pub(crate) struct Heads {
     pub(crate) has_latent: u32,
     pub(crate) attend: Attend,
     pub(crate) latent: Latent,
+}
+
+/// `RowHeadsArgs` of `latent.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct RowHeads {
+    pub(crate) w_q: Packed,
+    pub(crate) w_k: Packed,
+    pub(crate) w_v: Packed,
+    pub(crate) input: RowInput,
+    pub(crate) latent: Latent,
+    pub(crate) attend: Attend,
+    pub(crate) out: Mat,
+    pub(crate) out_digits: DevicePtr,
+    pub(crate) log_slices: u32,
+    pub(crate) pad: u32,
 }
 
 /// `RouterArgs` of `decode.cu`.

@@ -4,6 +4,7 @@ mod decode;
 mod experts;
 mod few;
 mod gqa;
+mod latent;
 mod lines;
 mod operations;
 mod products;

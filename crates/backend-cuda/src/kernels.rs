@@ -30,15 +30,14 @@ macro_rules! files {
     };
 }
 
-static FILES: [File; 11] =
-    files!["rows" "pack" "matmul" "prompt" "attention" "prompt_attention" "gqa" "decode" "few" "lines" "sample"];
+static FILES: [File; 12] = files!["rows" "pack" "matmul" "prompt" "attention" "prompt_attention" "gqa" "decode" "latent" "few" "lines" "sample"];
 
 macro_rules! headers {
     ($($name:literal)*) => { [$(($name, include_str!(concat!("../kernels/", $name)))),*] };
 }
 
 /// What kernel files include, by name.
-const HEADERS: [(&str, &str); 12] = headers!["attend.cuh" "attend_rows.cuh" "barriers.cuh" "common.cuh" "lots.cuh" "packed.cuh" "pipe.cuh" "product.cuh" "route.cuh" "row.cuh" "shared_rows.cuh" "wgmma.cuh"];
+const HEADERS: [(&str, &str); 13] = headers!["attend.cuh" "attend_rows.cuh" "barriers.cuh" "common.cuh" "lots.cuh" "matrices.cuh" "packed.cuh" "pipe.cuh" "product.cuh" "route.cuh" "row.cuh" "shared_rows.cuh" "wgmma.cuh"];
 
 /// The oldest GPUs whose instructions the kernels need (bfloat16 products, asynchronous copies).
 const OLDEST: (i32, i32) = (8, 0);
@@ -214,6 +213,12 @@ impl Kernels {
         Ok(self.module("decode").find(name, shared)?.is_some())
     }
 
+    /// A kernel for one row of latent attention, if there is one: on GPUs without clusters there is none.
+    pub(crate) fn latent(&mut self, name: &str) -> Result<Option<Kernel>> {
+        let shared = ATTENTION_SHARED.min(self.most_shared);
+        self.module("latent").find(name, shared)
+    }
+
     pub(crate) fn few(&mut self, name: &str) -> Result<Kernel> {
         self.kernel("few", name, few_shared(name))
     }
@@ -241,7 +246,7 @@ impl Kernels {
     }
 
     pub(crate) fn attention(&mut self, name: &str) -> Result<Kernel> {
-        let joins = matches!(name, "index_topk" | "attend_join");
+        let joins = matches!(name, "index_topk" | "index_topk_few" | "attend_join");
         self.kernel("attention", name, if joins { 0 } else { ATTENTION_SHARED })
     }
 

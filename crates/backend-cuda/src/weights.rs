@@ -67,6 +67,26 @@ pub(crate) fn deep_bytes(format: WeightFormat) -> u32 {
     8 * (4 * 2 * 3 * tile_bytes(format) + 64)
 }
 
+/// The same of `row_heads_*` (`RowHeads` of latent.cu): rings of 16 warps, tiles of the other two products and their barriers, the row, and what comes of it.
+pub(crate) fn row_heads_bytes(format: WeightFormat) -> u32 {
+    const KEY_STRIDE: u32 = 328;
+    const PARTS: u32 = 16 * (4 + 256) * 4;
+    let (tiles, slots) = match lane_words(format) {
+        ..=4 => (8, 1),
+        5 => (3, 2),
+        6 => (2, 2),
+        _ => (1, 3),
+    };
+    let tile = tile_bytes(format);
+    let rings = 16 * (slots * 2 * tiles * tile + 64);
+    let others = 16 * 4 * tile + 144;
+    let row = 32 * if takes_digits(format) { 144 } else { 128 };
+    let batch = (rings - PARTS) / (32 * KEY_STRIDE * 2);
+    let scores = 2 * batch * 32 * 4 + batch * 2 * 40 * 2;
+    let rest = 16 * 2 * 16 * 4 + 256 * 4 + 576 * 2 + 16 * 32 * 4 + 16 * 4;
+    rings + others + row + 2 * KEY_STRIDE * 2 + scores + rest
+}
+
 /// The rings of a kernel of few.cu (`Size`): tiles of a slot, slots of a warp's ring of two row tiles, slots of the rows' ring.
 type Rings = (u32, u32, u32);
 

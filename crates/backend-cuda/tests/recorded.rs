@@ -261,6 +261,16 @@ fn published_shapes() {
     }
 }
 
+/// A row of latent attention whose heads are one kernel, in every format: contexts of one part of keys and of several, whose last part has one key and 32.
+#[test]
+fn heads_of_a_row_in_every_format() {
+    let Some(mut backend) = open() else { return };
+    let config = preset("glm-5.2-77:layers=1,vocab=512").expect("preset is known");
+    for format in chosen("MOELLON_TEST_FORMATS", &FORMATS) {
+        assert_same("heads", &config, format, &[1, 31, 32, 255], &mut backend);
+    }
+}
+
 /// Products of many rows and attention of a prompt's rows have kernels of their own.
 #[test]
 fn prompts_have_the_bits_of_few_rows() {

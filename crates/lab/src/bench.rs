@@ -57,8 +57,8 @@ const PROFILED_STEPS: u64 = 8;
 pub struct BenchPlan {
     /// Sequences of a decode step, each with its own random tokens.
     pub batches: Vec<usize>,
-    /// Positions that each sequence has in the cache.
-    pub context: usize,
+    /// Positions that each sequence has in the cache; each batch is measured at each of them.
+    pub contexts: Vec<usize>,
     /// Lengths of the prompts to prefill.
     pub prompts: Vec<usize>,
     /// Steps of a window; a window is one sample.
@@ -204,9 +204,11 @@ impl Bench<'_> {
     pub fn run(&mut self, plan: &BenchPlan, model: &str, format: &str) -> Result<BenchReport> {
         self.decoder.fill_caches(plan.seed, self.backend)?;
         let mut results = Vec::new();
-        for batch in &plan.batches {
-            (self.progress)(&format!("decode, batch {batch}"));
-            results.push(self.decode(plan, *batch)?);
+        for context in &plan.contexts {
+            for batch in &plan.batches {
+                (self.progress)(&format!("decode, batch {batch}, context {context}"));
+                results.push(self.decode(plan, *context, *batch)?);
+            }
         }
         let mut prefill = Vec::new();
         for tokens in &plan.prompts {
@@ -237,11 +239,11 @@ impl Bench<'_> {
         })
     }
 
-    fn decode(&mut self, plan: &BenchPlan, batch: usize) -> Result<DecodeResult> {
+    fn decode(&mut self, plan: &BenchPlan, context: usize, batch: usize) -> Result<DecodeResult> {
         let mut rng = SplitMix64::new(plan.seed + batch as u64);
         let chosen = self.backend.alloc("chosen tokens", ElementType::U32, batch)?.tensor(batch, 1);
         let mut step = |decoder: &mut Decoder, backend: &mut dyn Backend| -> Result<()> {
-            let logits = decoder.forward(&decode_batch(decoder, batch, plan, &mut rng), backend)?;
+            let logits = decoder.forward(&decode_batch(decoder, batch, context, plan.identical, &mut rng), backend)?;
             // The choice on the device, as a greedy engine makes it.
             greedy(logits, chosen, backend)?;
             Ok(())
@@ -285,14 +287,20 @@ impl Bench<'_> {
         // Random tokens choose more or fewer experts: bytes are a mean over steps as well.
         let mut profiler = Profiler::new(self.backend);
         for _ in 0..PROFILED_STEPS {
-            self.decoder.forward(&decode_batch(self.decoder, batch, plan, &mut rng), &mut profiler)?;
+            self.decoder
+                .forward(&decode_batch(self.decoder, batch, context, plan.identical, &mut rng), &mut profiler)?;
         }
         let profile = profiler.profile().clone();
         let mut times = Vec::new();
         for _ in 0..PROFILED_STEPS {
-            times.extend(self.decoder.forward_timed(&decode_batch(self.decoder, batch, plan, &mut rng), self.backend)?);
+            times.extend(
+                self.decoder.forward_timed(
+                    &decode_batch(self.decoder, batch, context, plan.identical, &mut rng),
+                    self.backend,
+                )?,
+            );
         }
-        let unions = if batch == 1 { self.unions_of_strangers(plan, &mut rng)? } else { Vec::new() };
+        let unions = if batch == 1 { self.unions_of_strangers(context, &mut rng)? } else { Vec::new() };
         let device_steps: Vec<f64> = times.iter().map(|t: &StepTimes| t.step * 1e3).collect();
         let seconds = median(&samples);
         let bytes = profile.total_bytes() / PROFILED_STEPS;
@@ -302,7 +310,7 @@ impl Bench<'_> {
             (self.decoder.weights().max_experts() as f64, self.decoder.config().moe.num_experts_per_tok as f64);
         Ok(DecodeResult {
             batch,
-            context: plan.context,
+            context,
             decode_tok_s: batch as f64 / seconds,
             step_ms: seconds * 1e3,
             step_ms_quartiles: [quantile(&samples, 0.25) * 1e3, quantile(&samples, 0.75) * 1e3],
@@ -323,10 +331,10 @@ impl Bench<'_> {
 
     /// What several rows read together if they choose as single rows do. A prompt's rows see each other and choose alike: they
     /// are no measure of strangers.
-    fn unions_of_strangers(&mut self, plan: &BenchPlan, rng: &mut SplitMix64) -> Result<Vec<(f64, f64)>> {
+    fn unions_of_strangers(&mut self, context: usize, rng: &mut SplitMix64) -> Result<Vec<(f64, f64)>> {
         let mut profiler = Profiler::new(self.backend);
         for _ in 0..COUNTED_STEPS {
-            self.decoder.forward(&decode_batch(self.decoder, 1, plan, rng), &mut profiler)?;
+            self.decoder.forward(&decode_batch(self.decoder, 1, context, false, rng), &mut profiler)?;
         }
         Ok(unions(profiler.profile(), COUNTED_STEPS))
     }
@@ -399,13 +407,13 @@ fn random_tokens(decoder: &Decoder, count: usize, rng: &mut SplitMix64) -> Vec<u
     (0..count).map(|_| rng.below(decoder.config().vocab_size) as u32).collect()
 }
 
-/// One random token of each of `batch` sequences at the plan's position, in blocks of its own.
-fn decode_batch(decoder: &Decoder, batch: usize, plan: &BenchPlan, rng: &mut SplitMix64) -> Batch {
-    let (block_size, context) = (decoder.options().block_size, plan.context);
+/// One random token of each of `batch` sequences at position `context`, in blocks of its own.
+fn decode_batch(decoder: &Decoder, batch: usize, context: usize, identical: bool, rng: &mut SplitMix64) -> Batch {
+    let block_size = decoder.options().block_size;
     let blocks = (context + 1).div_ceil(block_size);
     let mut step = Batch::default();
     let mut tokens = random_tokens(decoder, batch, rng);
-    if let (true, Some(token)) = (plan.identical, tokens.first().copied()) {
+    if let (true, Some(token)) = (identical, tokens.first().copied()) {
         // All blocks hold the same rows, so the sequences are the same.
         tokens.fill(token);
     }

@@ -41,7 +41,7 @@ fn measure(options: &BenchOptions) -> Result<()> {
     );
     let plan = BenchPlan {
         batches: options.batch.clone(),
-        context: options.context,
+        contexts: options.context.clone(),
         prompts: options.prompt.clone(),
         steps: options.steps,
         windows: options.windows,
@@ -72,7 +72,8 @@ fn replay(options: &BenchOptions, spec: &ReplaySpec, synthetic: &str, mut backen
     let largest_batch = options.batch.iter().copied().max().unwrap_or(1);
     let depth = spec.depth.unwrap_or(8);
     // Windows of both kinds and the warm-up, with every draft right.
-    let tokens = options.context + (options.steps + 1) * (5 * options.windows) * (depth + 2) + 64 * (depth + 1);
+    let context = one_context(options)?;
+    let tokens = context + (options.steps + 1) * (5 * options.windows) * (depth + 2) + 64 * (depth + 1);
     let block_size = options.block_size as usize;
     let max_context = tokens.next_multiple_of(block_size);
     let sizes = DecoderOptions {
@@ -98,7 +99,7 @@ fn replay(options: &BenchOptions, spec: &ReplaySpec, synthetic: &str, mut backen
     let chance = config.moe.num_experts_per_tok as f64 / config.moe.num_experts as f64;
     let wanted = if spec.overlaps.is_empty() { vec![chance] } else { spec.overlaps.clone() };
     let bands = related_bands(&config);
-    let bands = speculation::bands_of_overlaps(&mut decoder, backend.as_mut(), &bands, options.context, &wanted)?;
+    let bands = speculation::bands_of_overlaps(&mut decoder, backend.as_mut(), &bands, context, &wanted)?;
     // Steps of nine rows are several of one: more rounds than this say nothing new.
     let rounds = (options.windows * options.steps).min(24);
     let mut texts = Vec::new();
@@ -108,7 +109,7 @@ fn replay(options: &BenchOptions, spec: &ReplaySpec, synthetic: &str, mut backen
             overlap * 100.0,
             wanted * 100.0
         );
-        let verify = speculation::verify_cost(&mut decoder, backend.as_mut(), &tokens, options.context, rounds)?;
+        let verify = speculation::verify_cost(&mut decoder, backend.as_mut(), &tokens, context, rounds)?;
         texts.push((tokens, overlap, verify));
     }
     let device = format!("{}: {}", backend.caps().name, backend.caps().device);
@@ -127,7 +128,7 @@ fn replay(options: &BenchOptions, spec: &ReplaySpec, synthetic: &str, mut backen
             let plan = ReplayPlan {
                 acceptance: *acceptance,
                 batches: options.batch.clone(),
-                context: options.context,
+                context,
                 tokens: tokens.clone(),
                 steps: options.steps,
                 windows: options.windows,
@@ -206,13 +207,25 @@ fn print_replay(report: &ReplayReport) {
     );
 }
 
-/// A decoder with room for the largest batch at the context, or the longest prompt.
+/// The context, for what is measured at one.
+///
+/// # Errors
+/// If `--context` has several.
+pub fn one_context(options: &BenchOptions) -> Result<usize> {
+    match options.context[..] {
+        [context] => Ok(context),
+        _ => anyhow::bail!("--context has {} numbers, expected one here", options.context.len()),
+    }
+}
+
+/// A decoder with room for the largest batch at the longest context, or the longest prompt.
 pub fn open(options: &BenchOptions, backend: &mut dyn Backend) -> Result<(Decoder, String, String, LoadTime)> {
     let largest_batch = options.batch.iter().copied().max().unwrap_or(1);
     let longest_prompt = options.prompt.iter().copied().max().unwrap_or(1);
+    let context = options.context.iter().copied().max().unwrap_or(0);
     let block_size = options.block_size as usize;
-    let max_context = (options.context + 1).max(longest_prompt);
-    let blocks = (largest_batch * (options.context + 1).div_ceil(block_size)).max(longest_prompt.div_ceil(block_size));
+    let max_context = (context + 1).max(longest_prompt);
+    let blocks = (largest_batch * (context + 1).div_ceil(block_size)).max(longest_prompt.div_ceil(block_size));
     let sizes = DecoderOptions {
         max_batch_tokens: largest_batch.max(longest_prompt.min(options.chunk)),
         max_sequences: largest_batch,

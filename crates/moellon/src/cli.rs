@@ -433,9 +433,9 @@ pub struct BenchOptions {
     /// Sequences of a decode step.
     #[arg(long, value_delimiter = ',', default_value = "1,2,4,8", value_name = "N,..")]
     pub batch: Vec<usize>,
-    /// Positions cached for each sequence.
-    #[arg(long, default_value_t = 128, value_name = "N")]
-    pub context: usize,
+    /// Positions cached for each sequence; decoding is measured at each of them, with one load.
+    #[arg(long, value_delimiter = ',', default_value = "128", value_name = "N,..")]
+    pub context: Vec<usize>,
     /// Positions of a block of the cache.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096), value_name = "N")]
     pub block_size: u32,

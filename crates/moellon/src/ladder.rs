@@ -1,7 +1,7 @@
 //! `moellon bench --kernels`: the hot operations of a layer one by one.
 
 use crate::cli::{ActivationsChoice, BackendChoice, BenchOptions, DeviceOptions};
-use crate::{backend, doctor, table};
+use crate::{backend, bench, doctor, table};
 use anyhow::{Context, Result};
 use moellon_lab::ladder::{Ladder, LadderPlan, LadderReport, Rung};
 use moellon_lab::plain::{PlainBackend, Without};
@@ -36,7 +36,7 @@ pub fn run(options: &BenchOptions, synthetic: &str, best: &mut dyn Backend) -> R
     let plan = LadderPlan {
         rows: options.batch.clone(),
         prompts: options.prompt.iter().copied().filter(|rows| *rows > 1).collect(),
-        context: options.context,
+        context: bench::one_context(options)?,
         passes: options.windows,
         seed: options.seed,
     };

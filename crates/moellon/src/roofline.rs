@@ -81,6 +81,7 @@ pub fn measure(
     backend: &mut dyn Backend,
     what_if: &[(String, WhatIf)],
 ) -> Result<(Roofline, MeasuredModel)> {
+    let context = bench::one_context(options)?;
     let (mut decoder, name, _, load) = bench::open(options, backend)?;
     let sha256 = match options.synthetic {
         Some(_) => None,
@@ -95,7 +96,7 @@ pub fn measure(
     }
     let plan = BenchPlan {
         batches,
-        context: options.context,
+        contexts: vec![context],
         prompts: options.prompt.clone(),
         steps: options.steps,
         windows: options.windows,
@@ -122,7 +123,7 @@ pub fn measure(
     let report = bench.run(&plan, &model.name, &model.format)?;
     let one = report.results.iter().find(|r| r.batch == 1).context("batch 1 was measured")?;
     // The bandwidth of the same windows as batch 1: on a shared machine it changes within a minute.
-    let cost = CostModel::new(&account, decoder.config(), options.context, one.measured_read_gb_s * 1e9);
+    let cost = CostModel::new(&account, decoder.config(), context, one.measured_read_gb_s * 1e9);
     let cost = CostModel { unions: one.unions.clone(), ..cost }.calibrated(one.step_ms / 1e3);
     let measured: Vec<(usize, f64, f64)> =
         report.results.iter().map(|r| (r.batch, r.step_ms / 1e3, r.distinct_experts)).collect();
@@ -145,7 +146,7 @@ pub fn measure(
         ceiling_tok_s: 1.0 / cost.ceiling_seconds(1.0),
         achieved_tok_s: one.decode_tok_s,
         cost,
-        context: options.context,
+        context,
         batches,
         what_if: predicted,
         bench: report,

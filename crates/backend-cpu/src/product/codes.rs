@@ -29,6 +29,9 @@ pub(super) struct Affine<const BITS: usize>;
 /// E2M1 codes as `2 * value + 12`, which is 0 to 24.
 pub(super) struct E2m1;
 
+/// E2M1 codes as `2 * value`, signed: -12 to 12.
+pub(super) struct E2m1Signed;
+
 /// Operands of small codes that [`super::wide::Expand`] made.
 pub(super) struct Wide<const STEPS: usize>;
 
@@ -43,6 +46,17 @@ pub(super) const E2M1_OPERANDS: [u8; 16] = {
     let mut code = 0;
     while code < 16 {
         table[code] = (moellon_tensor::minifloat::E2M1[code] * E2M1_FACTOR + E2M1_BIAS as f32) as u8;
+        code += 1;
+    }
+    table
+};
+
+/// The same without [`E2M1_BIAS`], as signed bytes.
+const E2M1_SIGNED: [u8; 16] = {
+    let mut table = E2M1_OPERANDS;
+    let mut code = 0;
+    while code < 16 {
+        table[code] = table[code].wrapping_sub(E2M1_BIAS as u8);
         code += 1;
     }
     table
@@ -124,14 +138,37 @@ impl Codes for E2m1 {
 
     #[inline(always)]
     unsafe fn operand<S: Simd, const M: usize>(s: S, block: *const u8) -> S::I {
-        let [Some(CodePart { line, shift, .. }), None] = (const { Parts::<4, M>::ALL }) else {
-            unreachable!("codes of 4 bits stand whole in a byte")
-        };
         // SAFETY: the caller's promise.
-        let line = unsafe { s.load_i(block.add(line * LINE_BYTES)) };
-        let moved = if shift == 0 { line } else { s.shr(line, shift as u32) };
-        s.look_up_low(s.load_table(&E2M1_OPERANDS), moved)
+        unsafe { e2m1_entry::<S, M>(s, block, &E2M1_OPERANDS) }
     }
+}
+
+impl Codes for E2m1Signed {
+    const LINES: usize = 4;
+    const FULL_BYTE: bool = true;
+    const STEPS: usize = 1;
+    const LOOKS_UP: bool = true;
+
+    #[inline(always)]
+    unsafe fn operand<S: Simd, const M: usize>(s: S, block: *const u8) -> S::I {
+        // SAFETY: the caller's promise.
+        unsafe { e2m1_entry::<S, M>(s, block, &E2M1_SIGNED) }
+    }
+}
+
+/// What `table` has for the E2M1 codes of step `M`.
+///
+/// # Safety
+/// `block` is valid for reads of four lines.
+#[inline(always)]
+unsafe fn e2m1_entry<S: Simd, const M: usize>(s: S, block: *const u8, table: &[u8; 16]) -> S::I {
+    let [Some(CodePart { line, shift, .. }), None] = (const { Parts::<4, M>::ALL }) else {
+        unreachable!("codes of 4 bits stand whole in a byte")
+    };
+    // SAFETY: the caller's promise.
+    let line = unsafe { s.load_i(block.add(line * LINE_BYTES)) };
+    let moved = if shift == 0 { line } else { s.shr(line, shift as u32) };
+    s.look_up_low(s.load_table(table), moved)
 }
 
 impl<const STEPS: usize> Codes for Wide<STEPS> {

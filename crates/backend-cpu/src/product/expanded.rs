@@ -1,6 +1,9 @@
-//! Products with many rows: tiles are expanded part by part ([`super::wide`]) and multiplied with all rows of a block.
+//! Products with many rows: tiles are unpacked for all rows of a block, part by part ([`super::wide`]) or, for tile registers, record by
+//! record ([`super::amx`]).
 
-use super::codes::{Affine, Codes, E2m1, Wide, steps_of_bits};
+#[cfg(target_arch = "x86_64")]
+use super::amx;
+use super::codes::{Affine, Codes, E2M1_FACTOR, E2m1, Wide, steps_of_bits};
 use super::{MAX_ROWS, MAX_STREAMS, Product, ROW_BLOCK, Rows, Sized, TileArgs, TileKernel, int8, streams_for, wide};
 use crate::activations::Across;
 use crate::layout::{BLOCK_COLS, Coding, LINE_BYTES, TILE_ROWS};
@@ -12,10 +15,9 @@ use std::mem::MaybeUninit;
 /// Rows from which on tiles are expanded: four calls of four rows pay for it. Two calls do not: the second finds the tile
 /// in the nearest cache, and unpacking again costs less than writing and reading what was unpacked.
 const EXPAND_ROWS: usize = 16;
-/// Rows from which on tile registers are faster than dot products of bytes, by `kernel_speed` with both levels: 5 to 8 rows are
-/// slower, because expanding and storing sums takes as long for them as for 16 (14 instead of 16 GB/s, scratch runs).
+/// Rows from which on tile registers are at least as fast as dot products of bytes, by `kernel_speed` with both levels.
 #[cfg(target_arch = "x86_64")]
-const AMX_ROWS: usize = 12;
+const AMX_ROWS: usize = 5;
 /// Rows of a call with expanded tiles.
 pub(super) const WIDE_ROWS: usize = 4;
 /// Expanded tiles that a call reads at most.
@@ -28,7 +30,7 @@ pub(super) enum Expansion {
     Packed,
     /// Expanded, for dot products of bytes.
     Wide,
-    /// Expanded, for tile registers.
+    /// Record by record, for tile registers.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "no other processor has them"))]
     Amx,
 }
@@ -94,19 +96,19 @@ pub(crate) fn reads_rows_across(level: Level, num_rows: usize) -> bool {
 impl Product<'_> {
     /// How `num_rows` rows are multiplied at this level.
     pub(super) fn expansion(&self, num_rows: usize) -> Expansion {
-        let small_codes = match self.map.layout.coding {
-            Coding::Affine { bits } => bits < 8,
-            Coding::Mxfp4 | Coding::Nvfp4 => true,
-            Coding::F32 | Coding::F16 | Coding::Bf16 | Coding::Fp8Block | Coding::Mxfp8 => false,
+        let (integers, small_codes) = match self.map.layout.coding {
+            Coding::Affine { bits } => (true, bits < 8),
+            Coding::Mxfp4 | Coding::Nvfp4 => (true, true),
+            Coding::F32 | Coding::F16 | Coding::Bf16 | Coding::Fp8Block | Coding::Mxfp8 => (false, false),
         };
-        if self.mode != ActivationMode::Int8 || !small_codes {
+        if self.mode != ActivationMode::Int8 || !integers {
             return Expansion::Packed;
         }
         #[cfg(target_arch = "x86_64")]
-        if reads_rows_across(self.level, num_rows) && matches!(self.map.layout.coding, Coding::Affine { .. }) {
+        if reads_rows_across(self.level, num_rows) {
             return Expansion::Amx;
         }
-        let has_kernels = streams_for(self.level.streams(), WIDE_ROWS) > 0;
+        let has_kernels = small_codes && streams_for(self.level.streams(), WIDE_ROWS) > 0;
         if has_kernels && num_rows >= EXPAND_ROWS { Expansion::Wide } else { Expansion::Packed }
     }
 
@@ -143,8 +145,8 @@ impl Product<'_> {
         Rows { first: room, len_bytes, stride_bytes, across: Some(across), ids: &FIRST_IDS[..num_rows], ..*rows }
     }
 
-    /// Multiplies rows with up to [`STREAMS`] tiles, part after part of the tiles, and returns how many: as many of the
-    /// first ones as the kernel takes.
+    /// Multiplies rows with up to [`STREAMS`] tiles that the kernel unpacks for more than one call, and returns how many: as many of
+    /// the first ones as the kernel takes.
     pub(super) fn run_expanded(
         &self,
         expansion: Expansion,
@@ -154,14 +156,21 @@ impl Product<'_> {
         sink: &mut impl FnMut(usize, usize, &[[f32; TILE_ROWS]]),
     ) -> usize {
         assert!(rows.ids.len() <= ROW_BLOCK && streams <= STREAMS);
-        let group_rows = if expansion == Expansion::Amx { rows.ids.len() } else { WIDE_ROWS };
-        let count = rows.ids.len() / group_rows * group_rows;
-        // What a group's results take: tile registers write whole groups.
-        let group_room =
-            if expansion == Expansion::Amx { group_rows.next_multiple_of(Across::ROWS) } else { group_rows };
-        let rows = rows.with_ids(&rows.ids[..count]);
         let mut out = MaybeUninit::<[[f32; TILE_ROWS]; STREAMS * ROW_BLOCK]>::uninit();
         let out: *mut [f32; TILE_ROWS] = out.as_mut_ptr().cast();
+        #[cfg(target_arch = "x86_64")]
+        if expansion == Expansion::Amx {
+            let count = rows.ids.len();
+            for (t, tile) in tiles.into_iter().enumerate().take(streams) {
+                self.multiply_amx(rows, tile, out.wrapping_add(t * ROW_BLOCK));
+            }
+            // SAFETY: the kernel wrote the results of all rows, in order.
+            hand_over([streams, count], |t, i| unsafe { &*out.add(t * ROW_BLOCK + i) }, sink);
+            return count;
+        }
+        let _ = expansion;
+        let count = rows.ids.len() / WIDE_ROWS * WIDE_ROWS;
+        let rows = rows.with_ids(&rows.ids[..count]);
         let mut parts = [const { wide::Part([MaybeUninit::uninit(); _]) }; STREAMS];
         let layout = &self.map.layout;
         let mut end = 0;
@@ -176,21 +185,11 @@ impl Product<'_> {
                 unsafe { self.dispatch_expand(&expand) };
             }
             let parts = parts.each_ref().map(|part| part.0.as_ptr().cast::<u8>());
-            match expansion {
-                #[cfg(target_arch = "x86_64")]
-                Expansion::Amx => self.multiply_amx(&rows, streams, (tiles, parts), blocks, out),
-                _ => self.multiply_wide(&rows, streams, parts, blocks, out),
-            }
+            self.multiply_wide(&rows, streams, parts, blocks, out);
         }
-        // Row by row: outputs of many rows stand whole pages apart, and those of one tile share a set of the nearest cache. A prompt's
-        // attention products took 130 ms so and 150 to 180 ms tile by tile.
-        for i in 0..count {
-            for t in 0..streams {
-                let at = (i / group_rows * streams + t) * group_room + i % group_rows;
-                // SAFETY: kernels wrote the results of every group.
-                sink(t, i, unsafe { std::slice::from_ref(&*out.add(at)) });
-            }
-        }
+        let place = |t, i| (i / WIDE_ROWS * streams + t) * WIDE_ROWS + i % WIDE_ROWS;
+        // SAFETY: kernels wrote the results of every group.
+        hand_over([streams, count], |t, i| unsafe { &*out.add(place(t, i)) }, sink);
         count
     }
 
@@ -227,69 +226,73 @@ impl Product<'_> {
         }
     }
 
-    /// All rows times parts of tiles, which were expanded from `tiles`.
+    /// All rows times a packed tile: results to `out`, which has room for [`ROW_BLOCK`].
     #[cfg(target_arch = "x86_64")]
-    fn multiply_amx(
-        &self,
-        rows: &Rows<'_>,
-        streams: usize,
-        (tiles, parts): ([*const u8; MAX_STREAMS], [*const u8; STREAMS]),
-        blocks: std::ops::Range<usize>,
-        out: *mut [f32; TILE_ROWS],
-    ) {
-        use super::amx::{Amx, AmxArgs};
+    fn multiply_amx(&self, rows: &Rows<'_>, tile: *const u8, out: *mut [f32; TILE_ROWS]) {
         let layout = &self.map.layout;
         let (Some(int8), Some(across)) = (rows.int8, rows.across) else { unreachable!("`side_by_side` comes first") };
         assert!(are_consecutive(rows.ids), "`side_by_side` comes first");
         let (first, num_rows) = (rows.ids[0] as usize, rows.ids.len());
         let end = (first + num_rows - 1) * rows.stride_bytes + int8.blocks * BLOCK_COLS;
         assert!(end <= rows.len_bytes, "rows end at {end} of {} bytes", rows.len_bytes);
-        // The next part of a tile stands behind this one, or is that of the next tile.
-        let next_offset = layout.block_offset(blocks.end);
-        let mut args = AmxArgs {
+        let factor = match layout.coding {
+            Coding::Affine { .. } => 1.0,
+            _ => 1.0 / E2M1_FACTOR,
+        };
+        let args = amx::AmxArgs {
             layout,
             int8,
-            part: std::ptr::null(),
+            tile,
             rows: rows.first.wrapping_add(first * rows.stride_bytes),
             stride_bytes: rows.stride_bytes,
             across: across.at_row(first),
             num_rows,
-            first_block: blocks.start,
-            end_block: blocks.end,
-            factor: self.map.global_scales[self.matrix],
+            factor: self.map.global_scales[self.matrix] * factor,
             out: out.cast(),
-            next: std::ptr::null(),
-            next_lines: (next_offset - layout.block_offset(blocks.start)) / LINE_BYTES,
         };
-        for (t, part) in parts.into_iter().enumerate().take(streams) {
-            args.part = part;
-            args.next = tiles[t].wrapping_add(next_offset);
-            args.out = out.wrapping_add(t * num_rows.next_multiple_of(Across::ROWS)).cast();
-            // SAFETY: the parts were expanded, rows are whole and at equal distances, more of them and their numbers may be
-            // read, `out` has room for all of them.
-            unsafe {
-                match (layout.record_blocks, layout.scale_blocks) {
-                    (1, 1) => self.run_amx::<Amx<1, 1, 2>>(&args),
-                    (2, 2) => self.run_amx::<Amx<2, 2, 2>>(&args),
-                    (4, 2) => self.run_amx::<Amx<4, 2, 1>>(&args),
-                    found => unreachable!("affine groups and scales of {found:?} blocks: `activation_scale_blocks`"),
-                }
+        // SAFETY: the tile is whole, rows are as well and at equal distances, more of them and their numbers may be read, `out` has
+        // room for all of them.
+        unsafe {
+            match layout.coding {
+                Coding::Affine { bits } => match bits {
+                    2 => self.run_grouped::<Affine<2>>(&args),
+                    3 => self.run_grouped::<Affine<3>>(&args),
+                    4 => self.run_grouped::<Affine<4>>(&args),
+                    5 => self.run_grouped::<Affine<5>>(&args),
+                    6 => self.run_grouped::<Affine<6>>(&args),
+                    8 => self.run_grouped::<Affine<8>>(&args),
+                    other => unreachable!("affine codes of {other} bits: WeightFormat::validate"),
+                },
+                Coding::Mxfp4 => self.run_amx::<amx::Mxfp4>(&args),
+                Coding::Nvfp4 => self.run_amx::<amx::Nvfp4>(&args),
+                coding => unreachable!("`Product::expansion` says no to {coding:?}"),
             }
         }
     }
 
     /// # Safety
-    /// As [`super::amx::Amx`].
+    /// As [`amx::Amx`].
     #[cfg(target_arch = "x86_64")]
-    unsafe fn run_amx<K: crate::simd::Kernel<Args = super::amx::AmxArgs<'static>>>(
-        &self,
-        args: &super::amx::AmxArgs<'_>,
-    ) {
-        use super::amx::AmxArgs;
-        // SAFETY: only the lifetime changes, and no kernel keeps its arguments.
-        let args = unsafe { std::mem::transmute::<&AmxArgs<'_>, &AmxArgs<'static>>(args) };
+    unsafe fn run_grouped<C: Codes>(&self, args: &amx::AmxArgs<'_>) {
         // SAFETY: the caller's promise.
-        unsafe { self.level.call_with_tiles::<K>(args) }
+        unsafe {
+            match (self.map.layout.record_blocks, self.map.layout.scale_blocks) {
+                (1, 1) => self.run_amx::<amx::Grouped<C, 1, 1>>(args),
+                (2, 2) => self.run_amx::<amx::Grouped<C, 2, 2>>(args),
+                (4, 2) => self.run_amx::<amx::Grouped<C, 4, 2>>(args),
+                found => unreachable!("affine groups and scales of {found:?} blocks: `activation_scale_blocks`"),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`amx::Amx`].
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn run_amx<F: amx::Family>(&self, args: &amx::AmxArgs<'_>) {
+        // SAFETY: only the lifetime changes, and no kernel keeps its arguments.
+        let args = unsafe { std::mem::transmute::<&amx::AmxArgs<'_>, &amx::AmxArgs<'static>>(args) };
+        // SAFETY: the caller's promise.
+        unsafe { self.level.call_with_tiles::<amx::Amx<F>>(args) }
     }
 
     /// # Safety
@@ -342,6 +345,20 @@ impl Product<'_> {
                 2 => self.level.call::<Sized<B, 2, WIDE_ROWS>>(args),
                 streams => unreachable!("`Product::max_streams` never gives {streams} expanded tiles"),
             }
+        }
+    }
+}
+
+/// Hands the results of `streams` tiles and `count` rows to `sink`. Row by row: outputs of many rows stand whole pages apart, and those
+/// of one tile share a set of the nearest cache. A prompt's attention products took 130 ms so and 150 to 180 ms tile by tile.
+fn hand_over<'a>(
+    [streams, count]: [usize; 2],
+    result: impl Fn(usize, usize) -> &'a [f32; TILE_ROWS],
+    sink: &mut impl FnMut(usize, usize, &[[f32; TILE_ROWS]]),
+) {
+    for i in 0..count {
+        for t in 0..streams {
+            sink(t, i, std::slice::from_ref(result(t, i)));
         }
     }
 }

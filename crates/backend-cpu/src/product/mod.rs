@@ -450,9 +450,9 @@ impl<'a> Product<'a> {
                 5..=7 => streams_for(self.streams(), 4).max(1),
                 _ => streams_for(self.streams(), num_rows).max(1),
             },
-            Expansion::Wide | Expansion::Amx => {
-                expanded::STREAMS.min(streams_for(self.level.streams(), expanded::WIDE_ROWS))
-            }
+            // One stream: what a core reads while it multiplies is then all that its caches wait for.
+            Expansion::Amx => 1,
+            Expansion::Wide => expanded::STREAMS.min(streams_for(self.level.streams(), expanded::WIDE_ROWS)),
         }
     }
 

@@ -195,8 +195,8 @@ fn the_largest_codes_and_activations_do_not_overflow() {
             let form = ActivationMode::Int8.row_form(&packed.map.layout);
             let prepared = Prepared::new(form, &[vec![sign * 127.0; 256]]);
             for level in CpuLevel::available() {
-                // Alone, with expanded tiles, and with those of tile registers.
-                for num_rows in [1, 20, 30] {
+                // Alone, in tile registers that are not full, and with more than one pass of them.
+                for num_rows in [1, 7, 20, 30] {
                     let out = products(level, ActivationMode::Int8, &packed, &prepared, &vec![0; num_rows]);
                     let expected = sign * 127.0 * 256.0 * ((1u32 << bits) - 1) as f32;
                     assert_eq!(out, vec![[expected; 16]; num_rows], "{bits} bits at {level}");

@@ -26,6 +26,15 @@ pub(crate) fn is_available() -> bool {
     })
 }
 
+/// Whether the tiles multiply bf16 as well, where they are available.
+#[allow(unused_unsafe, reason = "CPUID is a safe function in some versions of the standard library")]
+pub(crate) fn has_bf16() -> bool {
+    /// CPUID leaf 7, EDX.
+    const AMX_BF16: u32 = 1 << 22;
+    // SAFETY: callers have AVX-512, so the processor has CPUID leaf 7.
+    unsafe { __cpuid_count(7, 0) }.edx & AMX_BF16 != 0
+}
+
 /// Whether the system saves tile registers: XCR0 bits 17 and 18.
 fn is_saved() -> bool {
     const TILE_STATE: u32 = 0b11 << 17;

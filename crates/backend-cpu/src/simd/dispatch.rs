@@ -9,7 +9,8 @@ use super::neon::Neon;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2::Avx2, avx512::Avx512};
 
-/// A set of vector instructions that kernels are compiled for. All levels give the same bits.
+/// A set of vector instructions that kernels are compiled for. All levels give the same bits, except that with
+/// [`crate::ActivationMode::Int8`] tile registers that multiply bf16 compute latent attention and the indexer's scores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum CpuLevel {
     /// Whatever the compilation target has.
@@ -26,7 +27,8 @@ pub enum CpuLevel {
     Avx2Vnni,
     /// AVX-512 F, BW, VL, DQ and VNNI (Cascade Lake, Zen 4 and later).
     Avx512Vnni,
-    /// The same, VBMI, and AMX tiles of bytes, which many rows are multiplied with (Sapphire Rapids and later).
+    /// The same, VBMI, and AMX tiles of bytes, which many rows are multiplied with (Sapphire Rapids and later), and of bf16, where the
+    /// processor has those too, for attention over latents.
     Avx512Amx,
 }
 
@@ -149,6 +151,8 @@ pub(crate) trait Kernel {
 pub(crate) struct Level {
     name: CpuLevel,
     available: Available,
+    #[cfg(target_arch = "x86_64")]
+    bf16_tiles: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -197,7 +201,12 @@ impl Level {
             #[cfg(not(target_arch = "x86_64"))]
             CpuLevel::Avx2 | CpuLevel::Avx2Vnni | CpuLevel::Avx512Vnni | CpuLevel::Avx512Amx => None,
         };
-        available.map(|available| Level { name: level, available })
+        available.map(|available| Level {
+            name: level,
+            available,
+            #[cfg(target_arch = "x86_64")]
+            bf16_tiles: level == CpuLevel::Avx512Amx && super::amx::has_bf16(),
+        })
     }
 
     /// Its name.
@@ -224,6 +233,12 @@ impl Level {
         self.name == CpuLevel::Avx512Amx
     }
 
+    /// Whether tile registers multiply bf16 as well.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn has_bf16_tiles(self) -> bool {
+        self.bf16_tiles
+    }
+
     /// Runs a kernel that uses tile registers.
     ///
     /// # Safety
@@ -234,8 +249,14 @@ impl Level {
     #[cfg(target_arch = "x86_64")]
     pub(crate) unsafe fn call_with_tiles<K: Kernel>(self, args: &K::Args) {
         assert!(self.has_tiles(), "{} has no tile registers", self.name);
-        // SAFETY: the level exists only where the processor has AVX-512 as well; `args` is the caller's promise.
-        unsafe { run_avx512_vnni::<K>(args) }
+        // SAFETY: the level exists only where the processor has AVX-512 with VBMI as well; `args` is the caller's promise.
+        unsafe {
+            if const { K::LOOKS_UP } {
+                run_avx512_vbmi::<K>(args);
+            } else {
+                run_avx512_vnni::<K>(args);
+            }
+        }
     }
 
     /// Runs a kernel compiled for this level.

@@ -4,7 +4,8 @@
 //! The unit is 64 bytes: 16 f32, 16 i32, or one line of packed codes (16 lanes of 4 bytes). Sixteen rows of a weight
 //! tile are the sixteen lanes, so no kernel sums across lanes of a product, and all levels perform the same operations
 //! on a lane in the same order. Every operation here is exact or correctly rounded (fused multiply-add included), so
-//! **all levels give the same bits**; tests compare them with `==`.
+//! **all levels give the same bits**; tests compare them with `==`. The one exception are kernels of bf16 tiles, which are no [`Simd`]
+//! code (`attend_tiles`): compared with a tolerance, and with `==` among batches.
 //!
 //! `unsafe`: intrinsics and unchecked loads. A value of a [`Simd`] type is the proof that the processor has the
 //! instructions, and only [`CpuLevel::call`] makes one.

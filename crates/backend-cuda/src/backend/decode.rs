@@ -10,6 +10,7 @@
 //! | `rms_norm`, `linear` of the router | `pair` without a pair |
 //! | `gate_up` | `pair` without a router |
 //! | `linear` whose output the next `rms_norm` adds | `line` with a residual |
+//! | `rms_norm` and second product of the queries, `rms_norm` of the latent, two `rope`, `kv_store`, `linear_heads`, `attend_mla`, `linear_heads` | `row_heads` (latent.rs), up to 512 positions |
 //! | `rms_norm` of the latent, two `rope`, `kv_store`, `linear_heads` | `heads` with a latent |
 //! | `rms_norm` of queries' and keys' heads, two `rope`, `kv_store`, `attend_gqa` | `gqa` |
 //! | `attend_mla`, `linear_heads` | `attend`, `heads` that joins |
@@ -82,6 +83,9 @@ impl CudaBackend {
     /// Launches what starts at the cursor as a kernel of its own, if there is one, and moves past it.
     fn fused(&mut self, cursor: &mut Cursor<'_>) -> Result<bool> {
         if self.router_and_experts(cursor)? {
+            return Ok(true);
+        }
+        if self.row_heads(cursor)? {
             return Ok(true);
         }
         if let Some(count) = self.grouped_attention(cursor.rest())? {
@@ -233,7 +237,7 @@ impl CudaBackend {
     }
 
     /// Whether one of the next operations, as long as `x` holds what it holds, reads it as floats.
-    fn reads_floats(&self, ops: &[Op], x: Tensor) -> bool {
+    pub(super) fn reads_floats(&self, ops: &[Op], x: Tensor) -> bool {
         for op in ops {
             match op {
                 Op::Linear { x: read, parts }
@@ -262,7 +266,7 @@ impl CudaBackend {
     }
 
     /// The norm of a row as the input of products with `weight`.
-    fn norm_input(&mut self, norm: &RmsNorm, weight: Weight) -> Result<Option<RowInput>> {
+    pub(super) fn norm_input(&mut self, norm: &RmsNorm, weight: Weight) -> Result<Option<RowInput>> {
         let offsets = [norm.x.offset, norm.out.offset, norm.weight.offset];
         if fast_format(weight.format).is_none() || !is_wide(norm.x.cols, &offsets) {
             return Ok(None);

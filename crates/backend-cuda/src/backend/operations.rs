@@ -177,12 +177,19 @@ impl CudaBackend {
         args.max_splits = splits as u32;
         if mla_by_tensor_cores(args) {
             let stride = args.q_dim + args.q_rope_dim + 8;
-            let shared =
-                2 * (2 * MLA_HEADS + TILE) * stride + 2 * MLA_HEADS * 4 * (TILE + 1) + 2 * MLA_HEADS * 2 * (TILE + 8);
+            let shared = |tiles: u32| {
+                2 * (2 * MLA_HEADS + tiles * TILE) * stride
+                    + 2 * MLA_HEADS * 4 * (TILE + 1)
+                    + 2 * MLA_HEADS * 2 * (TILE + 8)
+            };
             let kernel = self.kernels.attention("attend_mla")?;
+            let groups = (args.num_heads / MLA_HEADS) as usize * rows;
+            // Where every part has a multiprocessor to itself, a block asks for two tiles of keys at a time.
+            let alone =
+                groups * splits <= self.device.multiprocessors as usize && shared(2) <= self.kernels.most_shared;
+            let shared = shared(if alone { 2 } else { 1 });
             // No more blocks than are resident: one that goes through several parts has its queries already.
             let resident = self.device.resident_blocks(&kernel, 256, shared)?;
-            let groups = (args.num_heads / MLA_HEADS) as usize * rows;
             let blocks = (resident / groups).clamp(1, splits);
             return self.device.launch(
                 &kernel,
@@ -491,7 +498,8 @@ impl CudaBackend {
             ids_stride: op.ids.stride as u32,
             k: op.ids.cols as u32,
         };
-        let kernel = self.kernels.attention("index_topk")?;
+        let name = if op.scores.rows > GEMV_ROWS { "index_topk" } else { "index_topk_few" };
+        let kernel = self.kernels.attention(name)?;
         self.device.launch(&kernel, [op.scores.rows as u32, 1, 1], 1024, 0, &args)
     }
 

@@ -163,7 +163,7 @@ fn bench_options(options: &ReportOptions) -> BenchOptions {
         kernels: false,
         draft_vocab: DraftVocab(DraftVocabulary::Auto),
         batch: vec![1, 2, 4, 8],
-        context: 128,
+        context: vec![128],
         block_size: 64,
         prompt: vec![512],
         chunk: 512,

@@ -176,6 +176,7 @@ pub(crate) fn cases() -> Vec<Case> {
         shaped("32 heads", [32, 192], 3, 300, CacheDtype::Bf16, None),
         shaped("16 heads, one key", [16, 64], 1, 1, CacheDtype::Bf16, None),
         shaped("16 heads, 512 columns", [16, 512], 2, 1100, CacheDtype::Bf16, None),
+        shaped("16 heads, parts of many tiles", [16, 64], 1, 4300, CacheDtype::Bf16, None),
         shaped("48 heads, index set", [48, 128], 4, 200, CacheDtype::Bf16, Some(45)),
     ]
 }

@@ -90,5 +90,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("shorter than k, equal to k, longer", vec![0, 14, 15, 16, 63], 16, normal_rows(27, 5, 64)),
         case("ties at the boundary, negatives", vec![89, 89, 89], 24, normalise(zeros_and_negatives)),
         case("long", vec![4999, 2500], 2048, normal_rows(28, 2, 5000)),
+        // Back ends that keep a row's scores in registers read longer ones again.
+        case("longest row in registers, longer", vec![16383, 16384, 20000], 2048, normal_rows(29, 3, 20001)),
     ]
 }
