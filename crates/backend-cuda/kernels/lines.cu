@@ -18,23 +18,17 @@ struct LinesArgs : DenseArgs {
   u32* arrived;       // two counters a unit, zero between two launches
 };
 
-#if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
+#if __CUDA_ARCH__ >= 900
 
 #define CHUNK 8        // tiles of columns that arrive together
 #define MAX_CHUNKS 16
 
 DEVICE u32 cluster_rank() { u32 r; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
 DEVICE u32 cluster_size() { u32 r; asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(r)); return r; }
-DEVICE void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
 // Four floats at the address `at` of this block, of block `rank` of the cluster.
 DEVICE float4 cluster_load(u32 at, u32 rank) {
-  u32 there;
   float4 v;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
-  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(there) : "memory");
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(cluster_address(at, rank)) : "memory");
   return v;
 }
 
@@ -67,7 +61,7 @@ template <int F, int R, int C> struct DeepPipe : Pipe<F, R, C, 1> {
   METHOD void start(u8* shared, u32 slots) {
     depth = slots;
     this->lane = threadIdx.x & 31;
-    this->ring = (u32)__cvta_generic_to_shared(shared) + threadIdx.x / 32 * bytes(depth);
+    this->ring = (u32)__cvta_generic_to_shared(shared) + warp_index() * bytes(depth);
     this->bars = this->ring + depth * SLOT;
     this->put = this->take = this->phases = this->left = 0;
     if (this->lane == 0) {
@@ -223,7 +217,7 @@ template <int F, int ROWS, int R, int C> DEVICE void lines(const LinesArgs& a) {
   constexpr int Q = ROWS / Lot<F>::rows, N = Lot<F>::sums;
   typedef DeepPipe<F, R, C> P;
   typedef Columns32<F, ROWS> X;
-  u32 warp = threadIdx.x / 32, size = a.shares ? a.shares : cluster_size(), rank = a.shares ? blockIdx.x % size : cluster_rank();
+  u32 warp = warp_index(), size = a.shares ? a.shares : cluster_size(), rank = a.shares ? blockIdx.x % size : cluster_rank();
   u32 S = a.slices, own = S / size, team = blockDim.x / 32 / own;
   u32 slice = rank * own + warp / team, member = warp % team, tiles = num_tiles(a.part[0].w), unit_rows = team * R * 16;
   u32 block_first = slice_start(rank * own, S, tiles), first = slice_start(slice, S, tiles), count = slice_start(slice + 1, S, tiles) - first;
@@ -263,11 +257,11 @@ template <int F, int ROWS, int R, int C> DEVICE void lines(const LinesArgs& a) {
       else asm volatile("st.shared.f32 [%0], %1;" ::"r"(x.at + ((warp / team * ROWS + n) * line + at) * 4), "f"(acc[i][q][k]) : "memory");
     });
   if (a.shares) shares_barrier(a.arrived + 2 * unit, size);
-  else if (size > 1) cluster_barrier();
+  else if (size > 1) cluster_sync();
   else __syncthreads();
   join<F, ROWS>(a, x.at, shared_sums, line, unit_rows, place, matrix, rank, size);
   // Others read the sums of this block.
-  if (size > 1 && !a.shares) cluster_barrier();
+  if (size > 1 && !a.shares) cluster_sync();
 }
 
 #ifndef NO_KERNELS

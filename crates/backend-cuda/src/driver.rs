@@ -254,25 +254,8 @@ impl Device {
     /// Clusters of `size` blocks that the GPU holds at a time, with `block` threads and `shared` bytes of dynamic shared memory a block.
     pub(crate) fn resident_clusters(&mut self, kernel: &Kernel, size: u32, block: u32, shared: u32) -> Result<usize> {
         self.enter()?;
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-            pad: Default::default(),
-            value: sys::CUlaunchAttributeValue {
-                clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: size, y: 1, z: 1 },
-            },
-        };
-        let config = sys::CUlaunchConfig {
-            gridDimX: size,
-            gridDimY: 1,
-            gridDimZ: 1,
-            blockDimX: block,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: shared,
-            hStream: self.stream,
-            attrs: &raw mut attribute,
-            numAttrs: 1,
-        };
+        let mut attributes = [Clusters { count: 1, blocks: size }.attribute()];
+        let config = launch_config([size, 1, 1], block, shared, self.stream, &mut attributes);
         let mut clusters = 0;
         // SAFETY: out pointer; the function is loaded, and the configuration lives until the call returns.
         let result =
