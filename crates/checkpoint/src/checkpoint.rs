@@ -2,7 +2,7 @@
 
 use crate::mapped_file::MappedFile;
 use crate::{Error, Result, header, index, json_file};
-use moellon_tensor::{Dtype, FilePlace, MatrixView, ScaleDtype};
+use moellon_tensor::{Dtype, MatrixView, ScaleDtype};
 use rayon::prelude::*;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -22,15 +22,9 @@ pub struct TensorView<'a> {
     pub bytes: &'a [u8],
     /// The file that holds it.
     pub file: &'a Path,
-    pub(crate) mapped: &'a MappedFile,
 }
 
-impl<'a> TensorView<'a> {
-    /// Where a part of this tensor's bytes lies in its file; none where the file is part of the program.
-    pub(crate) fn place(&self, part: &[u8]) -> Option<FilePlace<'a>> {
-        self.mapped.place(part)
-    }
-
+impl TensorView<'_> {
     /// An error about this tensor.
     pub(crate) fn wrong(&self, what: impl Into<String>, found: impl ToString, expected: impl ToString) -> Error {
         Error::tensor(self.file, self.name, what, found, expected)
@@ -237,7 +231,6 @@ impl Checkpoint {
             shape: &entry.shape,
             bytes: &file.bytes()[entry.range.clone()],
             file: file.path(),
-            mapped: file,
         }
     }
 

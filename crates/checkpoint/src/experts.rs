@@ -312,10 +312,8 @@ impl Checkpoint {
         }
         (0..count)
             .map(|expert| {
-                let (blocks_of, scales_of) = (nth(blocks.bytes, expert, count), nth(scales.bytes, expert, count));
-                let places = [blocks.place(blocks_of), scales.place(scales_of), None];
-                MatrixView::new("its tensors", WeightFormat::Mxfp4, [stored_rows, cols], blocks_of, scales_of, &[])
-                    .map(|view| view.with_places(places))
+                let (codes, scales) = (nth(blocks.bytes, expert, count), nth(scales.bytes, expert, count));
+                MatrixView::new("its tensors", WeightFormat::Mxfp4, [stored_rows, cols], codes, scales, &[])
                     .and_then(|view| view.every_row(first, step))
                     .map_err(weight)
             })
@@ -343,9 +341,7 @@ fn plain_stack<'a>(tensor: &TensorView<'a>, count: usize, shape: [usize; 2]) -> 
     let format = WeightFormat::plain(tensor.expect_float()?);
     (0..count)
         .map(|at| {
-            let part = nth(tensor.bytes, at, count);
-            MatrixView::new("its bytes", format, shape, part, &[], &[])
-                .map(|view| view.with_places([tensor.place(part), None, None]))
+            MatrixView::new("its bytes", format, shape, nth(tensor.bytes, at, count), &[], &[])
                 .map_err(|source| Error::Weight { weight: tensor.name.to_owned(), source })
         })
         .collect()

@@ -326,10 +326,8 @@ impl<'a> Module<'a, '_> {
         (0..count)
             .map(|at| {
                 let parts = (slice(Some(codes), at), slice(scales, at), slice(offsets, at));
-                let place = |tensor: Option<TensorView<'a>>, part| tensor.and_then(|tensor| tensor.place(part));
-                let places = [place(Some(codes), parts.0), place(scales, parts.1), place(offsets, parts.2)];
                 MatrixView::new("its tensors", format, self.shape, parts.0, parts.1, parts.2)
-                    .map(|view| view.with_global_scale(global_scales[at % global_scales.len()]).with_places(places))
+                    .map(|view| view.with_global_scale(global_scales[at % global_scales.len()]))
                     .map_err(|source| Error::Weight { weight: self.path.to_owned(), source })
             })
             .collect()

@@ -3,7 +3,6 @@
 
 use crate::{Error, Result};
 use memmap2::Mmap;
-use moellon_tensor::FilePlace;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -53,13 +52,6 @@ impl MappedFile {
             Source::File { map, .. } => map,
             Source::Embedded(bytes) => bytes,
         }
-    }
-
-    /// Where `part` of the map lies in the file.
-    pub(crate) fn place(&self, part: &[u8]) -> Option<FilePlace<'_>> {
-        let Source::File { file, map, .. } = &self.source else { return None };
-        let offset = (part.as_ptr() as usize).checked_sub(map.as_ptr() as usize)?;
-        (offset + part.len() <= map.len()).then(|| FilePlace::new(file, &self.path, offset as u64))
     }
 
     /// Checks that the mapped file has not been cut: reading what it has lost would end the program with a SIGBUS.

@@ -11,7 +11,6 @@ mod decode;
 pub mod dtype;
 pub mod encode;
 pub mod error;
-pub mod file_place;
 pub mod format;
 pub mod matrix;
 pub mod minifloat;
@@ -22,7 +21,6 @@ pub mod rng;
 
 pub use dtype::Dtype;
 pub use error::{Error, Result};
-pub use file_place::FilePlace;
 pub use format::{ScaleDtype, WeightFormat};
 pub use matrix::{MatrixView, Rows};
 pub use owned::OwnedMatrix;

@@ -1,14 +1,12 @@
 //! One weight matrix as it lies in a checkpoint: borrowed bytes plus their meaning.
 
-use crate::{Error, FilePlace, Result, WeightFormat};
+use crate::{Error, Result, WeightFormat};
 use std::ops::Range;
 
 /// Rows of bytes with a stride, so that every second row of a fused matrix (gpt-oss gate and up) is a view, not a copy.
 #[derive(Debug, Clone, Copy)]
 pub struct Rows<'a> {
     bytes: &'a [u8],
-    /// Where `bytes` begin in a file, if they are the map of one.
-    place: Option<FilePlace<'a>>,
     stride_bytes: usize,
     row_bytes: usize,
 }
@@ -31,7 +29,7 @@ impl<'a> Rows<'a> {
             n => (n - 1).checked_mul(stride_bytes).and_then(|b| b.checked_add(row_bytes)),
         };
         match needed {
-            Some(needed) if needed <= bytes.len() => Ok(Rows { bytes, place: None, stride_bytes, row_bytes }),
+            Some(needed) if needed <= bytes.len() => Ok(Rows { bytes, stride_bytes, row_bytes }),
             _ => Err(Error::mismatch(
                 format!("{what}: bytes for {num_rows} rows of {row_bytes}"),
                 bytes.len(),
@@ -42,7 +40,7 @@ impl<'a> Rows<'a> {
 
     /// No bytes at all (scales of plain floats, offsets of formats without them).
     pub const fn empty() -> Rows<'static> {
-        Rows { bytes: &[], place: None, stride_bytes: 0, row_bytes: 0 }
+        Rows { bytes: &[], stride_bytes: 0, row_bytes: 0 }
     }
 
     /// Bytes of row `row`.
@@ -71,33 +69,7 @@ impl<'a> Rows<'a> {
     /// Every `step`-th row from `first` on.
     pub fn every(&self, first: usize, step: usize) -> Rows<'a> {
         let start = (first * self.stride_bytes).min(self.bytes.len());
-        Rows {
-            bytes: &self.bytes[start..],
-            place: self.place.map(|place| place.skip(start)),
-            stride_bytes: self.stride_bytes * step,
-            row_bytes: self.row_bytes,
-        }
-    }
-
-    /// Copies bytes from `start` on, counted from row 0, to all of `to`. What is a part of a file, and large enough, is read from
-    /// there: a read costs no page faults and leaves no pages to give back, which is most of the time of a copy out of a map.
-    ///
-    /// # Errors
-    /// If the file cannot be read, or was cut since it was mapped: names file and range.
-    ///
-    /// # Panics
-    /// If the range is not inside the bytes.
-    pub fn copy_to(&self, start: usize, to: &mut [u8]) -> Result<()> {
-        /// Bytes from which a read pays: it costs about a microsecond, and rows of an interleaved matrix are smaller than a page.
-        const FROM_FILE: usize = 64 << 10;
-        let bytes = &self.bytes[start..][..to.len()];
-        match self.place {
-            Some(place) if to.len() >= FROM_FILE => place.skip(start).read(to),
-            _ => {
-                to.copy_from_slice(bytes);
-                Ok(())
-            }
-        }
+        Rows { bytes: &self.bytes[start..], stride_bytes: self.stride_bytes * step, row_bytes: self.row_bytes }
     }
 }
 
@@ -167,13 +139,6 @@ impl<'a> MatrixView<'a> {
     #[must_use]
     pub fn with_global_scale(mut self, global_scale: f32) -> Self {
         self.global_scale = global_scale;
-        self
-    }
-
-    /// The same matrix, knowing where its codes, scales and offsets begin in files ([`Rows::copy_to`] reads from there).
-    #[must_use]
-    pub fn with_places(mut self, [codes, scales, offsets]: [Option<FilePlace<'a>>; 3]) -> Self {
-        (self.codes.place, self.scales.place, self.offsets.place) = (codes, scales, offsets);
         self
     }
 
