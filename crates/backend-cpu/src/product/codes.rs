@@ -30,6 +30,7 @@ pub(super) struct Affine<const BITS: usize>;
 pub(super) struct E2m1;
 
 /// E2M1 codes as `2 * value`, signed: -12 to 12.
+#[cfg(target_arch = "x86_64")]
 pub(super) struct E2m1Signed;
 
 /// Operands of small codes that [`super::wide::Expand`] made.
@@ -52,6 +53,7 @@ pub(super) const E2M1_OPERANDS: [u8; 16] = {
 };
 
 /// The same without [`E2M1_BIAS`], as signed bytes.
+#[cfg(target_arch = "x86_64")]
 const E2M1_SIGNED: [u8; 16] = {
     let mut table = E2M1_OPERANDS;
     let mut code = 0;
@@ -143,6 +145,7 @@ impl Codes for E2m1 {
     }
 }
 
+#[cfg(target_arch = "x86_64")]
 impl Codes for E2m1Signed {
     const LINES: usize = 4;
     const FULL_BYTE: bool = true;

@@ -3,7 +3,9 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::amx;
-use super::codes::{Affine, Codes, E2M1_FACTOR, E2m1, Wide, steps_of_bits};
+#[cfg(target_arch = "x86_64")]
+use super::codes::E2M1_FACTOR;
+use super::codes::{Affine, Codes, E2m1, Wide, steps_of_bits};
 use super::{MAX_ROWS, MAX_STREAMS, Product, ROW_BLOCK, Rows, Sized, TileArgs, TileKernel, int8, streams_for, wide};
 use crate::activations::Across;
 use crate::layout::{BLOCK_COLS, Coding, LINE_BYTES, TILE_ROWS};
